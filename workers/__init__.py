@@ -1,0 +1,1 @@
+"""How a job runs: the process pinned to one device."""

@@ -1,0 +1,394 @@
+"""The device layer's one interface: the memory, the models and the facts of a single device, whatever drives it.
+
+    open_device ─▶ Device ── allocate, fill, copy, write, read, release      bytes that outlive the call
+                         ├── open_model ─▶ OnnxModel                         inference, see onnx.py
+                         ├── torch_device, tensor_view                       training
+                         └── describe, memory, classify, synchronize         facts and errors
+
+The public methods here check ranges, name errors and keep the count of what is allocated; a backend supplies the
+primitives of the marked section, which may assume that their arguments are right. Nothing here knows of jobs, queues or
+databases, and importing this module loads neither torch nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from device_operations.errors import OperationError, failure
+
+if TYPE_CHECKING:
+    import torch
+
+    from workers.devices.onnx import Cancel, OnnxModel
+
+T = TypeVar("T")
+
+#: An array of any dtype.
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: NumPy's name for each dtype that a tensor may have on any backend; what one backend takes is in its capabilities.
+DTYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a device is. `total_bytes` and `driver` are None where the backend cannot tell."""
+
+    backend: str
+    ordinal: int
+    name: str
+    vendor: str | None = None
+    driver: str | None = None
+    total_bytes: int | None = None
+    capabilities: Mapping[str, Any] = field(default_factory=dict)
+    providers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a device's memory stands now, in bytes; None is "cannot be told" and never stands for 0.
+
+    `used_bytes` counts every process, `process_bytes` this one alone; `budget_bytes` is what the operating system lets
+    this process have; `busy_share` is the device's utilisation from 0 to 1.
+    """
+
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    used_bytes: int | None = None
+    process_bytes: int | None = None
+    budget_bytes: int | None = None
+    busy_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model is to be loaded.
+
+    `graph_optimization` is disable, basic, extended or all. `free_dimensions` fixes symbolic dimensions by name.
+    `root` is the folder that external data must not leave; the model's own folder unless said.
+    """
+
+    intra_op_threads: int | None = None
+    graph_optimization: str = "all"
+    free_dimensions: Mapping[str, int] = field(default_factory=dict)
+    deterministic: bool = False
+    root: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """An ONNX Runtime execution provider as a backend wants it: its options, and the session settings it demands."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    memory_pattern: bool = True
+    #: What ONNX Runtime calls the device's memory in I/O binding; None where it cannot bind the backend's tensors.
+    binding: str | None = None
+    device_id: int = 0
+    #: Where a backend may not run two sessions at once, the lock that every run holds.
+    lock: threading.RLock | None = None
+
+
+class Buffer:
+    """Bytes on one device, made by `Device.allocate`; `storage` is the backend's own array of uint8."""
+
+    __slots__ = ("device", "size_bytes", "storage")
+
+    def __init__(self, device: Device, size_bytes: int, storage: Any) -> None:
+        self.device = device
+        self.size_bytes = size_bytes
+        self.storage = storage
+
+    def __repr__(self) -> str:
+        state = "released" if self.storage is None else f"{self.size_bytes} bytes"
+        return f"<Buffer of {self.device}: {state}>"
+
+
+@dataclass(frozen=True, slots=True)
+class BufferView:
+    """A tensor that lies in a buffer. A view that only says where an output goes may leave `dtype` and `shape` None."""
+
+    buffer: Buffer
+    offset: int = 0
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """The tensor's bytes; `dtype` and `shape` must be known."""
+        assert self.dtype is not None
+        assert self.shape is not None
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+class Device(ABC):
+    """One accelerator, or the CPU. All calls may be made from any thread; the worker makes them from one.
+
+    Raises `OperationError` only: `out_of_range`, `out_of_memory`, `dtype_unsupported`, `device_lost`,
+    `internal_error`, and what `open_model` adds.
+    """
+
+    backend: ClassVar[str]
+    #: True where a buffer's bytes can be addressed by the host, so that arrays and tensors share them.
+    host_memory: ClassVar[bool] = False
+    #: What the backend's libraries write when memory runs out, and when the device is gone for this process.
+    out_of_memory_texts: ClassVar[tuple[str, ...]] = ()
+    device_lost_texts: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.ordinal = ordinal
+        self._counting = threading.Lock()
+        self._allocated_bytes = 0
+        self._buffer_count = 0
+
+    def __repr__(self) -> str:
+        return f"{self.backend}:{self.ordinal}"
+
+    # ---- memory
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The bytes of all buffers that are not yet released, by this process's own count."""
+        return self._allocated_bytes
+
+    @property
+    def buffer_count(self) -> int:
+        """How many buffers are not yet released."""
+        return self._buffer_count
+
+    def allocate(self, size_bytes: int) -> Buffer:
+        """A new buffer of zeroed bytes. Raises `out_of_memory`, which names the device and what it has."""
+        if size_bytes < 1:
+            raise failure("out_of_range", f"An allocation has at least 1 byte; {size_bytes} was asked of {self}.")
+        storage = self._guard(lambda: self._allocate(size_bytes), f"allocate {size_bytes} bytes")
+        with self._counting:
+            self._allocated_bytes += size_bytes
+            self._buffer_count += 1
+        return Buffer(self, size_bytes, storage)
+
+    def release(self, buffer: Buffer) -> None:
+        """Gives the buffer's memory back; later use of the buffer raises `allocation_not_found`. Twice is no error."""
+        self._own(buffer)
+        with self._counting:
+            if buffer.storage is None:
+                return
+            buffer.storage = None
+            self._allocated_bytes -= buffer.size_bytes
+            self._buffer_count -= 1
+        self._guard(lambda: self._trim(buffer.size_bytes), "give memory back")
+
+    def fill(self, buffer: Buffer, value: int, offset: int = 0, size_bytes: int | None = None) -> None:
+        """Sets every byte of the range to `value` (0 to 255)."""
+        if not 0 <= value <= 255:
+            raise failure("out_of_range", f"A buffer is filled with one byte, 0 to 255; {value} was asked.")
+        size_bytes = self._range(buffer, offset, size_bytes, "fill")
+        if size_bytes:
+            self._guard(lambda: self._fill(buffer.storage, value, offset, size_bytes), f"fill {size_bytes} bytes")
+
+    def copy(
+        self, destination: Buffer, destination_offset: int, source: Buffer, source_offset: int, size_bytes: int
+    ) -> None:
+        """Copies between two buffers of this device, or within one: overlapping ranges behave as memmove."""
+        self._range(source, source_offset, size_bytes, "copy from")
+        self._range(destination, destination_offset, size_bytes, "copy to")
+        if not size_bytes or (source is destination and source_offset == destination_offset):
+            return
+        self._guard(
+            lambda: self._copy(destination.storage, destination_offset, source.storage, source_offset, size_bytes),
+            f"copy {size_bytes} bytes",
+        )
+
+    def write(self, buffer: Buffer, offset: int, data: memoryview | bytes | bytearray) -> None:
+        """Host to device. `data` is any contiguous bytes-like object; it may be reused as soon as this returns."""
+        view = memoryview(data)
+        flat = view if view.format == "B" and view.ndim == 1 else view.cast("B")
+        self._range(buffer, offset, len(flat), "write")
+        if len(flat):
+            self._guard(lambda: self._write(buffer.storage, offset, flat), f"write {len(flat)} bytes")
+
+    def read(
+        self, buffer: Buffer, offset: int = 0, size_bytes: int | None = None, into: memoryview | None = None
+    ) -> memoryview:
+        """Device to host: a copy of the range, in `into` (writable bytes of that size) where one is given."""
+        size_bytes = self._range(buffer, offset, size_bytes, "read")
+        view = np.empty(size_bytes, np.uint8).data if into is None else into
+        if view.ndim != 1 or view.format != "B":
+            view = view.cast("B")
+        if len(view) != size_bytes or view.readonly:
+            raise failure("internal_error", f"read needs a writable view of {size_bytes} bytes, got {len(view)}.")
+        if size_bytes:
+            self._guard(lambda: self._read(buffer.storage, offset, view), f"read {size_bytes} bytes")
+        return view
+
+    def host_view(self, buffer: Buffer, offset: int = 0, size_bytes: int | None = None) -> memoryview | None:
+        """The range itself as writable host bytes where the device's memory is the host's, else None."""
+        size_bytes = self._range(buffer, offset, size_bytes, "view")
+        return buffer.storage[offset : offset + size_bytes].data if self.host_memory else None
+
+    # ---- models and tensors
+
+    def open_model(self, path: Path, options: ModelOptions | None = None, cancel: Cancel | None = None) -> OnnxModel:
+        """Loads an ONNX model on this device. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
+        from workers.devices.onnx import OnnxModel
+
+        return OnnxModel(self, Path(path), options or ModelOptions(), cancel)
+
+    def tensor_view(self, buffer: Buffer, dtype: str, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
+        """A torch tensor over the bytes where they lie; a copy only where `offset` is not aligned to the dtype."""
+        import torch
+
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype) or dtype not in self.describe().capabilities.get("dtypes", DTYPES):
+            raise failure("dtype_unsupported", f"{self} has no torch tensors of {dtype}.")
+        size_bytes = kind.itemsize * math.prod(shape)
+        self._range(buffer, offset, size_bytes, "view")
+        return self._guard(
+            lambda: _viewed(self._as_tensor(buffer.storage)[offset : offset + size_bytes], kind, tuple(shape)),
+            "view a tensor",
+        )
+
+    def address(self, view: BufferView) -> int | None:
+        """Where the tensor begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
+        self._range(view.buffer, view.offset, view.size_bytes, "bind")
+        base = self._address(view.buffer.storage)
+        return None if base is None else base + view.offset
+
+    def take(self, view: BufferView, value: Any) -> None:
+        """Copies an `onnxruntime.OrtValue` that lies on this device into a buffer."""
+        self.write(view.buffer, view.offset, np.ascontiguousarray(value.numpy()).data.cast("B"))
+
+    # ---- errors
+
+    def classify(self, error: BaseException) -> OperationError:
+        """What `error`, raised by a library that drives this device, means for a job."""
+        if isinstance(error, OperationError):
+            return error
+        text = " ".join(str(error).replace("\0", "").split())[:600]
+        kind = type(error).__name__
+        if _matches(self.device_lost_texts, text):
+            return failure("device_lost", f"{self} was lost: {text}. Its worker restarts; submit the job again.")
+        if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or _matches(self.out_of_memory_texts, text):
+            return failure("out_of_memory", f"{self} ran out of memory: {text or kind}. {self._standing()}")
+        if type(error).__module__.startswith("onnxruntime"):
+            return failure("run_failed", f"ONNX Runtime failed on {self}: {text}")
+        return failure("internal_error", f"{kind} on {self}: {text}", detail={"type": kind})
+
+    # ---- what a backend supplies
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """What the device is."""
+
+    @abstractmethod
+    def memory(self) -> Reading:
+        """How its memory stands now."""
+
+    @abstractmethod
+    def _allocate(self, size_bytes: int) -> Any:
+        """An array of zeroed uint8 from the backend's own allocator."""
+
+    @abstractmethod
+    def _fill(self, storage: Any, value: int, offset: int, size_bytes: int) -> None: ...
+
+    @abstractmethod
+    def _copy(self, to: Any, to_offset: int, source: Any, source_offset: int, size_bytes: int) -> None:
+        """As memmove, also where both are one array."""
+
+    @abstractmethod
+    def _write(self, storage: Any, offset: int, data: memoryview) -> None: ...
+
+    @abstractmethod
+    def _read(self, storage: Any, offset: int, into: memoryview) -> None: ...
+
+    @abstractmethod
+    def _as_tensor(self, storage: Any) -> torch.Tensor:
+        """The array as a torch tensor of uint8 that shares its memory."""
+
+    @abstractmethod
+    def provider(self) -> Provider:
+        """How ONNX Runtime is to drive this device."""
+
+    # ---- what a backend may replace
+
+    def torch_device(self) -> torch.device:
+        """The torch device of this device; loads torch."""
+        import torch
+
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:  # noqa: B027 - a device whose calls return when they are done has nothing to wait for
+        """Returns when everything asked of the device so far is done."""
+
+    def _address(self, storage: Any) -> int | None:
+        """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
+        return None
+
+    def _trim(self, freed_bytes: int) -> None:  # noqa: B027 - an allocator that gives memory back needs no telling
+        """Called after a release, where a backend's allocator would keep what was freed."""
+
+    # ---- checks
+
+    def _own(self, buffer: Buffer) -> None:
+        if buffer.device is not self:
+            raise failure("internal_error", f"{buffer!r} was given to {self}.")
+
+    def _range(self, buffer: Buffer, offset: int, size_bytes: int | None, verb: str) -> int:
+        """`size_bytes`, or the rest from `offset`, once the range is known to lie inside a live buffer of ours."""
+        self._own(buffer)
+        if buffer.storage is None:
+            raise failure("allocation_not_found", f"The buffer of {self} to {verb} was released.")
+        size = buffer.size_bytes - offset if size_bytes is None else size_bytes
+        if offset < 0 or size < 0 or offset + size > buffer.size_bytes:
+            raise failure(
+                "out_of_range",
+                f"Cannot {verb} {size} bytes at offset {offset}: the allocation has {buffer.size_bytes} bytes.",
+                detail={"offset": offset, "size_bytes": size, "allocation_bytes": buffer.size_bytes},
+            )
+        return size
+
+    def _guard(self, call: Callable[[], T], what: str) -> T:
+        try:
+            return call()
+        except OperationError:
+            raise
+        except Exception as error:
+            named = self.classify(error)
+            named.message = f"Cannot {what}. {named.message}"
+            named.args = (named.message,)
+            raise named from error
+
+    def _standing(self) -> str:
+        """What is held and free here, for an out-of-memory message; says less where the device cannot be asked."""
+        try:
+            free = self.memory().free_bytes
+        except Exception:  # noqa: BLE001 - the error that is being told matters more than this figure
+            free = None
+        told = "unknown" if free is None else f"{free} bytes"
+        return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {told}."
+
+
+def installed(module: str) -> bool:
+    """Whether `module` can be imported here, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _matches(patterns: Sequence[str], text: str) -> bool:
+    return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+
+
+def _viewed(flat: torch.Tensor, kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if flat.storage_offset() % kind.itemsize:
+        flat = flat.clone()
+    return flat.view(kind).view(shape)

@@ -1,0 +1,314 @@
+"""A loaded ONNX model: one ONNX Runtime session on one device, run with arrays, buffers, or values kept on the device.
+
+all feeds are arrays ──────────────▶ InferenceSession.run                 the shortest way
+buffers, `into`, `keep` ─ on cpu ──▶ arrays over the buffers' own memory
+                        ├ bindable ▶ I/O binding, nothing passes through the host
+                        └ else ────▶ staged through the host, counted in `staged_bytes`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from device_operations.errors import OperationError, failure
+from workers.devices.base import Array, BufferView, ModelOptions
+from workers.devices.cpu import trim
+from workers.devices.onnx_file import inspect
+from workers.devices.onnx_session import (
+    Cancel,
+    cpu_fallbacks,
+    load_session,
+    resolve_provider,
+    session_settings,
+    tensor_specs,
+)
+from workers.devices.onnx_tensors import Feed, Fetched, Kept, TensorSpec, aligned, drawn, kind, overlap, unfit
+
+if TYPE_CHECKING:
+    from workers.devices.base import Device
+
+__all__ = ["Cancel", "Kept", "OnnxModel", "TensorSpec", "resolve_provider"]
+
+
+class OnnxModel:
+    """One model on one device. Runs are made from one thread at a time; `Cancel.trip` comes from any."""
+
+    def __init__(self, device: Device, path: Path, options: ModelOptions, cancel: Cancel | None = None) -> None:
+        """Loads `path`. Raises `model_invalid`, `out_of_memory`, `device_unavailable`, `device_lost`, `cancelled`."""
+        self.device = device
+        self._provider = device.provider()
+        self.provider = self._provider.name
+        resolve_provider(self.provider)
+        about = inspect(path, options.root)
+        settings = session_settings(options, self._provider, about.symbols, path)
+        held = device.memory().process_bytes
+        started = time.perf_counter()
+        self._session: ort.InferenceSession | None = load_session(device, path, settings, self._provider, cancel)
+        #: Milliseconds that loading took.
+        self.load_ms = (time.perf_counter() - started) * 1e3
+        #: Bytes that the process holds more on the device since the load, as measured; None where it cannot be told.
+        self.memory_bytes = _grown(held, device.memory().process_bytes)
+        #: Bytes of the model's files, external data included.
+        self.file_bytes = about.size_bytes
+        #: Bytes that the last run moved through the host for the sake of buffers.
+        self.staged_bytes = 0
+        self.cpu_fallback_ops = cpu_fallbacks(self._session, self.provider)
+        self.inputs = tensor_specs(self._session.get_inputs(), path, "input")
+        self.outputs = tensor_specs(self._session.get_outputs(), path, "output")
+        self._input_specs = {spec.name: spec for spec in self.inputs}
+        self._output_specs = {spec.name: spec for spec in self.outputs}
+        self._output_names = [spec.name for spec in self.outputs]
+
+    def run(
+        self,
+        feeds: Mapping[str, Feed],
+        outputs: Sequence[str] | None = None,
+        *,
+        into: Mapping[str, BufferView] | None = None,
+        keep: Collection[str] = (),
+        cancel: Cancel | None = None,
+    ) -> dict[str, Fetched]:
+        """Runs the model once and gives each of `outputs` (all unless said) by name.
+
+        An output named in `into` is written to that buffer and comes back as a BufferView with its dtype and shape; one
+        named in `keep` stays on the device as a `Kept`; every other is a NumPy array. Raises `input_mismatch`,
+        `out_of_range` (an `into` too small), `cancelled`, `timeout`, `out_of_memory`, `device_lost`, `run_failed`.
+        """
+        names = self._output_names if outputs is None else list(outputs)
+        self.staged_bytes = 0
+        try:
+            if into or keep or not _only_arrays(feeds):
+                return self._run_with_buffers(feeds, names, into or {}, keep, cancel)
+            return dict(zip(names, self._call(names, feeds, cancel), strict=True))
+        except OperationError:
+            raise
+        except Exception as error:
+            self.check(feeds, names)
+            raise self._named(error) from error
+
+    def check(self, feeds: Mapping[str, Feed], outputs: Sequence[str] | None = None) -> None:
+        """Raises `input_mismatch` where names, dtypes or shapes do not fit the model; says all that is wrong."""
+        wrong = [f"unknown input {name!r}" for name in feeds if name not in self._input_specs]
+        wrong += [f"missing input {name!r}" for name in self._input_specs if name not in feeds]
+        wrong += [f"unknown output {name!r}" for name in outputs or () if name not in self._output_specs]
+        sizes: dict[str, int] = {}
+        for name, feed in feeds.items():
+            if name in self._input_specs:
+                wrong += unfit(self._input_specs[name], *kind(feed), sizes)
+        if wrong:
+            takes = ", ".join(f"{s.name}: {s.dtype}{drawn(s.shape)}" for s in self.inputs)
+            raise failure("input_mismatch", f"{'; '.join(wrong)}. The model takes {takes}.", detail={"errors": wrong})
+
+    def close(self) -> int | None:
+        """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
+        held = self.device.memory().process_bytes
+        self._session = None
+        if self.device.host_memory:
+            trim()
+        else:
+            self.device.synchronize()
+        return _grown(self.device.memory().process_bytes, held)
+
+    # ---- the ways to run
+
+    def _call(self, names: list[str], feeds: Mapping[str, Any], cancel: Cancel | None) -> Sequence[Any]:
+        session = self._live()
+        lock = self._provider.lock
+        if cancel is None and lock is None:
+            return session.run(names, feeds)  # type: ignore[no-any-return]
+        options = ort.RunOptions()
+        with lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
+            outputs: Sequence[Any] = session.run(names, feeds, options)
+        return outputs
+
+    def _run_with_buffers(
+        self,
+        feeds: Mapping[str, Feed],
+        names: list[str],
+        into: Mapping[str, BufferView],
+        keep: Collection[str],
+        cancel: Cancel | None,
+    ) -> dict[str, Fetched]:
+        self.check(feeds, [*names, *into, *keep])
+        names = [*names, *(name for name in [*into, *keep] if name not in names)]
+        places = self._places(feeds, into)
+        try:
+            got = self._run_placed(feeds, names, places, {*keep, *into}, cancel)
+        except Exception as error:
+            if not places or isinstance(error, OperationError) or "shape" not in str(error):
+                raise
+            # The model gave an output another shape than its own dimension names promise: let it say, then copy.
+            places = {}
+            got = self._run_placed(feeds, names, places, {*keep, *into}, cancel)
+        fetched: dict[str, Fetched] = {}
+        for name in names:
+            if name in into:
+                fetched[name] = places[name] if name in places else self._store(name, got[name], into[name])
+            elif name in keep:
+                fetched[name] = self._kept(name, got[name])
+            else:
+                fetched[name] = got[name]
+        return fetched
+
+    def _run_placed(
+        self,
+        feeds: Mapping[str, Feed],
+        names: list[str],
+        places: Mapping[str, BufferView],
+        stay: Collection[str],
+        cancel: Cancel | None,
+    ) -> dict[str, Any]:
+        if self._provider.binding is None or (self.device.host_memory and not places):
+            return self._run_on_host(feeds, names, cancel)
+        return self._run_bound(feeds, names, places, stay, cancel)
+
+    def _run_on_host(self, feeds: Mapping[str, Feed], names: list[str], cancel: Cancel | None) -> dict[str, Any]:
+        arrays = {name: self._on_host(feed) for name, feed in feeds.items()}
+        return dict(zip(names, self._call(names, arrays, cancel), strict=True))
+
+    def _run_bound(
+        self,
+        feeds: Mapping[str, Feed],
+        names: list[str],
+        places: Mapping[str, BufferView],
+        stay: Collection[str],
+        cancel: Cancel | None,
+    ) -> dict[str, Any]:
+        """Runs with I/O binding: inputs where they lie, outputs in `places`, on the device for `stay`, else on host."""
+        session = self._live()
+        where, number = self._provider.binding, self._provider.device_id
+        binding = session.io_binding()
+        held = []  # arrays that the binding points into
+        for name, feed in feeds.items():
+            if isinstance(feed, BufferView) and aligned(feed):
+                address = self._pointer(feed)
+                binding.bind_input(name, where, number, np.dtype(feed.dtype), feed.shape, address)
+            elif isinstance(feed, Kept) and not isinstance(feed.value, np.ndarray):
+                binding.bind_ortvalue_input(name, feed.value)
+            else:
+                held.append(np.ascontiguousarray(self._on_host(feed)))
+                binding.bind_cpu_input(name, held[-1])
+        for name in names:
+            if name in places:
+                view = places[name]
+                binding.bind_output(name, where, number, np.dtype(view.dtype), view.shape, self._pointer(view))
+            elif name in stay:
+                binding.bind_output(name, where, number)
+            else:
+                binding.bind_output(name, "cpu")
+        options = ort.RunOptions()
+        self.device.synchronize()
+        binding.synchronize_inputs()
+        with self._provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
+            session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
+        values = dict(zip(names, binding.get_outputs(), strict=True))
+        on_device = {*places, *stay}
+        return {name: value if name in on_device else value.numpy() for name, value in values.items()}
+
+    # ---- outputs into buffers
+
+    def _places(self, feeds: Mapping[str, Feed], into: Mapping[str, BufferView]) -> dict[str, BufferView]:
+        """The `into` views that can be bound before the run: shape known, aligned, and apart from every input.
+
+        Raises `out_of_range` where an output is already known not to fit.
+        """
+        sizes: dict[str, int] = {}
+        for name, feed in feeds.items():
+            unfit(self._input_specs[name], *kind(feed), sizes)
+        # ONNX Runtime binds no text.
+        bindable = self._provider.binding is not None and all(s.dtype != "string" for s in self.inputs)
+        read = [feed for feed in feeds.values() if isinstance(feed, BufferView)]
+        places: dict[str, BufferView] = {}
+        for name, place in into.items():
+            spec = self._output_specs[name]
+            shape = tuple(d if isinstance(d, int) else sizes.get(d or "", -1) for d in spec.shape)
+            if spec.dtype == "string":
+                raise failure("dtype_unsupported", f"Output {name!r} is text, which has no place in an allocation.")
+            if -1 in shape:
+                continue
+            view = self._fitting(name, place, spec.dtype, shape)
+            apart = not any(overlap(view, other) for other in [*read, *places.values()])
+            if apart and bindable and aligned(view) and view.size_bytes:
+                places[name] = view
+        return places
+
+    def _store(self, name: str, value: Any, place: BufferView) -> BufferView:
+        """Copies an output to its place, when it could not be bound there."""
+        spec = self._output_specs[name]
+        if not isinstance(value, np.ndarray):
+            shape = tuple(value.shape())
+            view = self._fitting(name, place, spec.dtype, shape)
+            if view.size_bytes:
+                self.device.take(view, value)
+            return view
+        view = self._fitting(name, place, spec.dtype, value.shape)
+        self._staged(view.size_bytes)
+        self.device.write(view.buffer, view.offset, np.ascontiguousarray(value).data.cast("B"))
+        return view
+
+    def _fitting(self, name: str, place: BufferView, dtype: str, shape: tuple[int, ...]) -> BufferView:
+        view = BufferView(place.buffer, place.offset, dtype, shape)
+        if place.offset < 0 or place.offset + view.size_bytes > place.buffer.size_bytes:
+            raise failure(
+                "out_of_range",
+                f"Output {name!r} has {view.size_bytes} bytes ({dtype}{drawn(shape)}); at offset {place.offset} the "
+                f"allocation has room for {max(0, place.buffer.size_bytes - place.offset)}.",
+            )
+        return view
+
+    def _kept(self, name: str, value: Any) -> Kept:
+        shape = value.shape if isinstance(value, np.ndarray) else tuple(value.shape())
+        return Kept(value, self._output_specs[name].dtype, tuple(shape))
+
+    # ---- inputs from buffers
+
+    def _on_host(self, feed: Feed) -> Array:
+        """The feed as an array: the buffer's own memory where the host can address it, else a staged copy."""
+        if isinstance(feed, np.ndarray):
+            return feed
+        if isinstance(feed, Kept):
+            return feed.numpy()
+        flat = self.device.host_view(feed.buffer, feed.offset, feed.size_bytes)
+        if flat is None:
+            self._staged(feed.size_bytes)
+            flat = self.device.read(feed.buffer, feed.offset, feed.size_bytes)
+        array = np.frombuffer(flat, np.uint8)
+        if not aligned(feed):
+            array = array.copy()
+        return array.view(feed.dtype).reshape(feed.shape or ())
+
+    def _pointer(self, view: BufferView) -> int:
+        address = self.device.address(view)
+        assert address is not None, "a backend that names a binding has addresses"
+        return address
+
+    def _staged(self, size_bytes: int) -> None:
+        if not self.device.host_memory:
+            self.staged_bytes += size_bytes
+
+    def _live(self) -> ort.InferenceSession:
+        if self._session is None:
+            raise failure("model_not_found", "The model was unloaded.")
+        return self._session
+
+    def _named(self, error: Exception) -> OperationError:
+        """ONNX Runtime's complaint about inputs is the caller's; anything else is the device's to name."""
+        if type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError):
+            return failure("input_mismatch", " ".join(str(error).split())[:600])
+        return self.device.classify(error)
+
+
+def _only_arrays(feeds: Mapping[str, Feed]) -> bool:
+    return all(feed.__class__ is np.ndarray for feed in feeds.values())
+
+
+def _grown(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else max(0, after - before)

@@ -1,0 +1,164 @@
+"""How an ONNX Runtime session comes to be: the provider, never silently another; the settings; errors of loading."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+
+from device_operations.errors import OperationError, failure
+from workers.devices.base import ModelOptions, Provider
+from workers.devices.onnx_tensors import DTYPE_OF, TensorSpec
+
+if TYPE_CHECKING:
+    from workers.devices.base import Device
+
+_OPTIMIZATION = {
+    "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+#: ONNX Runtime reports its errors by exceptions; these levels keep it from printing them as well.
+_QUIET = 4
+
+
+class Cancel:
+    """Stops runs and loads from another thread: `trip` ends the one in progress at its next node, and later ones."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: ort.RunOptions | ort.SessionOptions | None = None
+        self.code: str | None = None
+
+    def trip(self, code: str = "cancelled") -> None:
+        """From now on runs raise `code` (`cancelled` or `timeout`); returns at once, from any thread."""
+        with self._lock:
+            self.code = self.code or code
+            if isinstance(self._running, ort.RunOptions):
+                self._running.terminate = True
+            elif self._running is not None:
+                self._running.set_load_cancellation_flag(True)
+
+    def check(self) -> None:
+        """Raises the failure where `trip` was called."""
+        if self.code is not None:
+            raise failure(self.code, "The run was stopped." if self.code == "cancelled" else "The time was up.")
+
+    @contextlib.contextmanager
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Iterator[None]:
+        """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
+        with self._lock:
+            self.check()
+            self._running = options
+        try:
+            yield
+        except Exception as error:
+            if self.code is not None:
+                raise failure(self.code, "Stopped while it ran.") from error
+            raise
+        finally:
+            with self._lock:
+                self._running = None
+
+
+def resolve_provider(name: str) -> str:
+    """`name` where the ONNX Runtime installed here has that provider.
+
+    Serves onnxruntime, onnxruntime-gpu, onnxruntime-directml and onnxruntime-windowsml alike: whichever is installed is
+    asked by name. Raises `device_unavailable` with the remedy.
+    """
+    offered = ort.get_available_providers()
+    if name in offered:
+        return name
+    remedy = {
+        "DmlExecutionProvider": "onnxruntime-directml (or onnxruntime-windowsml), on Windows",
+        "CUDAExecutionProvider": "onnxruntime-gpu",
+    }.get(name, "onnxruntime")
+    raise failure(
+        "device_unavailable",
+        f"ONNX Runtime {ort.__version__} here offers {', '.join(offered)}, and {name} was asked. Install {remedy}, and "
+        "no other package of ONNX Runtime beside it: two in one environment hide each other's providers.",
+    )
+
+
+def session_settings(
+    options: ModelOptions, provider: Provider, symbols: Collection[str], path: Path
+) -> ort.SessionOptions:
+    """The session's options. Raises `model_invalid` for a free dimension that the model does not have."""
+    if options.graph_optimization not in _OPTIMIZATION:
+        raise failure("validation_failed", f"graph_optimization is one of {', '.join(_OPTIMIZATION)}.")
+    unknown = sorted(set(options.free_dimensions) - set(symbols))
+    if unknown:
+        raise failure(
+            "model_invalid",
+            f"{path.name} has no free dimension {', '.join(unknown)}; it has {', '.join(sorted(symbols)) or 'none'}.",
+        )
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _QUIET
+    settings.graph_optimization_level = _OPTIMIZATION[options.graph_optimization]
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.enable_mem_pattern = provider.memory_pattern
+    settings.use_deterministic_compute = options.deterministic
+    if options.intra_op_threads is not None:
+        settings.intra_op_num_threads = options.intra_op_threads
+    for symbol, size in options.free_dimensions.items():
+        settings.add_free_dimension_override_by_name(symbol, size)
+    # Threads that spin after a run take the processor from the gateway beside them.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
+    if provider.name != "CPUExecutionProvider":
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return settings
+
+
+def load_session(
+    device: Device, path: Path, settings: ort.SessionOptions, provider: Provider, cancel: Cancel | None
+) -> ort.InferenceSession:
+    """A session on the provider asked for; ONNX Runtime's own fallback to another is off, and checked."""
+    chosen = [(provider.name, dict(provider.options))]
+    try:
+        with provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(settings):
+            session = ort.InferenceSession(str(path), settings, providers=chosen, enable_fallback=0)
+    except OperationError:
+        raise
+    except Exception as error:
+        named = device.classify(error)
+        if named.code not in ("run_failed", "internal_error"):
+            raise named from error
+        text = " ".join(str(error).split())[:600].replace(str(path), path.name)
+        raise failure("model_invalid", f"{path.name} cannot be loaded: {text}") from error
+    got = session.get_providers()[0]
+    if got != provider.name:
+        raise failure("device_unavailable", f"{path.name} was to run on {provider.name} and ONNX Runtime chose {got}.")
+    return session
+
+
+def tensor_specs(arguments: Sequence[Any], path: Path, side: str) -> tuple[TensorSpec, ...]:
+    """The tensors among a model's arguments. An input of another kind refuses the model, an output is not offered."""
+    specs = []
+    for argument in arguments:
+        dtype = DTYPE_OF.get(argument.type)
+        if dtype is not None:
+            shape = tuple(d if isinstance(d, int) and d >= 0 else (d or None) for d in argument.shape)
+            specs.append(TensorSpec(argument.name, dtype, tuple(d if d != -1 else None for d in shape)))
+        elif side == "input":
+            raise failure("model_invalid", f"{path.name} takes {argument.name!r} as {argument.type}: not supported.")
+    if side == "output" and not specs:
+        raise failure("model_invalid", f"{path.name} gives no tensor of a supported dtype.")
+    return tuple(specs)
+
+
+def cpu_fallbacks(session: ort.InferenceSession, provider: str) -> int | None:
+    """How many nodes went to the CPU in spite of the provider; None where this ONNX Runtime cannot tell."""
+    if provider == "CPUExecutionProvider":
+        return 0
+    tell = getattr(session, "get_provider_graph_assignment_info", None)
+    if tell is None:
+        return None
+    return sum(len(part.get_nodes()) for part in tell() if part.ep_name == "CPUExecutionProvider")
