@@ -20,7 +20,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -61,28 +61,28 @@ class ApiKey:
         return f"ApiKey(owner={self.owner!r}, key={_MASK!r}, admin={self.admin})"
 
 
-def load() -> Settings:
-    """The settings in force, read on the first call. Raises `SettingsError`."""
-    return _loaded()
-
-
-def reload() -> Settings:
-    """Reads the environment again, for programs that change it on purpose (tests, and `up` for itself)."""
-    _loaded.cache_clear()
-    return _loaded()
-
-
 @functools.cache
-def _loaded() -> Settings:
+def load() -> Settings:
+    """The settings in force, with the URLs of a running `up` where none are set; read on the first call, then kept.
+
+    Raises `SettingsError`.
+    """
+    settings = read()
+    noted = read_stack(settings.data_dir)
+    missing = [name for name in ("database_url", "redis_url") if getattr(settings, name) is None and name in noted]
+    return settings.model_copy(update={name: noted[name] for name in missing})
+
+
+def read() -> Settings:
+    """The settings as the environment and the file say now, for programs that start a stack or change it on purpose."""
     _refuse_unknown_names(os.environ)
     _refuse_unreadable_file(os.environ.get(CONFIG))
     try:
-        settings = Settings()
+        return Settings()
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(item) for item in error.errors())) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None
-    return settings._with_noted_stack()
 
 
 class _Section(BaseModel):
@@ -98,9 +98,13 @@ class Http(_Section):
 
 
 class Flower(_Section):
-    """Where Flower listens, always on loopback."""
+    """Where Flower listens, and the password of its one user, `admin`; `up` makes one up where none is set."""
 
+    host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
     port: int = Field(5555, ge=0, le=65535, description="0 (any free port) to 65535")
+    password: str | None = Field(
+        None, min_length=8, description="8 characters or more", json_schema_extra=_SECRET, repr=False
+    )
 
 
 class Inference(_Section):
@@ -286,11 +290,6 @@ class Settings(BaseSettings):
             f"{PREFIX}{name.upper()} is not set, and no running stack has noted one in {stack_file(self.data_dir)}: "
             f"set it ({type(self).model_fields[name].description}), or start `device-operations up`"
         )
-
-    def _with_noted_stack(self) -> Self:
-        noted = read_stack(self.data_dir)
-        missing = [name for name in ("database_url", "redis_url") if getattr(self, name) is None and name in noted]
-        return self.model_copy(update={name: noted[name] for name in missing}) if missing else self
 
 
 def stack_file(data_dir: Path) -> Path:
