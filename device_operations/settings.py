@@ -157,7 +157,7 @@ class Jobs(_Section):
     retention_days: float = Field(7, gt=0, description="days that a finished job is kept, above 0")
 
 
-def _read_keys(value: object) -> object:
+def parse_api_keys(value: object) -> tuple[ApiKey, ...]:
     """`owner:key`, `owner:key:admin`, comma separated; or JSON: a list of such texts or of objects."""
     if isinstance(value, str):
         value = json.loads(value) if value.lstrip().startswith("[") else [part for part in value.split(",") if part]
@@ -228,7 +228,7 @@ class Settings(BaseSettings):
     devices: Annotated[tuple[DeviceSpec, ...], NoDecode, BeforeValidator(parse_devices)] = Field(
         (), validate_default=False, description="auto, or for example cuda:0,cuda:1 or directml:0 or cpu:2"
     )
-    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_read_keys)] = Field(
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(parse_api_keys)] = Field(
         (),
         description="owner:key or owner:key:admin, comma separated, or the same as a JSON list",
         json_schema_extra=_SECRET,

@@ -1,0 +1,93 @@
+"""How each part of the product is run: the same commands for `up`, the command line, Compose and the tests.
+
+Parts are started by `python -m`, never imported: this package stays free of what they load.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+
+from device_operations.settings import PREFIX
+from device_operations.stack.processes import Command
+from device_operations.stack.supervisor import Service
+
+#: A worker finishes the step that runs when it is asked to stop; what waits goes to the next worker.
+WORKER_GRACE_SECONDS = 30
+
+GATEWAY = ("-m", "api_gateway")
+MIGRATE = ("-m", "migrations", "upgrade")
+FLOWER = ("-m", "device_operations.stack.flower")
+
+
+def worker_arguments(device_id: str) -> tuple[str, ...]:
+    """What runs the worker of one device."""
+    return ("-m", "workers", "--device", device_id)
+
+
+def python(*arguments: str) -> list[str]:
+    """This very Python, with arguments."""
+    return [sys.executable, *arguments]
+
+
+def environment(settings: Mapping[str, object], base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child: ours, with these settings (by their names without the prefix) over it."""
+    inherited = dict(os.environ if base is None else base)
+    return inherited | {PREFIX + name: str(value) for name, value in settings.items()}
+
+
+def migrate(environment: Mapping[str, str], folder: Path | None = None) -> Command:
+    """Brings the database to the newest revision; ends."""
+    return Command("migrate", python(*MIGRATE), environment, folder)
+
+
+def gateway(environment: Mapping[str, str], folder: Path | None = None, name: str = "gateway") -> Service:
+    """The HTTP gateway; ready as soon as it answers at all, since `/readyz` also asks for a device."""
+    url = gateway_url(environment)
+    return Service(
+        Command(name, python(*GATEWAY), environment, folder),
+        is_ready=lambda: answers(f"{url}/healthz"),
+        url=url,
+        remedy=f"is another program on port {url.rpartition(':')[2]}?",
+    )
+
+
+def worker(device_id: str, environment: Mapping[str, str], folder: Path | None = None) -> Service:
+    """The worker of one device. `/readyz` tells when it is online."""
+    command = python(*worker_arguments(device_id))
+    return Service(
+        Command(f"worker-{device_id}", command, environment, folder, grace_seconds=WORKER_GRACE_SECONDS),
+        remedy="run `device-operations doctor` to see what this machine's devices lack",
+    )
+
+
+def flower(environment: Mapping[str, str], url: str, folder: Path | None = None) -> Service:
+    """Flower at its URL; ready when it answers, if only to ask for the password."""
+    return Service(
+        Command("flower", python(*FLOWER), environment, folder), is_ready=lambda: answers(url, any_status=True), url=url
+    )
+
+
+def gateway_url(environment: Mapping[str, str]) -> str:
+    """Where this machine reaches the gateway that the environment describes."""
+    host = environment.get(f"{PREFIX}HTTP__HOST") or "127.0.0.1"
+    return local_url(host, int(environment.get(f"{PREFIX}HTTP__PORT") or 8000))
+
+
+def local_url(host: str, port: int) -> str:
+    """The URL by which this machine reaches a server that listens on a host, "all addresses" included."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - read, not bound
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def answers(url: str, *, any_status: bool = False) -> bool:
+    """Whether an HTTP server answers there: with 200, or with `any_status`."""
+    try:
+        status = httpx.get(url, timeout=5, trust_env=False).status_code
+    except httpx.HTTPError:
+        return False
+    return any_status or status == 200

