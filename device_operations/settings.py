@@ -10,28 +10,51 @@ the TOML file named by `DEVICE_OPERATIONS_CONFIG`. Where no URL is set for Postg
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import logging
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSettings
 from pydantic_settings.sources import TomlConfigSettingsSource
 
+from device_operations.api_keys import ApiKey, parse_api_keys
 from device_operations.devices import DeviceSpec, parse_devices, spell_devices
+from device_operations.setting_names import (
+    PREFIX,
+    SECRET,
+    environment_name,
+    explain,
+    is_secret,
+    leaves,
+    masked,
+    nearest,
+)
 
-PREFIX = "DEVICE_OPERATIONS_"
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "ApiKey",
+    "Setting",
+    "Settings",
+    "SettingsError",
+    "describe",
+    "gateway_url",
+    "load",
+    "local_url",
+    "names",
+    "read",
+    "read_stack",
+    "stack_file",
+]
 
 #: Names the TOML file; a setting of the settings, so it is no field of theirs.
 CONFIG = PREFIX + "CONFIG"
@@ -39,26 +62,11 @@ CONFIG = PREFIX + "CONFIG"
 #: What Kubernetes injects for a service that is itself named device-operations: no settings, and no mistakes.
 _SERVICE_LINK = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)$")
 
-_MASK = "********"
-_SECRET: dict[str, Any] = {"secret": True}
-
 _log = logging.getLogger(__name__)
 
 
 class SettingsError(Exception):
     """Raised when a setting is wrong, unknown or missing; the message names it, its value and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ApiKey:
-    """One key and whom it stands for. An admin sees and acts for every owner."""
-
-    owner: str
-    key: str
-    admin: bool = False
-
-    def __repr__(self) -> str:
-        return f"ApiKey(owner={self.owner!r}, key={_MASK!r}, admin={self.admin})"
 
 
 @functools.cache
@@ -73,6 +81,21 @@ def load() -> Settings:
     return settings.model_copy(update={name: noted[name] for name in missing})
 
 
+def gateway_url(settings: Settings) -> str:
+    """Where callers on this machine reach the gateway: where `up` says it runs, unless a host or port is set."""
+    if not {"host", "port"} & settings.http.model_fields_set:
+        noted = read_stack(settings.data_dir).get("http_url")
+        if isinstance(noted, str):
+            return noted
+    return local_url(settings.http.host, settings.http.port)
+
+
+def local_url(host: str, port: int) -> str:
+    """The URL by which this machine reaches a server that listens on a host, "all addresses" included."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
 def read() -> Settings:
     """The settings as the environment and the file say now, for programs that start a stack or change it on purpose."""
     _refuse_unknown_names(os.environ)
@@ -80,7 +103,7 @@ def read() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(item) for item in error.errors())) from None
+        raise SettingsError(explain(error, Settings)) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None
 
@@ -103,7 +126,11 @@ class Flower(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
     port: int = Field(5555, ge=0, le=65535, description="0 (any free port) to 65535")
     password: str | None = Field(
-        None, min_length=8, description="8 characters or more", json_schema_extra=_SECRET, repr=False
+        None,
+        pattern=r"^[^,\s]{8,}$",
+        description="8 characters or more, no comma, no space",
+        json_schema_extra=SECRET,
+        repr=False,
     )
 
 
@@ -135,7 +162,7 @@ class Blobs(_Section):
         None,
         pattern=r"^(file|s3|az|gs|memory|https?)://.*$",
         description="a store such as file:///var/lib/blobs or s3://bucket/prefix",
-        json_schema_extra=_SECRET,
+        json_schema_extra=SECRET,
         repr=False,
     )
     max_bytes: int = Field(64 * 2**30, ge=1024, description="largest blob in bytes, 1024 or more")
@@ -146,7 +173,7 @@ class Webhook(_Section):
     """How webhooks are signed, and whom they may reach."""
 
     secret: str | None = Field(
-        None, min_length=8, description="8 characters or more", json_schema_extra=_SECRET, repr=False
+        None, min_length=8, description="8 characters or more", json_schema_extra=SECRET, repr=False
     )
     allow_private: bool = Field(False, description="true or false: whether private addresses may be called")
 
@@ -155,39 +182,6 @@ class Jobs(_Section):
     """How long finished jobs are kept."""
 
     retention_days: float = Field(7, gt=0, description="days that a finished job is kept, above 0")
-
-
-def parse_api_keys(value: object) -> tuple[ApiKey, ...]:
-    """`owner:key`, `owner:key:admin`, comma separated; or JSON: a list of such texts or of objects."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.lstrip().startswith("[") else [part for part in value.split(",") if part]
-    if not isinstance(value, list | tuple):
-        raise ValueError("not a list of keys")
-    keys = tuple(_read_key(entry) for entry in value)
-    if len({key.key for key in keys}) != len(keys):
-        raise ValueError("the same key is given twice")
-    return keys
-
-
-def _read_key(entry: object) -> ApiKey:
-    if isinstance(entry, ApiKey):
-        return entry
-    if isinstance(entry, Mapping):
-        if set(entry) - {"owner", "key", "admin"}:
-            raise ValueError("a key has owner, key and admin, and nothing else")
-        owner, key, admin = entry.get("owner"), entry.get("key"), entry.get("admin", False)
-    else:
-        parts = str(entry).strip().split(":")
-        if len(parts) not in (2, 3) or (len(parts) == 3 and parts[2] != "admin"):
-            raise ValueError("a key is not of the form owner:key or owner:key:admin")
-        owner, key, admin = parts[0], parts[1], len(parts) == 3
-    if not isinstance(owner, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}", owner):
-        raise ValueError("an owner is not 1 to 100 letters, digits and . _ @ -")
-    if not isinstance(key, str) or len(key) < 8 or not key.isprintable() or " " in key:
-        raise ValueError("a key is shorter than 8 printable characters")
-    if not isinstance(admin, bool):
-        raise ValueError("admin is not true or false")
-    return ApiKey(owner, key, admin)
 
 
 def _of_scheme(*schemes: str) -> Callable[[object], object]:
@@ -215,9 +209,9 @@ class Settings(BaseSettings):
 
     database_url: Annotated[
         str | None, BeforeValidator(_of_scheme("postgresql", "postgres", "postgresql+psycopg2"))
-    ] = Field(None, description="postgresql://user:password@host:port/database", json_schema_extra=_SECRET, repr=False)
+    ] = Field(None, description="postgresql://user:password@host:port/database", json_schema_extra=SECRET, repr=False)
     redis_url: Annotated[str | None, BeforeValidator(_of_scheme("redis", "rediss", "unix", "sentinel"))] = Field(
-        None, description="redis://:password@host:port/0", json_schema_extra=_SECRET, repr=False
+        None, description="redis://:password@host:port/0", json_schema_extra=SECRET, repr=False
     )
     node: str | None = Field(
         None,
@@ -231,7 +225,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(parse_api_keys)] = Field(
         (),
         description="owner:key or owner:key:admin, comma separated, or the same as a JSON list",
-        json_schema_extra=_SECRET,
+        json_schema_extra=SECRET,
         repr=False,
     )
     max_memory_allocation_gb: float = Field(24, gt=0, description="largest allocation in GB (2**30 bytes), above 0")
@@ -321,19 +315,19 @@ class Setting:
     @property
     def shown(self) -> Any:
         """The value, with what is secret in it masked."""
-        return _masked(self.value) if self.secret and self.value else self.value
+        return masked(self.value) if self.secret and self.value else self.value
 
 
 def describe(settings: Settings) -> list[Setting]:
     """Every setting in force, in the order of the contract's names in the environment."""
     return [
         Setting(
-            name=PREFIX + "__".join(path).upper(),
+            name=environment_name(path),
             value=spell_devices(settings.devices) if path == ("devices",) else _plain(_value(settings, path)),
             allowed=field.description or "",
-            secret=_is_secret(field),
+            secret=is_secret(field),
         )
-        for path, field in _leaves(Settings)
+        for path, field in leaves(Settings)
     ]
 
 
@@ -345,46 +339,14 @@ def _value(settings: Settings, path: tuple[str, ...]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, ApiKey):
-        return f"{value.owner}:{value.key}" + (":admin" if value.admin else "")
     if isinstance(value, tuple):
-        return ",".join(str(_plain(item)) for item in value)
-    return value
-
-
-def _masked(value: object) -> str:
-    """A URL without its password, API keys without their keys, and anything else as stars."""
-    text = str(value)
-    if "://" in text:
-        parts = urlsplit(text)
-        if parts.password is None:
-            return urlunsplit(parts._replace(query=_MASK)) if parts.query else text
-        place = parts.netloc.rpartition("@")[2]
-        return urlunsplit(
-            parts._replace(netloc=f"{parts.username or ''}:{_MASK}@{place}", query=_MASK if parts.query else "")
-        )
-    if re.fullmatch(r"[^:,\s]+:[^:,]+(:admin)?(,[^:,\s]+:[^:,]+(:admin)?)*", text):
-        return re.sub(r"(^|,)([^:,]+):[^:,]+", rf"\1\2:{_MASK}", text)
-    return _MASK
-
-
-def _leaves(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _leaves(field.annotation, (*above, name))
-        else:
-            yield (*above, name), field
-
-
-def _is_secret(field: FieldInfo) -> bool:
-    return bool(isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("secret"))
+        return ",".join(str(item) for item in value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def names() -> list[str]:
     """Every setting's name in the environment."""
-    return [PREFIX + "__".join(path).upper() for path, _ in _leaves(Settings)]
+    return [environment_name(path) for path, _ in leaves(Settings)]
 
 
 def _refuse_unknown_names(environment: Mapping[str, str]) -> None:
@@ -394,12 +356,7 @@ def _refuse_unknown_names(environment: Mapping[str, str]) -> None:
             continue
         if _SERVICE_LINK.match(name[len(PREFIX) :]):
             continue
-        raise SettingsError(f"{name} is no setting{_nearest(name.upper(), known)}")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f": did you mean {near[0]}?" if near else f": the settings are {', '.join(known)}"
+        raise SettingsError(f"{name} is no setting{nearest(name.upper(), known)}")
 
 
 def _refuse_unreadable_file(path: str | None) -> None:
@@ -409,17 +366,3 @@ def _refuse_unreadable_file(path: str | None) -> None:
         tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{CONFIG} is {path!r}: it must name a TOML file that can be read ({error})") from None
-
-
-def _explain(item: Any) -> str:
-    """One pydantic error as a sentence with the setting's name, its value (masked where secret) and what is allowed."""
-    known = dict(_leaves(Settings))
-    location = tuple(str(part) for part in item["loc"])
-    path = next((location[:length] for length in range(len(location), 0, -1) if location[:length] in known), location)
-    name = PREFIX + "__".join(path).upper()
-    if path not in known:
-        reason = "must be a table" if item["type"] != "extra_forbidden" else "is no setting"
-        return f"{name} {reason}{_nearest(name, names())}"
-    value = _masked(item["input"]) if _is_secret(known[path]) else item["input"]
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{name} is {value!r}: {message}. Allowed: {known[path].description}"

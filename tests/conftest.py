@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +27,7 @@ from device_operations.settings import PREFIX, Settings
 from device_operations.stack.servers import Servers, running
 from tests.support import models
 from tests.support.databases import Databases
+from tests.support.folders import reachable_folder
 from tests.support.stack import RunningStack
 
 # What this user has set, or has running, is not what is tested.
@@ -43,8 +43,8 @@ def _own_data_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
-    """PostgreSQL and Valkey, started once. In /tmp, where the account that PostgreSQL runs as gets to."""
-    with tempfile.TemporaryDirectory(prefix="device-operations-") as folder, running(Path(folder)) as started:
+    """PostgreSQL and Valkey, started once."""
+    with reachable_folder() as folder, running(folder) as started:
         yield started
 
 

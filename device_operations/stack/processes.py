@@ -83,11 +83,7 @@ def ask_to_stop(process: psutil.Process, stop_signal: int = signal.SIGTERM) -> N
 
 def end_tree(process: psutil.Process, also: Sequence[psutil.Process] = ()) -> None:
     """Kills a process and every process below it, and waits until they are gone."""
-    doomed = [*descendants(process), *also, process]
-    for one in doomed:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(doomed, timeout=10)
+    _kill([*descendants(process), *also, process])
 
 
 def end_session(session_id: int) -> None:
@@ -97,10 +93,35 @@ def end_session(session_id: int) -> None:
     members = [
         psutil.Process(pid) for pid in psutil.pids() if _session_of(pid) == session_id and psutil.pid_exists(pid)
     ]
-    for one in members:
+    _kill(members)
+
+
+def _kill(doomed: Sequence[psutil.Process]) -> None:
+    for one in doomed:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    psutil.wait_procs(members, timeout=10)
+    await_end(doomed, seconds=10)
+
+
+def await_end(ending: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Waits until the processes have ended, and answers those that have not."""
+    alive = list(ending)
+    deadline = time.monotonic() + seconds
+    while alive := [process for process in alive if is_alive(process)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return alive
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; one that only waits to be reaped, by us (now) or by whoever adopted it, does not."""
+    if isinstance(process, psutil.Popen):
+        return process.poll() is None
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _session_of(pid: int) -> int | None:
@@ -136,10 +157,9 @@ class Identity:
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started) < _SAME_START_SECONDS
-            alive = same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return None
-        return process if alive else None
+        return process if same and is_alive(process) else None
 
 
 def end_leftovers(
@@ -150,8 +170,7 @@ def end_leftovers(
     below = [child for _, process in found for child in descendants(process)]
     for identity, process in found:
         ask_to_stop(process, stop_signals.get(identity.name, signal.SIGTERM))
-    _, alive = psutil.wait_procs([process for _, process in found] + below, timeout=patience_seconds)
-    for process in alive:
+    for process in await_end([process for _, process in found] + below, patience_seconds):
         end_tree(process)
     return [identity.name for identity, _ in found]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from device_operations.settings import PREFIX
+from device_operations.settings import PREFIX, local_url
 from device_operations.stack.processes import Command
 from device_operations.stack.supervisor import Service
 
@@ -76,12 +76,6 @@ def gateway_url(environment: Mapping[str, str]) -> str:
     """Where this machine reaches the gateway that the environment describes."""
     host = environment.get(f"{PREFIX}HTTP__HOST") or "127.0.0.1"
     return local_url(host, int(environment.get(f"{PREFIX}HTTP__PORT") or 8000))
-
-
-def local_url(host: str, port: int) -> str:
-    """The URL by which this machine reaches a server that listens on a host, "all addresses" included."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - read, not bound
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def answers(url: str, *, any_status: bool = False) -> bool:

@@ -33,6 +33,9 @@ STEADY_SECONDS = 60.0
 #: A child that ends so often before it was ever ready will not become so.
 FAILED_STARTS = 3
 
+#: How long what a killed supervisor left may take to stop, before it is killed.
+LEFTOVERS_SECONDS = 20
+
 #: A log is cut at this size; the one before is kept as `NAME.log.1`.
 LOG_BYTES = 32 * 2**20
 
@@ -64,7 +67,6 @@ class Child:
     started_at: float = 0.0
     failures: int = 0
     restart_at: float | None = None
-    was_ready: bool = False
 
     @property
     def name(self) -> str:
@@ -96,23 +98,32 @@ class Supervisor:
         """Every child, in the order of starting."""
         return [child for group in self._groups for child in group]
 
-    def start(self, services: Sequence[Service]) -> None:
-        """Starts services side by side and returns once all are ready.
+    def start(self, *groups: Sequence[Service]) -> None:
+        """Starts services side by side and returns once all are ready; groups matter for the order of stopping.
 
         Raises `StackError` for one that keeps ending or is not ready in its time, `Stopped` when asked to stop.
         """
-        group = [Child(service, self._logs / f"{service.command.name}.log") for service in services]
-        self._groups.append(group)
-        for child in group:
+        started = [[Child(one, self._logs / f"{one.command.name}.log") for one in group] for group in groups]
+        self._groups += started
+        waiting = [child for group in started for child in group]
+        for child in waiting:
             self._spawn(child)
-        deadlines = {child.name: time.monotonic() + child.service.ready_within_seconds for child in group}
-        while waiting := [child for child in group if not child.was_ready]:
-            self._tick()
+        began = time.monotonic()
+        while waiting := [child for child in waiting if not self._is_ready(child)]:
+            self.tick()
+            self.check(FAILED_STARTS)
             for child in waiting:
-                if child.process is not None and child.service.is_ready():
-                    child.was_ready = True
-                elif child.failures >= FAILED_STARTS or time.monotonic() > deadlines[child.name]:
+                if time.monotonic() - began > child.service.ready_within_seconds:
                     raise StackError(_never_ready(child))
+
+    def check(self, failed_starts: int) -> None:
+        """Raises `StackError` for a child that has ended so often in a row, with the end of its log."""
+        for child in self.children:
+            if child.failures >= failed_starts:
+                raise StackError(_never_ready(child))
+
+    def _is_ready(self, child: Child) -> bool:
+        return child.process is not None and child.process.poll() is None and child.service.is_ready()
 
     def run(self, command: Command) -> None:
         """Runs a command that ends, such as a migration. Raises `StackError` with its last lines where it fails."""
@@ -120,7 +131,7 @@ class Supervisor:
         process = processes.start(command, log)
         try:
             while process.poll() is None:
-                self._tick()
+                self.tick()
         finally:
             processes.end_tree(process)
         if process.returncode != 0:
@@ -130,11 +141,12 @@ class Supervisor:
     def watch(self) -> None:
         """Keeps the children running until asked to stop. Raises `Stopped` then, and nothing else."""
         while True:
-            self._tick()
+            self.tick()
 
-    def ask_to_stop(self) -> None:
-        """Safe in a signal handler: once, stop in good order; twice, at once."""
+    def ask_to_stop(self) -> int:
+        """Safe in a signal handler: once, stop in good order; twice, at once. Answers how often it was asked."""
         self._stop_requests += 1
+        return self._stop_requests
 
     def stop(self) -> None:
         """Stops every child, the last started first, and leaves no process of theirs behind."""
@@ -150,7 +162,7 @@ class Supervisor:
             return
         found = processes.end_leftovers(
             [Identity(entry["name"], entry["pid"], entry["started"]) for entry in recorded["processes"]],
-            patience_seconds=20,
+            patience_seconds=LEFTOVERS_SECONDS,
             stop_signals={entry["name"]: entry["stop_signal"] for entry in recorded["processes"]},
         )
         if found:
@@ -167,11 +179,11 @@ class Supervisor:
         entries = [
             asdict(Identity.of(child.name, child.process)) | {"stop_signal": int(child.service.command.stop_signal)}
             for child in self.children
-            if child.process is not None and child.process.is_running()
+            if child.process is not None and child.process.poll() is None
         ]
         write_private(self._record, {"data_dir": str(self._data_dir), "processes": entries})
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """One round of watching: says who ended, starts again whose backoff is over, cuts long logs, sleeps."""
         if self._stop_requests:
             raise Stopped

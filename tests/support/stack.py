@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import psutil
 
+from device_operations.api_keys import parse_api_keys
 from device_operations.devices import name_devices, parse_devices
-from device_operations.settings import parse_api_keys
 from device_operations.stack import processes, services
 from device_operations.stack.state import free_port
 from device_operations.stack.supervisor import Service
@@ -90,7 +90,7 @@ class RunningStack:
             command = self._services[name].command
             below = processes.descendants(process)
             processes.ask_to_stop(process, command.stop_signal)
-            psutil.wait_procs([process], timeout=command.grace_seconds)
+            processes.await_end([process], command.grace_seconds)
             self._end(process, below)
 
     def kill(self, *names: str) -> None:
@@ -156,6 +156,14 @@ class RunningStack:
 
     def _gateway_names(self) -> list[str]:
         return [name for name in self._services if name not in self.device_ids]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs, for tests that none is left: one that only waits to be reaped does not."""
+    try:
+        return processes.is_alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20, interval_seconds: float = 0.05) -> Any:

@@ -1,0 +1,57 @@
+"""The commands that are one service each, as containers and service managers run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import click
+
+from device_operations.settings import load
+from device_operations.stack import services
+
+
+@click.command()
+def gateway() -> None:
+    """Run the HTTP gateway."""
+    load()
+    _become(*services.GATEWAY)
+
+
+@click.command()
+@click.option("--device", "device_id", required=True, metavar="ID", help="The device to own, such as gpu_0.")
+def worker(device_id: str) -> None:
+    """Run the worker of one device."""
+    load()
+    _become(*services.worker_arguments(device_id))
+
+
+@click.command()
+@click.argument("action", type=click.Choice(["upgrade", "downgrade", "current", "check"]), default="upgrade")
+@click.argument("revision", required=False)
+def migrate(action: str, revision: str | None) -> None:
+    """Bring the database to the newest revision (or another, or only tell)."""
+    load()
+    _become("-m", "migrations", action, *([revision] if revision else []))
+
+
+@click.command()
+def flower() -> None:
+    """Run Flower, every page behind its password."""
+    load()
+    _become(*services.FLOWER)
+
+
+def _become(*arguments: str) -> None:
+    """Turns this process into the service, so that signals reach it; on Windows, which cannot, waits for it."""
+    command = services.python(*arguments)
+    sys.stdout.flush()
+    if os.name == "posix":
+        os.execv(command[0], command)
+    child = subprocess.Popen(command)
+    while True:
+        try:
+            sys.exit(child.wait())
+        except KeyboardInterrupt:  # Ctrl-C reached the child too; it stops in good order.
+            continue
