@@ -1,0 +1,33 @@
+#!/bin/sh
+# Writes the lock files from pyproject.toml: exact versions for Python 3.11 and 3.12, one file for each kind of device.
+#
+#   cpu.lock         Linux, macOS and Windows, with the embedded servers and what the tests need
+#   cuda.lock        Linux with CUDA
+#   directml.lock    Windows with DirectML (torch-directml included)
+#   windowsml.lock   Windows with the maintained build of the same provider (inference only)
+#
+# Versions that a lock already has are kept; `./compile.sh --upgrade` takes new ones. Needs uv (`pip install uv`).
+set -eu
+cd "$(dirname "$0")/.."
+
+compile() {
+    name=$1
+    shift
+    uv pip compile pyproject.toml --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet \
+        "$@" --output-file "requirements/$name.lock"
+    # Python 3.13 is outside of requires-python anyway: saying so on every line hides the markers that matter.
+    sed -i -e "s/ ; python_full_version < '3.13'$//" -e "s/python_full_version < '3.13' and //" "requirements/$name.lock"
+}
+
+# The CUDA libraries are left out of cpu.lock: the wheel of torch that needs them asks for its own exact versions, and
+# the CPU's wheel, wherever an index or a folder of wheels offers it, needs none.
+without_cuda=$(printf ' --no-emit-package %s' cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas \
+    nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile \
+    nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink \
+    nvidia-nvshmem-cu13 nvidia-nvtx triton)
+
+# shellcheck disable=SC2086 # a list of options
+compile cpu --universal --extra cpu --extra local --extra dev $without_cuda "$@"
+compile cuda --python-platform linux --extra cuda --extra local -c requirements/cpu.lock "$@"
+compile directml --python-platform windows --extra directml --extra local "$@"
+compile windowsml --python-platform windows --extra windowsml --extra local -c requirements/cpu.lock "$@"
