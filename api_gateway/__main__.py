@@ -1,0 +1,88 @@
+"""`python -m api_gateway`: serves HTTP with uvicorn."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sys
+
+import structlog
+import uvicorn
+
+from api_gateway.app import create_app
+from device_operations.settings import Settings, SettingsError, load
+from tasks.logs import configure
+
+log = structlog.get_logger(__name__)
+
+
+def main() -> int:
+    """Serves until stopped. Exit status 2 for settings that cannot be served with, 3 for a port that is taken."""
+    try:
+        settings = load()
+        configure(settings, "gateway")
+        _require_keys_beyond_loopback(settings)
+        app = create_app(settings)
+        settings.require_database_url()
+        settings.require_redis_url()
+    except SettingsError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 2
+    taken = _port_taken(settings.http.host, settings.http.port)
+    if taken:
+        print(
+            f"gateway: cannot listen on {settings.http.host}:{settings.http.port}: {taken}; "
+            "set DEVICE_OPERATIONS_HTTP__PORT to a free port",
+            file=sys.stderr,
+        )
+        return 3
+    uvicorn.run(
+        app,
+        host=settings.http.host,
+        port=settings.http.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=65,
+        backlog=2048,
+        server_header=False,
+        date_header=False,
+    )
+    return 0
+
+
+def _require_keys_beyond_loopback(settings: Settings) -> None:
+    """Without API keys everybody who reaches the port may do everything: so nobody else may reach it."""
+    if settings.api_keys:
+        return
+    if not _is_loopback(settings.http.host):
+        raise SettingsError(
+            f"DEVICE_OPERATIONS_HTTP__HOST is {settings.http.host!r}, which others can reach, and no "
+            "DEVICE_OPERATIONS_API_KEYS are set; set keys (owner:key, …), or listen on 127.0.0.1"
+        )
+    log.warning("no API keys are set: whoever reaches this machine's loopback may submit and cancel jobs")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+
+
+def _port_taken(host: str, port: int) -> str | None:
+    """Why the port cannot be had; asked first, since uvicorn would only log it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        if sys.platform != "win32":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Who asks: an API key in `Authorization: Bearer …` or `X-API-Key` stands for an owner."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from api_gateway.gateway import Caller, of
+from device_operations.errors import failure
+
+#: Whoever asks where no keys are set, which is allowed on loopback only.
+ANYONE = Caller("default", admin=True)
+
+
+def authenticate(request: Request) -> Caller:
+    """The caller of a request; `unauthorized` where keys are set and none of them came along."""
+    keys = of(request).settings.api_keys
+    if not keys:
+        return ANYONE
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    given = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    found = None
+    # Every key is compared, so that the time taken does not tell which one came close.
+    for known in keys:
+        if hmac.compare_digest(known.key.encode(), given.encode()):
+            found = Caller(known.owner, known.admin)
+    if found is None:
+        raise failure("unauthorized", "send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+    return found
+
+
+def require_admin(caller: Caller) -> None:
+    """Refuses whoever is not an admin."""
+    if not caller.admin:
+        raise failure("forbidden", f"this is for admins; the key stands for {caller.owner!r}")
+
+
+Known = Annotated[Caller, Depends(authenticate)]

@@ -1,0 +1,119 @@
+"""Routes on blobs: streamed in and out, with ranges."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from api_gateway.auth import Known
+from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.submission import json_response
+from device_operations.errors import failure
+from tasks.blobs import Stored
+from tasks.store import blobs as store
+from tasks.store.connection import Row
+
+router = APIRouter(tags=["blobs"])
+
+
+@router.post("/api/blobs", status_code=201)
+async def upload(request: Request, caller: Known, sha256: str | None = None) -> Response:
+    """Stores the raw body as a new blob. `?sha256=` refuses a body with another hash."""
+    stored = await receive(request, caller, sha256)
+    told = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
+    return json_response(told, 201, {"Location": f"/api/blobs/{stored.blob_id}"})
+
+
+async def receive(request: Request, caller: Caller, sha256: str | None = None) -> Stored:
+    """Streams the body into the store and records the blob; a cut-off body leaves nothing behind."""
+    gateway = of(request)
+    limit = gateway.settings.blobs.max_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise failure("payload_too_large", f"a blob may have {limit} bytes (BLOBS__MAX_BYTES)")
+    try:
+        stored = await gateway.blobs.put_stream(request.stream(), limit, sha256)
+    except ClientDisconnect:
+        raise failure("malformed_request", "the body was cut off; nothing was stored") from None
+
+    def record() -> None:
+        told = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
+        with gateway.engine.connect() as connection:
+            store.insert(connection, {**told, "owner": caller.owner}, gateway.settings.blobs.ttl_hours * 3600)
+
+    await run_in_threadpool(record)
+    return stored
+
+
+@router.get("/api/blobs/{blob_id}")
+async def download(request: Request, caller: Known, blob_id: str) -> Response:
+    """The blob's bytes; `Range: bytes=a-b` gives a part of them."""
+    gateway = of(request)
+    blob = await run_in_threadpool(_visible, gateway, caller, blob_id)
+    headers = _headers(blob)
+    file = gateway.blobs.file(blob_id)
+    if file is not None:
+        return FileResponse(file, headers=headers, media_type="application/octet-stream")
+    start, end = _range(request.headers.get("range"), blob["size_bytes"])
+    partial = (start, end) != (0, blob["size_bytes"])
+    headers["Content-Length"] = str(end - start)
+    if partial:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{blob['size_bytes']}"
+    body = gateway.blobs.stream(blob_id, start, end - start)
+    return StreamingResponse(body, 206 if partial else 200, headers, "application/octet-stream")
+
+
+@router.head("/api/blobs/{blob_id}")
+async def describe(request: Request, caller: Known, blob_id: str) -> Response:
+    """The blob's size and hash, without its bytes."""
+    blob = await run_in_threadpool(_visible, of(request), caller, blob_id)
+    headers = {**_headers(blob), "Content-Length": str(blob["size_bytes"])}
+    return Response(None, 200, headers, "application/octet-stream")
+
+
+@router.delete("/api/blobs/{blob_id}", status_code=204)
+async def delete(request: Request, caller: Known, blob_id: str) -> Response:
+    """Deletes a blob that nothing open refers to."""
+    gateway = of(request)
+
+    def take_away() -> None:
+        _visible(gateway, caller, blob_id)
+        with gateway.engine.connect() as connection:
+            if not store.delete(connection, blob_id):
+                raise failure("blob_in_use", f"blob {blob_id} is used by an open job, a model or a session")
+        gateway.blobs.delete(blob_id)
+
+    await run_in_threadpool(take_away)
+    return Response(None, 204)
+
+
+def _visible(gateway: Gateway, caller: Caller, blob_id: str) -> Row:
+    with gateway.engine.connect() as connection:
+        blob = store.get(connection, blob_id)
+    if blob is None or not (caller.admin or blob["owner"] == caller.owner):
+        raise failure("blob_not_found", f"there is no blob {blob_id!r}: it was deleted, has expired, or is another's")
+    return blob
+
+
+def _headers(blob: Row) -> dict[str, str]:
+    headers = {"Accept-Ranges": "bytes", "ETag": f'"{blob["blob_id"]}"'}
+    if blob["sha256"]:
+        headers["X-Content-SHA256"] = blob["sha256"]
+    return headers
+
+
+def _range(header: str | None, size: int) -> tuple[int, int]:
+    """The half-open byte range that one `Range` header asks for; the whole blob without one."""
+    found = re.fullmatch(r"\s*bytes=(\d*)-(\d*)\s*", header or "")
+    if found is None or found.groups() == ("", ""):
+        return 0, size
+    first, last = found.groups()
+    start, end = (size - int(last), size) if not first else (int(first), int(last) + 1 if last else size)
+    start, end = max(0, start), min(end, size)
+    if start >= end:
+        raise failure("range_not_satisfiable", f"the blob has {size} bytes; {header!r} lies outside")
+    return start, end

@@ -1,0 +1,101 @@
+"""What `/openapi.json` says of bodies: schemas of the requests themselves, with an example that works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from device_operations.requests import inference, memory, training
+
+_TENSOR = {"dtype": "float32", "shape": [1, 2], "data": [[1.0, 2.0]]}
+
+#: For each body: the request's model, and an example.
+BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "load_model": (
+        inference.LoadModel,
+        {"name": "minilm", "source": {"path": "minilm/model.onnx"}, "options": {"max_batch_size": 16}},
+    ),
+    "run": (inference.Run, {"model_name": "minilm", "inputs": {"x": _TENSOR}, "job": {"priority": 7}}),
+    "open_session": (inference.OpenSession, {"model_name": "counter", "state": {"hidden_out": "hidden_in"}}),
+    "allocate": (memory.Allocate, {"size_bytes": 1048576, "fill": 0, "label": "scratch"}),
+    "copy": (
+        memory.Copy,
+        {"source": {"allocation_id": "a"}, "destination": {"allocation_id": "b", "offset": 0}, "size_bytes": 4096},
+    ),
+    "renew": (memory.Renew, {"ttl_seconds": 3600}),
+    "initialize": (
+        training.Initialize,
+        {
+            "model": {"kind": "layers", "layers": [{"type": "linear", "in_features": 2, "out_features": 1}]},
+            "loss": "mse",
+            "optimizer": {"type": "adam", "learning_rate": 0.01},
+        },
+    ),
+    "step": (
+        training.Step,
+        {
+            "session_id": "…",
+            "sequence": 1,
+            "inputs": {"input": _TENSOR},
+            "targets": {"dtype": "float32", "shape": [1, 1], "data": [[1.0]]},
+        },
+    ),
+    "checkpoint": (training.Checkpoint, {"session_id": "…", "name": "after-warm-up"}),
+    "validate": (
+        training.Validate,
+        {
+            "session_id": "…",
+            "inputs": {"input": _TENSOR},
+            "targets": {"dtype": "float32", "shape": [1, 1], "data": [[1.0]]},
+        },
+    ),
+}
+
+_BULK_SCHEMA = {
+    "type": "object",
+    "required": ["jobs"],
+    "properties": {
+        "jobs": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 1000,
+            "items": {
+                "type": "object",
+                "required": ["kind", "request"],
+                "properties": {"kind": {"type": "string"}, "request": {"type": "object"}},
+            },
+        }
+    },
+}
+
+
+def body_schema(name: str, *, required: bool = True) -> dict[str, Any]:
+    """The `openapi_extra` of a route that takes the body `name`."""
+    if name == "bulk":
+        schema: dict[str, Any] = _BULK_SCHEMA
+        example: dict[str, Any] = {"jobs": [{"kind": "memory.allocate", "request": {"size_bytes": 4096}}]}
+    else:
+        model, example = BODIES[name]
+        schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def install(app: FastAPI) -> None:
+    """Adds the requests' schemas to the application's document."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = made()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for model, _ in BODIES.values():
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,69 @@
+"""What one gateway process is made of, made once at its start and handed to every route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from fastapi import Request
+from sqlalchemy import Engine
+
+from api_gateway.submitter import Submitter
+from api_gateway.waiting import Waiters
+from device_operations.settings import Settings
+from tasks.blobs import BlobStore
+from tasks.database import open_engine
+from tasks.directory import Directory
+from tasks.plans.base import Context
+from tasks.publish import Publisher, connect
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whom an API key stands for. Without keys everybody is the owner `default`, and may act for any."""
+
+    owner: str
+    admin: bool
+
+
+@dataclass(slots=True)
+class Gateway:
+    """One process's connections and helpers."""
+
+    settings: Settings
+    engine: Engine
+    redis: redis.Redis
+    publisher: Publisher
+    directory: Directory
+    blobs: BlobStore
+    waiters: Waiters
+    submitter: Submitter
+
+    def context(self, caller: Caller) -> Context:
+        """What planners need to know of the caller and the world."""
+        return Context(self.engine, self.settings, self.directory, self.blobs, caller.owner, caller.admin)
+
+
+def build(settings: Settings) -> Gateway:
+    """Opens everything; nothing connects before it is used."""
+    engine = open_engine(settings.require_database_url(), pool_size=10, max_overflow=30)
+    client = connect(settings.require_redis_url())
+    publisher = Publisher(client)
+    return Gateway(
+        settings=settings,
+        engine=engine,
+        redis=client,
+        publisher=publisher,
+        directory=Directory(engine, settings),
+        blobs=BlobStore(str(settings.blobs.url)),
+        waiters=Waiters(settings.require_redis_url(), engine),
+        submitter=Submitter(engine, publisher),
+    )
+
+
+def of(request: Request) -> Gateway:
+    """The gateway of a request's process."""
+    found: Any = request.app.state.gateway
+    assert isinstance(found, Gateway)
+    return found

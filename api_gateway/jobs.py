@@ -1,0 +1,227 @@
+"""Routes on jobs: read, wait, list, follow, cancel, and many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from api_gateway.auth import Known
+from api_gateway.documents import body_schema
+from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.submission import (
+    MAX_WAIT_SECONDS,
+    accepted_all,
+    json_response,
+    promise_of,
+    read_body,
+    read_row,
+    wait_for,
+)
+from device_operations.errors import OperationError, failure
+from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
+from device_operations.requests.kinds import parse
+from tasks import lifecycle
+from tasks.plans import plan
+from tasks.store import jobs as store
+from tasks.store.connection import Row
+from tasks.store.jobs import Ending
+from tasks.submit import Plan
+
+router = APIRouter(tags=["jobs"])
+
+#: Jobs in one bulk submission at most.
+BULK_LIMIT = 1000
+
+#: Seconds between two comments on a quiet event stream, so that proxies keep it open.
+KEEPALIVE_SECONDS = 15.0
+
+
+@router.get("/api/jobs/{job_id}", response_model=Job)
+async def read_job(
+    request: Request,
+    caller: Known,
+    job_id: str,
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="seconds to wait for the job's end")] = 0,
+) -> Response:
+    """One job; with `wait`, as soon as it has ended, or as it stands when the time is up."""
+    gateway = of(request)
+    row = await _visible(gateway, caller, job_id)
+    if wait and row["state"] not in TERMINAL:
+        waited = await wait_for(gateway, row, wait)
+        if waited.status_code == 200:
+            return waited
+        row = await read_row(gateway, job_id)
+
+    def position() -> int | None:
+        with gateway.engine.connect() as connection:
+            return store.queue_position(connection, row)
+
+    ahead = await run_in_threadpool(position) if row["state"] in CLAIMABLE else None
+    return json_response(store.view(row, ahead))
+
+
+@router.get("/api/jobs")
+async def list_jobs(
+    request: Request,
+    caller: Known,
+    state: State | None = None,
+    kind: Kind | None = None,
+    device_id: str | None = None,
+    owner: str | None = None,
+    label: Annotated[str | None, Query(description="name:value or name=value")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    cursor: str | None = None,
+) -> Response:
+    """Jobs newest first, a page at a time."""
+    gateway = of(request)
+    if not caller.admin:
+        if owner not in (None, caller.owner):
+            raise failure("forbidden", f"this key stands for {caller.owner!r} and sees its own jobs only")
+        owner = caller.owner
+    filters = {
+        name: str(value)
+        for name, value in {"state": state, "kind": kind, "device_id": device_id, "owner": owner}.items()
+        if value is not None
+    }
+    before = _sequence(cursor) if cursor else None
+    pair = _label(label) if label else None
+
+    def read() -> list[Row]:
+        with gateway.engine.connect() as connection:
+            return store.page(connection, filters=filters, label=pair, before=before, limit=limit + 1)
+
+    rows = await run_in_threadpool(read)
+    more = rows[limit - 1]["seq"] if len(rows) > limit else None
+    return json_response(
+        {"jobs": [store.view(row) for row in rows[:limit]], "next_cursor": _cursor(more) if more is not None else None}
+    )
+
+
+@router.post("/api/jobs", status_code=202, openapi_extra=body_schema("bulk"))
+async def submit_many(request: Request, caller: Known) -> Response:
+    """Takes 1 to 1,000 jobs at once: all are recorded, or none."""
+    gateway = of(request)
+    body = await read_body(request)
+    entries = body.get("jobs")
+    if set(body) != {"jobs"} or not isinstance(entries, list) or not 1 <= len(entries) <= BULK_LIMIT:
+        raise failure("validation_failed", f"the body is {{'jobs': [1 to {BULK_LIMIT} of {{'kind', 'request'}}]}}")
+    context = gateway.context(caller)
+
+    def plan_all() -> list[Plan]:
+        return [_planned(context, index, entry) for index, entry in enumerate(entries)]
+
+    plans = await run_in_threadpool(plan_all)
+    rows = await gateway.submitter.submit(plans, promise_of(request, caller, body))
+    return accepted_all(rows)
+
+
+def _planned(context: Any, index: int, entry: Any) -> Plan:
+    if not isinstance(entry, dict) or not isinstance(entry.get("request"), dict) or set(entry) - {"kind", "request"}:
+        raise failure("validation_failed", f"jobs.{index} is not {{'kind': …, 'request': {{…}}}}")
+    try:
+        kind = Kind(entry.get("kind"))
+    except ValueError:
+        raise failure(
+            "validation_failed", f"jobs.{index}: no kind {entry.get('kind')!r}; there are: {', '.join(Kind)}"
+        ) from None
+    try:
+        return plan(context, kind, parse(kind, entry["request"]), new_id())
+    except OperationError as error:
+        error.message = f"jobs.{index}: {error.message}"
+        raise
+
+
+@router.get("/api/jobs/{job_id}/events")
+async def follow_job(request: Request, caller: Known, job_id: str) -> Response:
+    """Server-sent events: `state` and `progress` while the job is open, and at last `done` with the job."""
+    gateway = of(request)
+    await _visible(gateway, caller, job_id)
+    return StreamingResponse(
+        _events(gateway, job_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+@router.delete("/api/jobs/{job_id}", status_code=202, response_model=Job)
+async def cancel_job(request: Request, caller: Known, job_id: str) -> Response:
+    """Asks for cancellation: a queued job never starts, a running one stops at its next step, batch or node."""
+    gateway = of(request)
+    await _visible(gateway, caller, job_id)
+    row = await run_in_threadpool(cancel, gateway, job_id)
+    return json_response(store.view(row), 202, {"Location": f"/api/jobs/{job_id}"})
+
+
+def cancel(gateway: Gateway, job_id: str) -> Row:
+    """Cancels a job that waits, or tells the worker of one that runs; `job_finished` once it has ended."""
+    with gateway.engine.connect() as connection:
+        row = store.request_cancel(connection, job_id)
+        if row is None:
+            ended = store.get(connection, job_id)
+            state = ended["state"] if ended else "gone"
+            raise failure("job_finished", f"job {job_id} has ended: it is {state}")
+    if row["state"] in CLAIMABLE:
+        ending = Ending(job_id, State.CANCELLED.value, error=lifecycle.CANCELLED)
+        ended_rows = lifecycle.end(gateway.engine, [ending], sorted(CLAIMABLE))
+        lifecycle.announce(gateway.publisher, ended_rows)
+        row = next((ended for ended in ended_rows if ended["id"] == job_id), row)
+    if row["device_id"]:
+        gateway.publisher.wake(row["device_id"], {"cancel": job_id})
+    return row
+
+
+async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
+
+    async with gateway.waiters.following(job_id) as told, gateway.waiters.awaiting(job_id) as ended:
+        row = await read_row(gateway, job_id)
+        view = store.view(row)
+        yield _event("state", view)
+        if row["state"] in TERMINAL:
+            yield _event("done", view)
+            return
+        while True:
+            heard = asyncio.ensure_future(told.get())
+            await asyncio.wait({heard, ended}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if heard.done():
+                yield _event(heard.result()["event"], heard.result()["data"])
+                continue
+            heard.cancel()
+            if ended.done():
+                yield b"event: done\ndata: " + ended.result() + b"\n\n"
+                return
+            yield b": still here\n\n"
+
+
+def _event(name: str, data: Any) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data, option=orjson.OPT_UTC_Z) + b"\n\n"
+
+
+async def _visible(gateway: Gateway, caller: Caller, job_id: str) -> Row:
+    row = await read_row(gateway, job_id)
+    if not caller.admin and row["owner"] != caller.owner:
+        raise failure("job_not_found", f"there is no job {job_id!r} of {caller.owner!r}")
+    return row
+
+
+def _cursor(sequence: int) -> str:
+    return base64.urlsafe_b64encode(str(sequence).encode()).decode().rstrip("=")
+
+
+def _sequence(cursor: str) -> int:
+    try:
+        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except ValueError:
+        raise failure("validation_failed", f"cursor {cursor!r} is none that was given out") from None
+
+
+def _label(label: str) -> tuple[str, str]:
+    for separator in (":", "="):
+        name, found, value = label.partition(separator)
+        if found and name:
+            return name, value
+    raise failure("validation_failed", "label is name:value or name=value")

@@ -1,0 +1,91 @@
+"""Errors as RFC 9457 problems: one shape for every refusal, whoever raised it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from device_operations.errors import CODES, OperationError, failure
+from tasks.database import unavailable
+
+log = structlog.get_logger(__name__)
+
+PROBLEM = "application/problem+json"
+
+_BY_STATUS = {
+    400: "malformed_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
+    413: "payload_too_large", 415: "unsupported_media_type", 416: "range_not_satisfiable", 422: "validation_failed",
+}  # fmt: skip
+
+
+def answer(error: OperationError, instance: str) -> Response:
+    """The problem document of an error."""
+    body: dict[str, Any] = {
+        "type": f"urn:device-operations:problem:{error.code}",
+        "title": CODES[error.code].title,
+        "status": error.status,
+        "detail": error.message,
+        "code": error.code,
+        "instance": instance,
+    }
+    if error.errors:
+        body["errors"] = error.errors
+    if error.detail:
+        body["context"] = error.detail
+    headers = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after_seconds or 1)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps(body, default=str), error.status, headers, media_type=PROBLEM)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every way to fail answer with a problem; below /v2 the protocol's own form is used instead."""
+
+    @app.exception_handler(OperationError)
+    async def _refused(request: Request, error: OperationError) -> Response:
+        return _shape(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        problems = [
+            {"loc": [str(part) for part in entry["loc"]], "message": entry["msg"], "type": entry["type"]}
+            for entry in error.errors()
+        ]
+        first = problems[0]
+        message = f"{'.'.join(first['loc'])}: {first['message']}"
+        return _shape(request, failure("validation_failed", message, errors=problems))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        code = _BY_STATUS.get(error.status_code, "internal_error")
+        return _shape(request, failure(code, f"{request.method} {request.url.path}: {error.detail}"))
+
+    @app.exception_handler(DBAPIError)
+    async def _database(request: Request, error: DBAPIError) -> Response:
+        known = unavailable(error)
+        if isinstance(known, OperationError):
+            return _shape(request, known)
+        return await _unexpected(request, error)
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        log.error("request failed", path=request.url.path, exc_info=error)
+        return _shape(
+            request, failure("internal_error", f"{type(error).__name__} inside the gateway; its log says more")
+        )
+
+
+def _shape(request: Request, error: OperationError) -> Response:
+    if request.url.path.startswith("/v2"):
+        headers = {"Retry-After": str(error.retry_after_seconds or 1)} if error.status in (429, 503) else {}
+        return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")
+    return answer(error, request.url.path)

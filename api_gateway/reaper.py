@@ -1,0 +1,130 @@
+"""The reaper: what no worker will do. One gateway at a time is the leader, by an advisory lock of PostgreSQL.
+
+    due jobs are published · expired jobs end · lapsed leases are buried · sessions, blobs and old jobs go
+
+Nothing is buried until one lease period after PostgreSQL became reachable: a database that was away expired every
+lease at once, and the workers behind them are well.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import structlog
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from device_operations.jobs import CLAIMABLE, State
+from device_operations.settings import Settings
+from tasks import lifecycle
+from tasks.blobs import BlobStore
+from tasks.database import is_disconnect
+from tasks.publish import Publisher
+from tasks.store import blobs as blob_store
+from tasks.store import devices as device_store
+from tasks.store import jobs as store
+from tasks.store.connection import row, transaction
+from tasks.store.jobs import Ending
+
+log = structlog.get_logger(__name__)
+
+#: The advisory lock that the leader holds; any fixed number does.
+LEADER_LOCK = 7_235_002
+
+#: Seconds between two rounds, and between two rounds of what is not urgent.
+ROUND_SECONDS = 0.25
+SLOW_SECONDS = 10.0
+
+#: How much one round does at most of each thing.
+AT_ONCE = 500
+
+
+class Reaper:
+    """A thread of the gateway."""
+
+    def __init__(self, engine: Engine, publisher: Publisher, blobs: BlobStore, settings: Settings) -> None:
+        self._engine = engine
+        self._publisher = publisher
+        self._blobs = blobs
+        self._settings = settings
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._reap_until_stopped, name="reaper", daemon=True)
+
+    def start(self) -> None:
+        """Begins; does nothing while another gateway leads."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the round in progress."""
+        self._stopping.set()
+        self._thread.join(timeout=10)
+
+    def _reap_until_stopped(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with self._engine.connect() as leadership:
+                    self._lead(leadership)
+            except DBAPIError as error:
+                if not is_disconnect(error):
+                    log.error("reaper failed", error=str(error))
+                self._stopping.wait(1.0)
+            except Exception:
+                log.exception("reaper failed")
+                self._stopping.wait(1.0)
+
+    def _lead(self, leadership: Connection) -> None:
+        """Rounds for as long as this connection holds the lock; a broken one loses it, and reachability is counted anew."""
+        while not self._stopping.is_set():
+            held = row(leadership, "SELECT pg_try_advisory_lock(%(lock)s) AS held", {"lock": LEADER_LOCK})
+            if held and held["held"]:
+                break
+            self._stopping.wait(2.0)
+        reachable_since = time.monotonic()
+        slow_at = 0.0
+        while not self._stopping.wait(ROUND_SECONDS):
+            row(leadership, "SELECT 1")
+            self._publish_due()
+            self._expire()
+            if time.monotonic() - reachable_since > self._settings.lease_seconds:
+                self._bury()
+            if time.monotonic() - slow_at > SLOW_SECONDS:
+                slow_at = time.monotonic()
+                self._forget()
+
+    def _publish_due(self) -> None:
+        with self._engine.connect() as connection:
+            due = store.make_due(connection, AT_ONCE)
+        self._publisher.jobs([(job, job["request"]) for job in sorted(due, key=lambda job: job["seq"])])
+
+    def _expire(self) -> None:
+        with self._engine.connect() as connection:
+            ids = store.expired(connection, AT_ONCE)
+        if ids:
+            endings = [Ending(job_id, State.EXPIRED.value, error=lifecycle.EXPIRED) for job_id in ids]
+            lifecycle.announce(self._publisher, lifecycle.end(self._engine, endings, sorted(CLAIMABLE)))
+
+    def _bury(self) -> None:
+        with self._engine.connect() as connection:
+            lapsed = device_store.lapsed(connection)
+        for device in lapsed:
+            with transaction(self._engine) as connection:
+                current = device_store.lock(connection, device["device_id"])
+                if current is None or current["alive"] or current["buried"]:
+                    continue
+                burial = lifecycle.bury(connection, device["device_id"], current["epoch"])
+            log.warning(
+                "a worker is lost", device_id=device["device_id"], epoch=device["epoch"], ended=len(burial.ended),
+                requeued=len(burial.requeued), lost_allocations=len(burial.lost_allocations),
+            )  # fmt: skip
+            lifecycle.announce(self._publisher, burial.ended)
+            self._publisher.jobs([(job, job["request"]) for job in burial.requeued])
+
+    def _forget(self) -> None:
+        days = self._settings.jobs.retention_days
+        with self._engine.connect() as connection:
+            expired = blob_store.take_expired(connection, AT_ONCE)
+            store.forget(connection, days, 10 * AT_ONCE)
+            device_store.forget_samples(connection, days)
+        for blob_id in expired:
+            self._blobs.delete(blob_id)

@@ -1,0 +1,190 @@
+"""From a request's body to a job's answer: read, check, plan, record, and wait if the caller asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from api_gateway.gateway import Caller, Gateway, of
+from device_operations.errors import failure
+from device_operations.jobs import TERMINAL, Kind, new_id
+from device_operations.requests.base import JobRequest
+from device_operations.requests.kinds import parse
+from device_operations.tensors import INLINE_BYTES
+from tasks.database import unavailable
+from tasks.plans import plan
+from tasks.store import jobs as store
+from tasks.store.connection import Row
+from tasks.submit import Plan, Promise, body_hash
+
+#: The longest that a request may wait for its job, in seconds.
+MAX_WAIT_SECONDS = 60.0
+
+JSON = "application/json"
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer in JSON; times are RFC 3339 in UTC."""
+    return Response(orjson.dumps(value, option=orjson.OPT_UTC_Z, default=str), status, headers, media_type=JSON)
+
+
+async def read_body(request: Request, *, empty_is: Any = None) -> Any:
+    """The JSON body. `payload_too_large` over the limit, `malformed_request` for what is not JSON (NaN is not)."""
+    limit = of(request).settings.http.max_body_bytes
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    if not body:
+        if empty_is is not None:
+            return empty_is
+        raise failure("malformed_request", "the body is empty; send a JSON object")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise failure("malformed_request", f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise failure("malformed_request", "the body is not a JSON object")
+    return value
+
+
+async def submit_job(request: Request, caller: Caller, kind: Kind, body: dict[str, Any]) -> Response:
+    """Takes one job: 202 with the job, or 200 with the finished job where `Prefer: wait=S` saw its end."""
+    gateway = of(request)
+    heavy = int(request.headers.get("content-length") or INLINE_BYTES) > INLINE_BYTES
+    parsed = await run_in_threadpool(parse, kind, body) if heavy else parse(kind, body)
+    promise = promise_of(request, caller, body)
+    wait_seconds = preferred_wait(request)
+    return await submit_parsed(gateway, caller, kind, parsed, promise, wait_seconds, heavy=heavy)
+
+
+async def submit_parsed(
+    gateway: Gateway,
+    caller: Caller,
+    kind: Kind,
+    parsed: JobRequest,
+    promise: Promise | None,
+    wait_seconds: float,
+    *,
+    heavy: bool = True,
+) -> Response:
+    """The same for a request that is checked already."""
+    job_id = new_id()
+    made = await make_plan(gateway, caller, kind, parsed, job_id, heavy=heavy)
+    if not wait_seconds:
+        rows = await gateway.submitter.submit([made], promise)
+        return accepted(rows[0])
+    async with gateway.waiters.awaiting(job_id) as ended:
+        rows = await gateway.submitter.submit([made], promise, awaited=promise is None)
+        row = rows[0]
+        if row["id"] != job_id:
+            return await wait_for(gateway, row, wait_seconds)
+        try:
+            text = await asyncio.wait_for(ended, wait_seconds)
+        except TimeoutError:
+            return accepted(await read_row(gateway, job_id))
+        return Response(text, 200, _location(row), media_type=JSON)
+
+
+async def make_plan(
+    gateway: Gateway, caller: Caller, kind: Kind, parsed: JobRequest, job_id: str, *, heavy: bool = True
+) -> Plan:
+    """Plans on the event loop where that reads no database and moves no bytes, else on a thread."""
+    context = gateway.context(caller)
+    light = kind is Kind.INFERENCE_RUN and not heavy and _touches_nothing(parsed) and gateway.directory.is_fresh()
+    try:
+        return (
+            plan(context, kind, parsed, job_id)
+            if light
+            else await run_in_threadpool(plan, context, kind, parsed, job_id)
+        )
+    except Exception as error:
+        raise unavailable(error) from error
+
+
+async def wait_for(gateway: Gateway, row: Row, wait_seconds: float) -> Response:
+    """A job that exists, as soon as it has ended, or as it stands when the time is up."""
+    job_id = row["id"]
+    async with gateway.waiters.awaiting(job_id) as ended:
+        current = await read_row(gateway, job_id)
+        if current["state"] in TERMINAL:
+            return json_response(store.view(current), headers=_location(current))
+        try:
+            return Response(await asyncio.wait_for(ended, wait_seconds), 200, _location(current), media_type=JSON)
+        except TimeoutError:
+            return accepted(await read_row(gateway, job_id))
+
+
+async def read_row(gateway: Gateway, job_id: str) -> Row:
+    """One job's row; `job_not_found` where there is none."""
+
+    def read() -> Row | None:
+        with gateway.engine.connect() as connection:
+            return store.get(connection, job_id)
+
+    row = await run_in_threadpool(read)
+    if row is None:
+        raise failure("job_not_found", f"there is no job {job_id!r}, or it is no longer kept (JOBS__RETENTION_DAYS)")
+    return row
+
+
+def accepted(row: Row) -> Response:
+    """202 with the job and where to find it; 200 where it has ended already."""
+    status = 200 if row["state"] in TERMINAL else 202
+    return json_response(store.view(row), status, _location(row))
+
+
+def accepted_all(rows: Sequence[Row]) -> Response:
+    """202 with several jobs."""
+    return json_response({"jobs": [store.view(row) for row in rows]}, 202)
+
+
+def promise_of(request: Request, caller: Caller, body: Any) -> Promise | None:
+    """What `Idempotency-Key` asks for."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= 255:
+        raise failure("malformed_request", "Idempotency-Key has 1 to 255 characters")
+    route = f"{request.method} {request.url.path}"
+    return Promise(caller.owner, route, key, body_hash([body, sorted(request.query_params.multi_items())]))
+
+
+def preferred_wait(request: Request) -> float:
+    """The seconds of `Prefer: wait=S`, 0 where it is absent, at most 60."""
+    preferred = request.headers.get("prefer")
+    if preferred is None:
+        return 0.0
+    found = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+(?:\.\d+)?)", preferred)
+    return min(float(found.group(1)), MAX_WAIT_SECONDS) if found else 0.0
+
+
+def _touches_nothing(parsed: Any) -> bool:
+    """Whether a run names only what the directory knows: no session, no allocation, no blob, nothing to store."""
+    return (
+        parsed.session_id is None
+        and not parsed.into
+        and all(t.blob_id is None and t.allocation_id is None for t in parsed.inputs.values())
+    )
+
+
+def _location(row: Row) -> dict[str, str]:
+    return {"Location": f"/api/jobs/{row['id']}"}
+
+
+def _too_large(limit: int) -> Exception:
+    return failure(
+        "payload_too_large",
+        f"a JSON body may have {limit} bytes (HTTP__MAX_BODY_BYTES); send big tensors as blobs: POST /api/blobs",
+    )

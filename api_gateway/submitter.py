@@ -1,0 +1,153 @@
+"""Submitting from many requests at once: what arrived while the last statement committed shares the next one.
+
+Plans without resources to order, predecessors or records of their own (an inference run, mostly) go through one
+thread: one INSERT for all that wait, one pipelined publish. Everything else is a transaction of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection, Engine
+from starlette.concurrency import run_in_threadpool
+
+from device_operations.errors import failure
+from tasks import submit
+from tasks.database import unavailable
+from tasks.publish import Publisher
+from tasks.store import jobs as store
+from tasks.store.connection import Row, execute
+from tasks.submit import Plan, Promise
+
+log = structlog.get_logger(__name__)
+
+#: Jobs in one INSERT at most.
+AT_ONCE = 500
+
+
+@dataclass(slots=True)
+class _Waiting:
+    plans: Sequence[Plan]
+    #: Whether the caller waits for the end in this very request: nothing was promised before the answer.
+    awaited: bool
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[list[Row]]
+
+
+class Submitter:
+    """Records and publishes plans. `submit` may be awaited by any number of requests at once."""
+
+    def __init__(self, engine: Engine, publisher: Publisher) -> None:
+        self._engine = engine
+        self._publisher = publisher
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._record_until_stopped, name="submitter", daemon=True)
+        self._connections: dict[bool, Connection] = {}
+
+    def start(self) -> None:
+        """Begins to take plans."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Records what is left, then ends."""
+        self._queue.put(None)
+        self._thread.join(timeout=10)
+
+    async def submit(self, plans: Sequence[Plan], promise: Promise | None, *, awaited: bool = False) -> list[Row]:
+        """Records all of `plans` or none, publishes them, and gives their rows in order."""
+        if promise is None and all(_is_simple(plan) for plan in plans) and len(plans) <= AT_ONCE:
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[list[Row]] = loop.create_future()
+            self._queue.put(_Waiting(plans, awaited, loop, future))
+            return await future
+        try:
+            return await run_in_threadpool(submit.submit, self._engine, self._publisher, plans, promise)
+        except Exception as error:
+            raise unavailable(error) from error
+
+    def _record_until_stopped(self) -> None:
+        while True:
+            first = self._queue.get()
+            if first is None:
+                return
+            together = [first]
+            count = len(first.plans)
+            while count < AT_ONCE:
+                try:
+                    more = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    self._queue.put(None)
+                    break
+                together.append(more)
+                count += len(more.plans)
+            try:
+                answers: list[Any] = self._record(together)
+            except Exception as error:  # noqa: BLE001 - handed to each of the requests that wait
+                answers = [unavailable(error)] * len(together)
+            _answer(together, answers)
+
+    def _record(self, together: list[_Waiting]) -> list[list[Row]]:
+        plans = [plan for waiting in together for plan in waiting.plans]
+        relaxed = all(waiting.awaited for waiting in together)
+        rows = self._insert([plan.job for plan in plans], relaxed)
+        submit.publish(self._publisher, plans, rows)
+        by_id = {row["id"]: row for row in rows}
+        if len(by_id) != len(plans):
+            raise failure("internal_error", "a new job's id was taken")
+        return [[by_id[plan.job.id] for plan in waiting.plans] for waiting in together]
+
+    def _insert(self, jobs: list[store.NewJob], relaxed: bool) -> list[Row]:
+        """One INSERT on a connection that is kept; a broken one is replaced once."""
+        for attempt in (1, 2):
+            try:
+                return store.insert(self._connection(relaxed), jobs)
+            except Exception as error:
+                self._close(relaxed)
+                if attempt == 2 or unavailable(error) is error:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _connection(self, relaxed: bool) -> Connection:
+        """A connection in autocommit. A relaxed one does not wait for the disk: a 202 never comes from it."""
+        connection = self._connections.get(relaxed)
+        if connection is None:
+            connection = self._engine.connect()
+            if relaxed:
+                execute(connection, "SET synchronous_commit = off")
+                # Never back to the pool with that setting.
+                connection.detach()
+            self._connections[relaxed] = connection
+        return connection
+
+    def _close(self, relaxed: bool) -> None:
+        connection = self._connections.pop(relaxed, None)
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
+
+
+def _is_simple(plan: Plan) -> bool:
+    return plan.record is None and not plan.exclusive and not plan.job.after
+
+
+def _answer(together: list[_Waiting], answers: list[Any]) -> None:
+    """Hands each request its rows or its error, with one wake-up of the event loop."""
+
+    def hand_over() -> None:
+        for waiting, answer in zip(together, answers, strict=True):
+            if waiting.future.done():
+                continue
+            if isinstance(answer, BaseException):
+                waiting.future.set_exception(answer)
+            else:
+                waiting.future.set_result(answer)
+
+    together[0].loop.call_soon_threadsafe(hand_over)

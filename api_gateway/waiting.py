@@ -1,0 +1,146 @@
+"""Waiting for jobs: one Redis subscription for the whole process wakes every request that waits.
+
+First register, then read the record: an end between the two is not missed. After a broken connection, and every
+`LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement costs seconds, not for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import orjson
+import redis.asyncio
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+from starlette.concurrency import run_in_threadpool
+
+from device_operations.jobs import TERMINAL
+from tasks.queues import DONE_CHANNEL, job_channel
+from tasks.store import jobs as store
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 2.0
+
+_DONE = DONE_CHANNEL.encode()
+
+
+class Waiters:
+    """Everybody in this process who waits for a job or follows one."""
+
+    def __init__(self, redis_url: str, engine: Engine) -> None:
+        self._client = redis.asyncio.Redis.from_url(
+            redis_url, socket_keepalive=True, socket_connect_timeout=5, health_check_interval=30
+        )
+        self._engine = engine
+        self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+        self._awaited: dict[bytes, set[asyncio.Future[bytes]]] = {}
+        self._followers: dict[bytes, set[asyncio.Queue[dict[str, Any]]]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Subscribes and begins to listen."""
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._look())]
+
+    async def stop(self) -> None:
+        """Ends the subscription; who still waits is answered by the time limit."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+        await self._pubsub.aclose()
+        await self._client.aclose()
+
+    @asynccontextmanager
+    async def awaiting(self, job_id: str) -> AsyncIterator[asyncio.Future[bytes]]:
+        """A future that is given the ended job as JSON bytes."""
+        key = job_id.encode()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._awaited.setdefault(key, set()).add(future)
+        try:
+            yield future
+        finally:
+            waiting = self._awaited.get(key)
+            if waiting is not None:
+                waiting.discard(future)
+                if not waiting:
+                    del self._awaited[key]
+
+    @asynccontextmanager
+    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
+        """A queue of `{"event", "data"}` while the job goes on, on the same subscription."""
+        channel = job_channel(job_id).encode()
+        told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        followers = self._followers.setdefault(channel, set())
+        followers.add(told)
+        if len(followers) == 1:
+            await self._pubsub.subscribe(channel)
+        try:
+            yield told
+        finally:
+            followers.discard(told)
+            if not followers:
+                self._followers.pop(channel, None)
+                with suppress(RedisError):
+                    await self._pubsub.unsubscribe(channel)
+
+    async def _listen(self) -> None:
+        wait_seconds = 0.05
+        while True:
+            try:
+                await self._pubsub.subscribe(_DONE, *self._followers)
+                await self._read_awaited()
+                wait_seconds = 0.05
+                while True:
+                    message = await self._pubsub.get_message(timeout=None)
+                    if message is not None and message["type"] == "message":
+                        self._hand_over(message["channel"], message["data"])
+            except (RedisError, OSError) as error:
+                log.warning("subscription broken", error=str(error), retry_in_seconds=wait_seconds)
+                await asyncio.sleep(wait_seconds)
+                wait_seconds = min(2.0, wait_seconds * 2)
+                await self._pubsub.aclose()
+                self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+
+    def _hand_over(self, channel: bytes, data: bytes) -> None:
+        if channel == _DONE:
+            job_id, _, text = data.partition(b" ")
+            for future in self._awaited.get(job_id, ()):
+                if not future.done():
+                    future.set_result(text)
+            return
+        for follower in self._followers.get(channel, ()):
+            follower.put_nowait(orjson.loads(data))
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._read_awaited()
+
+    async def _read_awaited(self) -> None:
+        """One read of all awaited jobs."""
+        ids = [job_id.decode() for job_id in self._awaited]
+        if not ids:
+            return
+
+        def read() -> dict[str, Any]:
+            with self._engine.connect() as connection:
+                return store.get_many(connection, ids)
+
+        try:
+            found = await run_in_threadpool(read)
+        except DBAPIError as error:
+            log.warning("awaited jobs could not be read", error=str(error.orig).strip())
+            return
+        for job_id, row in found.items():
+            if row["state"] in TERMINAL:
+                text = orjson.dumps(store.view(row), option=orjson.OPT_UTC_Z)
+                for future in self._awaited.get(job_id.encode(), ()):
+                    if not future.done():
+                        future.set_result(text)

@@ -1,0 +1,161 @@
+"""The job: its kinds, its states and the arrows between them, and the value that callers see.
+
+    scheduled ──▶ queued ──▶ reserved ──▶ running ──▶ succeeded
+        │           │           │        │  ▲  │
+        │           │           │        ▼  │  ├────▶ failed
+        │           │           │      retrying│
+        │           │           │        │     └────▶ cancelled
+        └───────────┴───────────┴────────┴──────────▶ cancelled, expired, failed
+
+`running` goes back to `queued` when its worker died and the job may run again. A terminal state never changes: a
+trigger in the database refuses it, and every UPDATE is guarded by the states that it may leave.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class State(StrEnum):
+    """Where a job stands."""
+
+    SCHEDULED = "scheduled"
+    QUEUED = "queued"
+    RESERVED = "reserved"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job has ended for good."""
+        return self in TERMINAL
+
+    @property
+    def celery(self) -> str:
+        """Celery's name for this state."""
+        return _CELERY[self]
+
+
+TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED})
+#: States from which a worker may claim a job.
+CLAIMABLE = frozenset({State.SCHEDULED, State.QUEUED, State.RESERVED, State.RETRYING})
+#: States that have not ended.
+OPEN = CLAIMABLE | {State.RUNNING}
+
+#: The states that may follow each state. `tests/` hold the store's UPDATEs and the trigger to this table.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.SCHEDULED: frozenset({State.QUEUED, State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
+    State.QUEUED: frozenset({State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
+    State.RESERVED: frozenset({State.QUEUED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
+    State.RUNNING: frozenset({State.QUEUED, State.RETRYING} | TERMINAL),
+    State.RETRYING: frozenset({State.QUEUED, State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
+    **{state: frozenset() for state in TERMINAL},
+}
+
+_CELERY = {
+    State.SCHEDULED: "PENDING",
+    State.QUEUED: "PENDING",
+    State.RESERVED: "RECEIVED",
+    State.RUNNING: "STARTED",
+    State.RETRYING: "RETRY",
+    State.SUCCEEDED: "SUCCESS",
+    State.FAILED: "FAILURE",
+    State.CANCELLED: "REVOKED",
+    State.EXPIRED: "REVOKED",
+}
+
+
+class Kind(StrEnum):
+    """What a job does. The Celery task of a kind is `device_operations.<kind>`."""
+
+    MEMORY_ALLOCATE = "memory.allocate"
+    MEMORY_DEALLOCATE = "memory.deallocate"
+    MEMORY_COPY = "memory.copy"
+    MEMORY_CLEAR = "memory.clear"
+    MEMORY_WRITE = "memory.write"
+    MEMORY_READ = "memory.read"
+    INFERENCE_LOAD_MODEL = "inference.load_model"
+    INFERENCE_RUN = "inference.run"
+    INFERENCE_UNLOAD_MODEL = "inference.unload_model"
+    INFERENCE_CLOSE_SESSION = "inference.close_session"
+    TRAINING_INITIALIZE = "training.initialize"
+    TRAINING_STEP = "training.step"
+    TRAINING_CHECKPOINT = "training.checkpoint"
+    TRAINING_VALIDATE = "training.validate"
+    TRAINING_END_SESSION = "training.end_session"
+
+    @property
+    def task(self) -> str:
+        """The name of the kind's Celery task."""
+        return f"device_operations.{self.value}"
+
+
+#: The prefix of every Celery task's name.
+TASK_PREFIX = "device_operations."
+
+
+class Resource(BaseModel):
+    """What a job makes: known at submission, so that dependent jobs can be submitted at once."""
+
+    type: str
+    id: str
+
+
+class Timings(BaseModel):
+    """Milliseconds from submission to start, on the device, and from submission to the end."""
+
+    queued_ms: float | None = None
+    device_ms: float | None = None
+    total_ms: float | None = None
+
+
+class Job(BaseModel):
+    """One unit of work as every caller sees it (contract, section 2)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    job_id: str
+    kind: str
+    state: State
+    celery_state: str
+    device_id: str | None
+    queue: str
+    priority: int
+    attempt: int
+    max_attempts: int
+    queue_position: int | None = None
+    progress: dict[str, Any] | None = None
+    resource: Resource | None = None
+    submitted_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    expires_at: datetime | None = None
+    timings: Timings = Timings()
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    owner: str
+    labels: dict[str, str] = {}
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job has ended for good."""
+        return self.state.terminal
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562): 48 bits of Unix milliseconds first, so that ids sort by time of making."""
+    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return str(uuid.UUID(int=value))

@@ -1,0 +1,52 @@
+"""What every request has: no unknown fields, no NaN, and the options of the job that carries it out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+#: Identifiers that a caller may choose.
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+Identifier = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")]
+Label = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00]*$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+#: Offsets and sizes are bytes in a signed 64-bit integer.
+MAX_BYTES = 2**63 - 1
+Offset = Annotated[int, Field(ge=0, le=MAX_BYTES, strict=True)]
+Size = Annotated[int, Field(gt=0, le=MAX_BYTES, strict=True)]
+
+
+class Request(BaseModel):
+    """The base of every request: unknown fields are refused, and so are NaN and infinities."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class JobOptions(Request):
+    """The optional field `job` of every submission."""
+
+    priority: int = Field(5, ge=0, le=9, strict=True, description="0 (low) to 9 (high)")
+    timeout_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="limit on the run itself")
+    delay_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not before this many seconds from now")
+    expires_in_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not started by then: expired")
+    max_attempts: int = Field(1, ge=1, le=100, strict=True, description="runs of a job that fails retryably")
+    after: list[Identifier] = Field(default_factory=list, max_length=1000, description="jobs that must end first")
+    webhook_url: str | None = Field(None, max_length=2000)
+    owner: Name | None = None
+    labels: dict[Label, Label] = Field(default_factory=dict, max_length=32)
+
+
+class JobRequest(Request):
+    """A request that becomes a job: its own fields, and `job`."""
+
+    job: JobOptions = Field(default_factory=JobOptions)
+
+    def blob_ids(self) -> list[str]:
+        """The blobs that this request reads; they are kept at least until the job has ended."""
+        return []
+
+    def payload(self) -> dict[str, Any]:
+        """The request as it is stored and sent: JSON values, without `job` and without what was not said."""
+        return self.model_dump(mode="json", exclude={"job"}, exclude_none=True)

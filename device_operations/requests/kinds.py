@@ -1,0 +1,49 @@
+"""Which request belongs to which job kind, and the one way to check a request that came as plain JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from device_operations.errors import failure
+from device_operations.jobs import Kind
+from device_operations.requests import inference, memory, training
+from device_operations.requests.base import JobRequest
+
+REQUESTS: dict[Kind, type[JobRequest]] = {
+    Kind.MEMORY_ALLOCATE: memory.Allocate,
+    Kind.MEMORY_DEALLOCATE: memory.Deallocate,
+    Kind.MEMORY_COPY: memory.Copy,
+    Kind.MEMORY_CLEAR: memory.Clear,
+    Kind.MEMORY_WRITE: memory.Write,
+    Kind.MEMORY_READ: memory.Read,
+    Kind.INFERENCE_LOAD_MODEL: inference.LoadModel,
+    Kind.INFERENCE_RUN: inference.Run,
+    Kind.INFERENCE_UNLOAD_MODEL: inference.UnloadModel,
+    Kind.INFERENCE_CLOSE_SESSION: inference.CloseSession,
+    Kind.TRAINING_INITIALIZE: training.Initialize,
+    Kind.TRAINING_STEP: training.Step,
+    Kind.TRAINING_CHECKPOINT: training.Checkpoint,
+    Kind.TRAINING_VALIDATE: training.Validate,
+    Kind.TRAINING_END_SESSION: training.EndSession,
+}
+
+
+def parse(kind: Kind, request: Any) -> JobRequest:
+    """The checked request of `kind`; `validation_failed` names every field that does not fit."""
+    try:
+        return REQUESTS[kind].model_validate(request)
+    except ValidationError as error:
+        raise invalid(error, f"The request of {kind.value} does not fit the contract") from error
+
+
+def invalid(error: ValidationError, what: str) -> Exception:
+    """`validation_failed` with one entry for each field that does not fit."""
+    problems = [
+        {"loc": [str(part) for part in entry["loc"]], "message": entry["msg"], "type": entry["type"]}
+        for entry in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+    first = problems[0]
+    where = ".".join(first["loc"]) or "the body"
+    return failure("validation_failed", f"{what}: {where}: {first['message']}", errors=problems)

@@ -1,0 +1,190 @@
+"""Tensors on the wire: the JSON form, its checks, and NumPy arrays in and out of it.
+
+A tensor is `{"dtype", "shape"}` plus exactly one of `data`, `base64`, `blob_id` or `allocation_id` (contract, section 3).
+Bytes are little-endian and row-major. NumPy is imported only where arrays are made, so that clients without it work.
+"""
+
+from __future__ import annotations
+
+import base64 as _base64
+import binascii
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from device_operations.errors import failure
+from device_operations.requests.base import Identifier, Offset, Request
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Bytes of one element of each dtype that has a fixed size.
+FIXED_DTYPES: dict[str, int] = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "uint32": 4, "float32": 4,
+    "int64": 8, "uint64": 8, "float64": 8,
+}  # fmt: skip
+
+Dtype = Literal[
+    "bool", "int8", "uint8", "int16", "uint16", "float16", "int32", "uint32", "float32", "int64", "uint64", "float64",
+    "string",
+]  # fmt: skip
+Form = Literal["data", "base64", "blob", "auto"]
+
+#: Above this many bytes a tensor given back is a blob unless another form was asked for, and a payload leaves its row.
+INLINE_BYTES = 65_536
+
+
+class Tensor(Request):
+    """A tensor as it is sent: where its elements are, and how to read them."""
+
+    dtype: Dtype
+    shape: list[int] = Field(max_length=32)
+    data: Any = None
+    base64: str | None = None
+    blob_id: Identifier | None = None
+    allocation_id: Identifier | None = None
+    offset: Offset = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly_one_source(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            given = [name for name in ("data", "base64", "blob_id", "allocation_id") if value.get(name) is not None]
+            if len(given) != 1:
+                raise ValueError("a tensor has exactly one of data, base64, blob_id and allocation_id")
+            if "offset" in value and given[0] in ("data", "base64"):
+                raise ValueError("offset goes with blob_id or allocation_id only")
+        return value
+
+    @model_validator(mode="after")
+    def _shape_and_dtype(self) -> Tensor:
+        if any(side < 0 for side in self.shape):
+            raise ValueError("a side of shape is negative")
+        if self.dtype == "string" and self.data is None:
+            raise ValueError("tensors of dtype string are given as data")
+        if self.dtype != "string" and self.count * FIXED_DTYPES[self.dtype] >= 2**63:
+            raise ValueError("the tensor exceeds 2**63 - 1 bytes")
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many elements the shape has."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes the elements take; 0 for `string`, which has no fixed size."""
+        return self.count * FIXED_DTYPES.get(self.dtype, 0)
+
+
+class IntoAllocation(Request):
+    """Where on the device an output is to be written."""
+
+    allocation_id: Identifier
+    offset: Offset = 0
+
+
+def decode(tensor: Tensor, name: str = "tensor") -> np.ndarray:
+    """The NumPy array of a tensor given as `data` or `base64`.
+
+    Raises `input_mismatch` when the elements do not fit shape or dtype.
+    """
+    if tensor.base64 is not None:
+        try:
+            raw = _base64.b64decode(tensor.base64, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise failure("input_mismatch", f"{name}: base64 does not decode: {error}") from error
+        return from_bytes(raw, tensor.dtype, tensor.shape, name)
+    return from_numbers(tensor.data, tensor.dtype, tensor.shape, name)
+
+
+def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray:
+    """A read-only array over little-endian, row-major bytes; `input_mismatch` when their number does not fit."""
+    import numpy as np
+
+    wanted = math.prod(shape) * FIXED_DTYPES[dtype]
+    there = len(raw)
+    if there != wanted:
+        raise failure(
+            "input_mismatch", f"{name}: shape {shape} of {dtype} takes {wanted} bytes, but {there} were given"
+        )
+    return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray:
+    """An array from nested or flat numbers, bools or strings; `input_mismatch` when they do not fit shape or dtype."""
+    import numpy as np
+
+    flat = data if isinstance(data, list) else [data]
+    while flat and isinstance(flat[0], list):
+        width = len(flat[0])
+        if not all(isinstance(row, list) and len(row) == width for row in flat):
+            raise failure("input_mismatch", f"{name}: data is ragged")
+        flat = [element for row in flat for element in row]
+    wanted = math.prod(shape)
+    nesting = _shape_of(data)
+    if len(flat) != wanted or (len(nesting) > 1 and nesting != list(shape)):
+        raise failure("input_mismatch", f"{name}: shape {shape} holds {wanted} elements, but data has shape {nesting}")
+    _check_elements(flat, dtype, name)
+    try:
+        if dtype == "string":
+            array = np.empty(wanted, dtype=object)
+            array[:] = flat
+        else:
+            array = np.array(flat, dtype=np.dtype(dtype))
+    except (OverflowError, TypeError, ValueError) as error:
+        raise failure("input_mismatch", f"{name}: data does not fit {dtype}: {error}") from error
+    return array.reshape(shape)
+
+
+def _shape_of(data: Any) -> list[int]:
+    shape = []
+    while isinstance(data, list):
+        shape.append(len(data))
+        data = data[0] if data else None
+    return shape
+
+
+def _check_elements(flat: list[Any], dtype: str, name: str) -> None:
+    """Refuses what NumPy would quietly convert: "1" to 1, 1.5 to 1, 2 to True, 300 to a wrapped byte."""
+    found = {type(element) for element in flat}
+    if dtype == "string":
+        allowed: set[type] = {str}
+    elif dtype == "bool":
+        allowed = {bool}
+    elif dtype.startswith("float"):
+        allowed = {int, float}
+    else:
+        allowed = {int}
+    wrong = found - allowed
+    if wrong:
+        names = ", ".join(sorted("null" if kind is type(None) else kind.__name__ for kind in wrong))
+        raise failure("input_mismatch", f"{name}: data holds {names} where {dtype} was announced")
+    if allowed == {int} and flat:
+        bits = FIXED_DTYPES[dtype] * 8
+        low, high = (0, 2**bits - 1) if dtype.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        if min(flat) < low or max(flat) > high:
+            raise failure("input_mismatch", f"{name}: data holds numbers outside {dtype}")
+
+
+def encode(array: np.ndarray, form: Literal["data", "base64"]) -> dict[str, Any]:
+    """The wire form of an array. NaN and infinities cannot be JSON numbers: such arrays become base64."""
+    import numpy as np
+
+    if array.dtype == object or array.dtype.kind in "US":
+        flat = [e.decode("utf-8", "replace") if isinstance(e, bytes) else str(e) for e in array.reshape(-1)]
+        return {"dtype": "string", "shape": list(array.shape), "data": flat}
+    described: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    if form == "data" and (array.dtype.kind != "f" or bool(np.isfinite(array).all())):
+        described["data"] = array.reshape(-1).tolist()
+    else:
+        described["base64"] = _base64.b64encode(to_bytes(array)).decode("ascii")
+    return described
+
+
+def to_bytes(array: np.ndarray) -> bytes:
+    """The elements as little-endian, row-major bytes."""
+    import numpy as np
+
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()

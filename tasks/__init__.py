@@ -1,0 +1,1 @@
+"""What a job is: records, store, submitting, the life of a job."""

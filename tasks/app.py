@@ -1,0 +1,97 @@
+"""The Celery application: its settings, and one named task for each job kind.
+
+The tasks' bodies never run: the worker's own pool (`workers.pool`) takes each message into the lane, where jobs run in
+order of priority and one device call at a time. They are registered so that Celery, Flower and every Celery tool know
+the names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+from device_operations.jobs import Kind
+from device_operations.settings import Settings, load
+from tasks.queues import ANY_QUEUE, device_queue
+
+#: Messages that one worker may hold unacknowledged. Far more than the lane runs at once, so that a high priority is
+#: seen early; jobs whose predecessors are elsewhere are acknowledged at once and do not count.
+PREFETCH = 256
+
+#: Redis must not hand a message out again while a worker holds it: PostgreSQL says what is to be run again.
+VISIBILITY_TIMEOUT_SECONDS = 86_400
+
+
+def make_app(settings: Settings, device_id: str | None = None) -> Celery:
+    """The application for a client, for Flower, or (with `device_id`) for that device's worker."""
+    url = settings.require_redis_url()
+    app = Celery("device_operations", broker=url, backend=url)
+    options: dict[str, Any] = {
+        "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
+        "socket_timeout": 10,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+        "retry_on_timeout": True,
+        "priority_steps": list(range(10)),
+        "queue_order_strategy": "priority",
+    }
+    if device_id is not None:
+        # Restored at the worker's start, by `workers.main`, and by nobody else's.
+        options["unacked_key"] = f"device-operations.unacked.{device_id}"
+        options["unacked_index_key"] = f"device-operations.unacked-index.{device_id}"
+        options["unacked_mutex_key"] = f"device-operations.unacked-mutex.{device_id}"
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        broker_transport_options=options,
+        result_backend_transport_options={"socket_timeout": 10, "retry_policy": {"timeout": 5.0}},
+        redis_socket_timeout=10,
+        redis_socket_keepalive=True,
+        broker_connection_retry_on_startup=True,
+        broker_channel_error_retry=True,
+        broker_connection_max_retries=None,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=False,
+        worker_concurrency=PREFETCH,
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_enable_remote_control=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_acks_late=False,
+        task_create_missing_queues=False,
+        task_default_queue=ANY_QUEUE,
+        task_default_exchange="",
+        task_default_priority=4,
+        task_track_started=True,
+        task_send_sent_event=False,
+        task_queues=[_queue(ANY_QUEUE)] if device_id is None else [_queue(device_queue(device_id))],
+        result_expires=86_400,
+        event_queue_expires=60,
+    )
+    for kind in Kind:
+        app.task(_never_runs, name=kind.task, bind=True, shared=False)
+    return app
+
+
+def _queue(name: str) -> Queue:
+    return Queue(name, exchange=Exchange("", type="direct"), routing_key=name, no_declare=False)
+
+
+def _never_runs(self: Any, *arguments: Any, **named: Any) -> None:
+    raise RuntimeError(
+        f"{self.name} runs only in a worker started by `device-operations worker`, whose pool takes it into the lane"
+    )
+
+
+def __getattr__(name: str) -> Celery:
+    """`celery -A tasks.app …` finds `app` here, made from the settings when it is asked for."""
+    if name in ("app", "celery"):
+        application = make_app(load())
+        globals()["app"] = globals()["celery"] = application
+        return application
+    raise AttributeError(name)

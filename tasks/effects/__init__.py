@@ -1,0 +1,80 @@
+"""What the end of a job does to the records of what it made or used, one module for each noun.
+
+Each noun's module offers `EFFECTS`: for a kind, the function called with the ended job's row, the worker's facts and
+the epoch. It returns the resources that fell with the job, each with the error that jobs needing it fail with.
+`lose` is what a worker's death does to the noun's records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from device_operations.jobs import Kind
+from tasks.effects import inference, memory
+from tasks.store.connection import Row
+
+#: Resources that fell, each with the error that the jobs needing it fail with.
+Fallen = list[tuple[str, dict[str, Any]]]
+Effect = Callable[[Connection, Row, dict[str, Any], int | None], Fallen]
+
+EFFECTS: dict[str, Effect] = {**memory.EFFECTS, **inference.EFFECTS}
+
+#: Kinds whose jobs still make sense when what they name is gone: they take it away.
+_TAKES_AWAY = {
+    Kind.MEMORY_DEALLOCATE: "allocation",
+    Kind.INFERENCE_UNLOAD_MODEL: "model",
+    Kind.INFERENCE_CLOSE_SESSION: "inference_session",
+    Kind.TRAINING_END_SESSION: "training_session",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What a device held when its worker died."""
+
+    allocations: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    sessions: list[str] = field(default_factory=list)
+
+    def failing(self) -> list[tuple[list[str], dict[str, Any]]]:
+        """The lost resources whose jobs fail, with the error. Models come back by themselves."""
+        told = []
+        if self.allocations:
+            told.append((self.allocations, memory.LOST))
+        if self.sessions:
+            told.append((self.sessions, inference.SESSION_LOST))
+        return told
+
+
+def none_for(kind: str, facts: dict[str, Any]) -> bool:
+    """Whether the end of such a job touches no other record: a run without a session is the hot path."""
+    return kind not in EFFECTS or (kind == Kind.INFERENCE_RUN and not facts.get("session_id"))
+
+
+def apply(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> Fallen:
+    """Runs the effect of a job that has just ended."""
+    effect = EFFECTS.get(job["kind"])
+    return effect(connection, job, facts, epoch) if effect else []
+
+
+def does_without(job: Row, resource_ids: Sequence[str]) -> bool:
+    """Whether the job can run although these resources fell."""
+    return job["kind"] in _TAKES_AWAY
+
+
+def may_repeat(connection: Connection, job: Row, safe: Collection[str]) -> bool:
+    """Whether a job that ran when its worker died may simply be run again."""
+    return job["kind"] in safe
+
+
+def lose(connection: Connection, device_id: str, epoch: int) -> Lost:
+    """A worker died: what its epochs up to `epoch` held on the device is lost, in every noun's records."""
+    return Lost(
+        allocations=memory.lose(connection, device_id, epoch),
+        models=inference.lose_models(connection, device_id),
+        sessions=inference.lose_sessions(connection, device_id, epoch),
+    )

@@ -1,0 +1,115 @@
+"""What ended jobs do to models, their reservations, and inference sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+
+from device_operations.jobs import Kind, State
+from device_operations.settings import load
+from tasks.store import devices, models
+from tasks.store.connection import Row
+
+#: The error of jobs that need a session whose state died with its worker.
+SESSION_LOST = {
+    "code": "session_lost",
+    "message": "The session's state was lost with its worker; open a new session.",
+    "retryable": False,
+    "detail": None,
+}
+
+
+def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """An `inference.load_model` ended: the model is loaded as measured, or failed and its reservation given back."""
+    model_id = job["resource_id"]
+    if job["state"] == State.SUCCEEDED:
+        if not facts.get("model"):
+            return []  # the same content was there already
+        assert epoch is not None
+        settled(connection, model_id, epoch, facts["model"])
+        return []
+    error = job["error"] or {"code": job["state"], "message": f"The load was {job['state']}."}
+    row = models.get(connection, model_id)
+    if row is None or row["load_job_id"] != job["id"]:
+        return []
+    return _end_model(connection, model_id, "failed", ("loading",), error=error)
+
+
+def settled(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> None:
+    """A model is on its device: what was estimated for it becomes what was measured."""
+    before = models.settle(connection, model_id, epoch, facts)
+    if before is not None:
+        devices.adjust_reservation(connection, before["device_id"], facts["memory_bytes"] - before["before"])
+
+
+def lost(connection: Connection, model_id: str, error: dict[str, Any]) -> None:
+    """A model could not be brought back by a new epoch."""
+    _end_model(connection, model_id, "failed", ("lost",), error=error)
+
+
+def unloaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """An `inference.unload_model` ended: the model's reservation is free again."""
+    if job["state"] == State.SUCCEEDED:
+        model_id = job["needs"][0]
+        _end_model(connection, model_id, "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
+    return []
+
+
+def evicted(connection: Connection, model_id: str, state: str, freed_bytes: int | None) -> None:
+    """A worker took an idle model off its device (`evicted`, or `unloaded` after long idleness)."""
+    _end_model(connection, model_id, state, ("loaded",), freed_bytes=freed_bytes)
+
+
+def ran(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """An `inference.run` of a session ended: the session counts it."""
+    session_id = facts.get("session_id") or session_of(job)
+    if session_id is None:
+        return []
+    won = job["state"] == State.SUCCEEDED
+    models.use_session(
+        connection, session_id, job["id"], epoch if won else None, succeeded=int(won), failed=int(not won),
+        timeout_seconds=load().inference.session_timeout_minutes * 60,
+    )  # fmt: skip
+    return []
+
+
+def closed(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """An `inference.close_session` ended."""
+    if job["state"] == State.SUCCEEDED:
+        models.end_sessions(connection, [job["needs"][0]], facts.get("state", "closed"))
+    return []
+
+
+def session_of(job: Row) -> str | None:
+    """The inference session that a run belongs to; None for a run alone, whose session is only its job's id."""
+    return job["resource_id"] if job["resource_id"] != job["id"] else None
+
+
+def lose_models(connection: Connection, device_id: str) -> list[str]:
+    """A worker died: its models are lost until the next epoch brings them back; they keep their reservations."""
+    return [row["model_id"] for row in models.lose(connection, device_id)]
+
+
+def lose_sessions(connection: Connection, device_id: str, epoch: int) -> list[str]:
+    """A worker died: sessions whose state tensors lay on the device are lost."""
+    return models.end_sessions(connection, models.stateful_sessions(connection, device_id, epoch), "lost")
+
+
+def _end_model(
+    connection: Connection, model_id: str, state: str, leaving: tuple[str, ...], **more: Any
+) -> list[tuple[str, dict[str, Any]]]:
+    gone = models.end(connection, model_id, state, leaving=leaving, **more)
+    if gone is None:
+        return []
+    devices.adjust_reservation(connection, gone["device_id"], -gone["before"])
+    error = more.get("error")
+    return [(model_id, error)] if error else []
+
+
+EFFECTS = {
+    Kind.INFERENCE_LOAD_MODEL.value: loaded,
+    Kind.INFERENCE_UNLOAD_MODEL.value: unloaded,
+    Kind.INFERENCE_RUN.value: ran,
+    Kind.INFERENCE_CLOSE_SESSION.value: closed,
+}

@@ -1,0 +1,182 @@
+"""The life of a job after its submission: claimed, ended, retried, requeued, or buried with its worker.
+
+    claim ─▶ (the device works, no transaction open) ─▶ finish ─▶ announce
+                                                     └▶ retry
+    cancel, expire, bury: what gateways and the reaper do to jobs that no worker will end
+
+Whoever ends a job runs its kind's effects (`tasks.effects`) in the same transaction, so a failed allocation gives its
+reservation back whether a worker, a cancellation or a death ended it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from device_operations.jobs import Kind, State
+from tasks import effects
+from tasks.publish import Publisher
+from tasks.store import devices as device_store
+from tasks.store import jobs as store
+from tasks.store.connection import Row, transaction
+from tasks.store.jobs import Ending
+
+#: Deaths of a worker on one job after which the job itself is suspected.
+POISON_DEATHS = 3
+
+#: Kinds that may simply be run again when their worker died in the middle.
+SAFE_TO_REPEAT = frozenset({Kind.INFERENCE_LOAD_MODEL, Kind.INFERENCE_RUN, Kind.INFERENCE_UNLOAD_MODEL,
+                            Kind.INFERENCE_CLOSE_SESSION, Kind.MEMORY_DEALLOCATE})  # fmt: skip
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a job on a device. `facts` are for the kind's effects: measured sizes, shapes, hashes."""
+
+    job_id: str
+    state: State
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    device_ms: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def ending(self) -> Ending:
+        """The same, as the store records it."""
+        return Ending(self.job_id, self.state.value, self.result, self.error, self.device_ms)
+
+
+def finish(engine: Engine, outcomes: Sequence[Outcome], kinds: dict[str, str], epoch: int) -> list[Row]:
+    """Ends jobs that ran under `epoch`, and everything that falls with them. Gives all rows that ended.
+
+    A job that is not among the rows had been ended by someone else: its outcome is dropped. Kinds without effects
+    take one statement in autocommit.
+    """
+    if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
+        with engine.connect() as connection:
+            return store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch)
+    with transaction(engine) as connection:
+        rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch)
+        facts = {outcome.job_id: outcome.facts for outcome in outcomes}
+        return rows + settle(connection, rows, facts, epoch)
+
+
+def settle(
+    connection: Connection,
+    rows: Sequence[Row],
+    facts: dict[str, dict[str, Any]] | None = None,
+    epoch: int | None = None,
+) -> list[Row]:
+    """Runs the effects of jobs that have just ended, and ends those that cannot do without them; gives the latter."""
+    fallen: list[Row] = []
+    queue = list(rows)
+    while queue:
+        row = queue.pop(0)
+        lost = effects.apply(connection, row, (facts or {}).get(row["id"], {}), epoch)
+        for resource_id, error in lost:
+            more = fail_needing(connection, [resource_id], error)
+            fallen += more
+            queue += more
+    return fallen
+
+
+def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dict[str, Any]) -> list[Row]:
+    """Fails jobs that have not started and need any of the resources, with `error`. Effects are the caller's."""
+    waiting = store.open_needing(connection, resource_ids)
+    endings = [
+        Ending(job["id"], State.FAILED.value, error=error)
+        for job in waiting
+        if not effects.does_without(job, resource_ids)
+    ]
+    return store.end_open(connection, endings) if endings else []
+
+
+def end(engine: Engine, endings: Sequence[Ending], leaving: Sequence[State]) -> list[Row]:
+    """Ends jobs from the states `leaving`, with their effects, and gives every row that ended."""
+    with transaction(engine) as connection:
+        rows = store.end_open(connection, endings, leaving)
+        return rows + settle(connection, rows)
+
+
+def announce(publisher: Publisher, rows: Sequence[Row]) -> None:
+    """Tells all gateways that jobs have ended."""
+    publisher.done(store.view(row) for row in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Burial:
+    """What a worker's death led to."""
+
+    ended: list[Row]
+    requeued: list[Row]
+    lost_allocations: list[str]
+    lost_models: list[str]
+    lost_sessions: list[str]
+
+
+def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
+    """Declares lost what `device_id` held up to `epoch`, in the caller's transaction, which holds the device's lock.
+
+    Running jobs that are safe to repeat go back to the queue, the others fail with `worker_lost`; the third death on
+    one job makes it `poison`. Jobs that need what was lost fail with its code.
+    """
+    lost = effects.lose(connection, device_id, epoch)
+    running = store.running_under(connection, device_id, epoch)
+    endings: list[Ending] = []
+    again: list[str] = []
+    for job in running:
+        if job["deaths"] + 1 >= POISON_DEATHS:
+            endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
+        elif job["cancel_requested"]:
+            endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
+        elif effects.may_repeat(connection, job, SAFE_TO_REPEAT):
+            again.append(job["id"])
+        else:
+            endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
+    requeued = store.requeue(connection, again, died=True) if again else []
+    ended = store.end_open(connection, endings) if endings else []
+    for resource_ids, error in lost.failing():
+        ended += fail_needing(connection, resource_ids, error)
+    ended += settle(connection, ended)
+    gone = {row["id"] for row in ended}
+    device_store.mark_buried(connection, device_id, epoch)
+    return Burial(
+        ended,
+        [row for row in requeued if row["id"] not in gone],
+        lost.allocations,
+        lost.models,
+        lost.sessions,
+    )
+
+
+#: The error of a job that was cancelled.
+CANCELLED = {"code": "cancelled", "message": "The job was cancelled.", "retryable": False, "detail": None}
+
+#: The error of a job that waited past its expiry.
+EXPIRED = {
+    "code": "expired",
+    "message": "The job had not started when its expires_in_seconds were over.",
+    "retryable": True,
+    "detail": None,
+}
+
+
+def _worker_lost(device_id: str) -> dict[str, Any]:
+    return {
+        "code": "worker_lost",
+        "message": f"The worker of {device_id} died while the job ran, and the job is not safe to repeat by itself; "
+        "what it changed on the device is lost. Submit it again.",
+        "retryable": True,
+        "detail": {"device_id": device_id},
+    }
+
+
+def _poison(job: Row) -> dict[str, Any]:
+    return {
+        "code": "poison",
+        "message": f"{job['deaths'] + 1} workers died while they ran this job; it is not tried again.",
+        "retryable": False,
+        "detail": {"deaths": job["deaths"] + 1},
+    }

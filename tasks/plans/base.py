@@ -1,0 +1,152 @@
+"""What every planner needs: who asks, what is known of devices and models, and where big tensors go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine
+
+from device_operations.errors import failure
+from device_operations.jobs import Kind, State
+from device_operations.requests.base import JobOptions, JobRequest
+from device_operations.settings import Settings
+from device_operations.tensors import INLINE_BYTES, Tensor, decode, to_bytes
+from tasks.blobs import BlobStore
+from tasks.directory import Directory
+from tasks.queues import device_queue
+from tasks.store import blobs as blob_store
+from tasks.store.connection import Row
+from tasks.store.jobs import NewJob
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Who asks and where. `device_id` is set where the device is given: the worker that received a direct message."""
+
+    engine: Engine
+    settings: Settings
+    directory: Directory
+    blobs: BlobStore
+    owner: str
+    admin: bool = False
+    device_id: str | None = None
+    wants_result: bool = False
+
+    def may_see(self, owner: str) -> bool:
+        """Whether what belongs to `owner` is the caller's to see and use."""
+        return self.admin or owner == self.owner
+
+
+def owner_of(context: Context, options: JobOptions) -> str:
+    """Whose job it is: the key's own owner, or the one that an admin names."""
+    if options.owner is None or options.owner == context.owner:
+        return context.owner
+    if not context.admin:
+        raise failure("forbidden", f"job.owner is {options.owner!r}, but this key stands for {context.owner!r}")
+    return options.owner
+
+
+def place(context: Context, wanted: str | None, *, size_bytes: int = 0, holding: list[str] | None = None) -> Row:
+    """The device that the job is for: the one given, the one wanted, or the best."""
+    if context.device_id is not None and wanted in (None, context.device_id):
+        return context.directory.snapshot().devices[context.device_id]
+    if wanted is not None:
+        return context.directory.device(wanted)
+    return context.directory.choose(size_bytes, holding)
+
+
+def new_job(
+    context: Context,
+    kind: Kind,
+    request: JobRequest,
+    job_id: str,
+    device: Row,
+    *,
+    payload: dict[str, Any] | None = None,
+    **more: Any,
+) -> NewJob:
+    """The job of a request on a device, with the options that came with it. `queue_full` where too many wait there."""
+    options = request.job
+    device_id = device["device_id"]
+    waiting = context.directory.snapshot().queued(device_id)
+    if waiting >= context.settings.queue.max_length and context.device_id is None:
+        raise failure(
+            "queue_full",
+            f"{waiting} jobs wait for {device_id}, and QUEUE__MAX_LENGTH is {context.settings.queue.max_length}",
+            retry_after_seconds=5,
+        )
+    return NewJob(
+        id=job_id,
+        kind=kind.value,
+        device_id=device_id,
+        queue=device_queue(device_id),
+        request=request.payload() if payload is None else payload,
+        owner=owner_of(context, options),
+        priority=options.priority,
+        state=(State.SCHEDULED if options.delay_seconds else State.QUEUED).value,
+        max_attempts=options.max_attempts,
+        after=[*more.pop("after", ()), *options.after],
+        labels=options.labels,
+        delay_seconds=options.delay_seconds,
+        expires_in_seconds=options.expires_in_seconds,
+        timeout_seconds=options.timeout_seconds,
+        webhook_url=options.webhook_url,
+        wants_result=context.wants_result,
+        **more,
+    )
+
+
+def store_tensors(context: Context, tensors: dict[str, Tensor], owner: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors with every inline one checked, those above 64 KiB moved to blobs; and the ids of all blobs named.
+
+    Raises `input_mismatch` for elements that do not fit, `blob_not_found` for blobs that are not the caller's.
+    """
+    kept: dict[str, Tensor] = {}
+    named = [tensor.blob_id for tensor in tensors.values() if tensor.blob_id]
+    check_blobs(context, named, tensors)
+    for name, tensor in tensors.items():
+        if tensor.blob_id or tensor.allocation_id:
+            kept[name] = tensor
+            continue
+        array = decode(tensor, f"input {name!r}")
+        if tensor.dtype == "string" or tensor.size_bytes <= INLINE_BYTES:
+            kept[name] = tensor
+            continue
+        blob_id = keep_bytes(context, to_bytes(array), owner)
+        named.append(blob_id)
+        kept[name] = Tensor(dtype=tensor.dtype, shape=tensor.shape, blob_id=blob_id)
+    return kept, named
+
+
+def keep_bytes(context: Context, data: bytes | memoryview, owner: str) -> str:
+    """Stores bytes as a blob that expires like any other, and gives its id."""
+    stored = context.blobs.put(data)
+    with context.engine.connect() as connection:
+        blob_store.insert(
+            connection,
+            {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "owner": owner},
+            context.settings.blobs.ttl_hours * 3600,
+        )
+    return stored.blob_id
+
+
+def check_blobs(context: Context, blob_ids: list[str], tensors: dict[str, Tensor] | None = None) -> dict[str, Row]:
+    """The rows of blobs that the caller may read; a blob shorter than its tensor is an `input_mismatch`."""
+    if not blob_ids:
+        return {}
+    with context.engine.connect() as connection:
+        known = blob_store.get_many(connection, blob_ids)
+    for blob_id in blob_ids:
+        if blob_id not in known or not context.may_see(known[blob_id]["owner"]):
+            raise failure(
+                "blob_not_found", f"there is no blob {blob_id!r}: it was deleted, has expired, or is another's"
+            )
+    for name, tensor in (tensors or {}).items():
+        if tensor.blob_id and tensor.offset + tensor.size_bytes > known[tensor.blob_id]["size_bytes"]:
+            raise failure(
+                "input_mismatch",
+                f"input {name!r}: {tensor.dtype} {tensor.shape} takes {tensor.size_bytes} bytes from offset "
+                f"{tensor.offset}, but blob {tensor.blob_id} has {known[tensor.blob_id]['size_bytes']}",
+            )
+    return known

@@ -1,0 +1,128 @@
+"""Where a model's content is and what it is: paths kept inside the model folder, and the key of equal content."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import orjson
+
+from device_operations.errors import failure
+from device_operations.requests.inference import LoadModel
+from tasks.plans.base import Context, check_blobs
+
+#: What an ONNX session takes on top of its file until it was measured, as a share of the file's size and in bytes.
+ESTIMATE_FACTOR = 1.3
+ESTIMATE_BYTES = 4 * 2**20
+
+
+def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
+    """The key of equal content, the sha256 of the model's file, and the bytes to reserve until it is measured."""
+    if request.source.path is not None:
+        parts, size = _files(model_file(context.settings.model_cache_path, request.source.path))
+    else:
+        parts, size = _blobs(context, request)
+    sha256 = next(iter(parts.values()))
+    if request.sha256 is not None and request.sha256 not in parts.values():
+        raise failure("checksum_mismatch", f"the model's sha256 is {sha256}, not {request.sha256}")
+    shaping = request.options.model_dump(include={"free_dimensions", "graph_optimization", "intra_op_threads"})
+    # A lone file's name does not matter; the names of several, which refer to each other, do.
+    names = sorted(parts.items()) if len(parts) > 1 else [sha256]
+    key = hashlib.sha256(orjson.dumps([request.model_type, names, shaping], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return key, sha256, int(size * ESTIMATE_FACTOR) + ESTIMATE_BYTES
+
+
+def model_file(folder: Path, path: str) -> Path:
+    """The file or folder that `path` names below the model folder; `path_not_allowed` when it leaves it.
+
+    Symbolic links are followed first, so that a link out of the folder is refused too.
+    """
+    pure = PurePosixPath(path.replace("\\", "/"))
+    root = folder.resolve()
+    if pure.is_absolute() or ".." in pure.parts or "\x00" in path or ":" in path:
+        raise failure("path_not_allowed", f"path {path!r} must be relative and stay below the model folder")
+    resolved = (root / pure).resolve()
+    if not resolved.is_relative_to(root):
+        raise failure("path_not_allowed", f"path {path!r} leads out of the model folder")
+    if not resolved.exists():
+        raise failure("model_invalid", f"there is no {path!r} in the model folder (MODEL_CACHE_PATH)")
+    return resolved
+
+
+def entry_file(folder: Path) -> Path:
+    """The graph in a folder of model files: `model.onnx`, or the only `.onnx` file."""
+    named = folder / "model.onnx"
+    found = [named] if named.is_file() else sorted(folder.rglob("*.onnx"))
+    if len(found) != 1:
+        raise failure(
+            "model_invalid", f"a model of several files needs one model.onnx; there are {len(found)} .onnx files"
+        )
+    return found[0]
+
+
+def _files(path: Path) -> tuple[dict[str, str], int]:
+    if path.is_dir():
+        entry = entry_file(path)
+        files = [entry, *sorted(file for file in path.rglob("*") if file.is_file() and file != entry)]
+        parts = {str(file.relative_to(path)): _sha256(file, *_stamp(file)) for file in files}
+        return parts, sum(file.stat().st_size for file in files)
+    digest = _sha256(path, *_stamp(path))
+    parts = {path.name: digest}
+    size = path.stat().st_size
+    for name in _external_names(path, *_stamp(path)):
+        neighbour = path.parent / name
+        # A location that leaves the folder is the loader's to refuse; here it only must not be read.
+        if (
+            ".." not in PurePosixPath(name).parts
+            and neighbour.resolve().is_relative_to(path.parent)
+            and neighbour.is_file()
+        ):
+            parts[name] = _sha256(neighbour, *_stamp(neighbour))
+            size += neighbour.stat().st_size
+    return parts, size
+
+
+def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], int]:
+    named = {"model.onnx": request.source.blob_id} if request.source.blob_id else dict(request.source.blobs or {})
+    for relative in named:
+        pure = PurePosixPath(relative.replace("\\", "/"))
+        if pure.is_absolute() or ".." in pure.parts or not pure.name or ":" in relative or "\x00" in relative:
+            raise failure("path_not_allowed", f"blobs: {relative!r} must be a relative path without '..'")
+    ids = [blob_id for blob_id in named.values() if blob_id is not None]
+    known = check_blobs(context, ids)
+    ordered = sorted(named.items(), key=lambda item: (not item[0].endswith(".onnx"), item[0]))
+    parts = {relative: known[str(blob_id)]["sha256"] for relative, blob_id in ordered}
+    return parts, sum(known[blob_id]["size_bytes"] for blob_id in ids)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, modified_ns: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _external_names(file: Path, size: int, modified_ns: int) -> tuple[str, ...]:
+    """The file names that a graph's external tensors lie in.
+
+    Read without a protobuf parser, which the gateway does not carry: an external tensor has the entry
+    {key: "location", value: NAME}, whose bytes are unmistakable. A name found by accident only adds a file to the key.
+    """
+    if size > 2**31:
+        return ()
+    marker = b"\x0a\x08location\x12"
+    names = set()
+    data = file.read_bytes()
+    at = data.find(marker)
+    while at >= 0:
+        length, start = data[at + len(marker)], at + len(marker) + 1
+        if length < 0x80:
+            names.add(data[start : start + length].decode("utf-8", "replace"))
+        at = data.find(marker, at + 1)
+    return tuple(sorted(names))

@@ -1,0 +1,100 @@
+"""What Redis carries: messages to workers, announcements to gateways, wake-ups. Losing any of it loses no job."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import orjson
+import redis
+import structlog
+
+from tasks.queues import DONE_CHANNEL, control_queue, job_channel, message, redis_key
+from tasks.store.connection import Row
+
+log = structlog.get_logger(__name__)
+
+
+def connect(url: str) -> redis.Redis:
+    """A client that neither waits for ever nor gives up at the first broken connection."""
+    return redis.Redis.from_url(
+        url, socket_timeout=10, socket_connect_timeout=5, socket_keepalive=True, health_check_interval=30
+    )
+
+
+class Publisher:
+    """Publishes in pipelines. What fails is logged and left to the workers' own look at the records."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._origin = f"device-operations@{socket.gethostname()}"
+
+    def jobs(self, recorded: Sequence[tuple[Row, dict[str, Any]]]) -> bool:
+        """Puts recorded jobs, with their requests, into their queues; False when Redis did not take them."""
+        if not recorded:
+            return True
+        try:
+            if len(recorded) == 1:
+                job, request = recorded[0]
+                self._client.lpush(redis_key(job["queue"], job["priority"]), message(job, request, self._origin))
+                return True
+            with self._client.pipeline(transaction=False) as pipe:
+                for job, request in recorded:
+                    pipe.lpush(redis_key(job["queue"], job["priority"]), message(job, request, self._origin))
+                pipe.execute()
+            return True
+        except redis.RedisError as error:
+            log.warning("publishing failed; workers will find the jobs in PostgreSQL", error=str(error))
+            return False
+
+    def done(self, views: Iterable[dict[str, Any]]) -> None:
+        """Announces ended jobs to all gateways: the id, a space, and the job as callers see it, in JSON."""
+        packed = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
+        if not packed:
+            return
+        try:
+            if len(packed) == 1:
+                self._client.publish(DONE_CHANNEL, packed[0])
+                return
+            with self._client.pipeline(transaction=False) as pipe:
+                for text in packed:
+                    pipe.publish(DONE_CHANNEL, text)
+                pipe.execute()
+        except redis.RedisError as error:
+            log.warning("announcing failed; waiters read the records at their next look", error=str(error))
+
+    def progress(self, events: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Announces states and progress of open jobs: `(job_id, {"event": …, "data": …})`."""
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                for job_id, told in events:
+                    pipe.publish(job_channel(job_id), orjson.dumps(told, option=orjson.OPT_UTC_Z))
+                pipe.execute()
+        except redis.RedisError as error:
+            log.warning("announcing progress failed", error=str(error))
+
+    def wake(self, device_id: str, told: dict[str, Any]) -> None:
+        """Sends a control message to a device's worker. PostgreSQL holds the truth; the worker looks there too."""
+        body = {
+            "body": orjson.dumps(told).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {},
+            "properties": {
+                "delivery_mode": 1,
+                "delivery_info": {"exchange": "", "routing_key": control_queue(device_id)},
+                "delivery_tag": os.urandom(16).hex(),
+                "priority": 0,
+            },
+        }
+        try:
+            key = control_queue(device_id)
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.lpush(key, orjson.dumps(body))
+                # A worker that is gone must not find yesterday's wake-ups.
+                pipe.expire(key, 60)
+                pipe.execute()
+        except redis.RedisError as error:
+            log.warning("waking the worker failed; it looks by itself within a second", error=str(error))

@@ -1,0 +1,116 @@
+"""The names on the wire: queues, keys and channels in Redis, and the message that carries a job."""
+
+from __future__ import annotations
+
+import base64
+import os
+from typing import Any
+
+import orjson
+
+from device_operations.jobs import TASK_PREFIX
+
+#: The queue for work that any device may take: direct callers only, since the gateway places every job.
+ANY_QUEUE = "device.any"
+
+#: Where ended jobs are announced, to all gateways.
+DONE_CHANNEL = "device-operations.done"
+
+#: Separates queue and priority in kombu's Redis keys; its default, so that plain Celery callers agree.
+_SEPARATOR = "\x06\x16"
+
+
+def device_queue(device_id: str) -> str:
+    """The queue that a device's worker reads."""
+    return f"device.{device_id}"
+
+
+def control_queue(device_id: str) -> str:
+    """The queue that wakes a busy worker: cancellations."""
+    return f"device-operations.control.{device_id}"
+
+
+def job_channel(job_id: str) -> str:
+    """Where a job's states and progress are announced while it is open."""
+    return f"device-operations.job.{job_id}"
+
+
+def redis_key(queue: str, priority: int) -> str:
+    """The Redis list of a queue for a job's priority. kombu's order runs the other way: 0 is read first."""
+    step = 9 - priority
+    return f"{queue}{_SEPARATOR}{step}" if step else queue
+
+
+def redis_keys(queue: str) -> list[str]:
+    """The Redis lists of a queue, the highest priority first."""
+    return [redis_key(queue, priority) for priority in range(9, -1, -1)]
+
+
+def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
+    """One job as Celery's protocol 2 in kombu's Redis envelope.
+
+    `job` is a recorded row. The header `device_operations` says that it is recorded and what the lane needs to order
+    it; messages without it come from direct callers.
+    """
+    body = base64.b64encode(orjson.dumps([[], {"request": request}, _NO_CANVAS])).decode()
+    job_id = job["id"]
+    return orjson.dumps(
+        {
+            "body": body,
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {
+                "lang": "py",
+                "task": TASK_PREFIX + job["kind"],
+                "id": job_id,
+                "root_id": job_id,
+                "parent_id": None,
+                "group": None,
+                "eta": None,
+                "expires": None,
+                "retries": 0,
+                "timelimit": [None, None],
+                "argsrepr": "()",
+                "kwargsrepr": short(request),
+                "origin": origin,
+                "ignore_result": not job["wants_result"],
+                "device_operations": {
+                    "seq": job["seq"],
+                    "priority": job["priority"],
+                    "after": job["after"],
+                    "needs": job["needs"],
+                },
+            },
+            "properties": {
+                "correlation_id": job_id,
+                "reply_to": "",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": job["queue"]},
+                "priority": 9 - job["priority"],
+                "body_encoding": "base64",
+                "delivery_tag": os.urandom(16).hex(),
+            },
+        }
+    )
+
+
+_NO_CANVAS = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+#: Fields of requests that say what a job is about; everything else may be long, or nobody's business in Flower.
+_TELLING = (
+    "model_name",
+    "model_id",
+    "name",
+    "session_id",
+    "allocation_id",
+    "size_bytes",
+    "sequence",
+    "mode",
+    "blob_id",
+)
+
+
+def short(request: dict[str, Any]) -> str:
+    """A request in at most 120 characters, for Flower and logs: the ids it names, never its data."""
+    said = ", ".join(f"{name}={request[name]!r}" for name in _TELLING if request.get(name) is not None)
+    return "{" + (said if len(said) <= 118 else said[:117] + "…") + "}"

@@ -1,0 +1,22 @@
+"""The tables, one module for each noun, under one MetaData that migrations are checked against."""
+
+from tasks.records.base import metadata
+from tasks.records.blobs import blobs
+from tasks.records.devices import device_budgets, device_samples, devices
+from tasks.records.inference import inference_sessions, models
+from tasks.records.jobs import idempotency, jobs, resource_order
+from tasks.records.memory import allocations
+
+__all__ = [
+    "allocations",
+    "blobs",
+    "device_budgets",
+    "device_samples",
+    "devices",
+    "idempotency",
+    "inference_sessions",
+    "jobs",
+    "metadata",
+    "models",
+    "resource_order",
+]

@@ -1,0 +1,484 @@
+"""Jobs: recording, claiming, ending, cancelling, listing. Every UPDATE names the states that it may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from device_operations.jobs import CLAIMABLE, OPEN, State
+from tasks.database import dumps
+from tasks.store.connection import Row, execute, row, rows
+
+_CLAIMABLE = tuple(sorted(CLAIMABLE))
+_OPEN = tuple(sorted(OPEN))
+
+#: The columns that a caller's view of a job is made of, and what decides its further way.
+COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type, resource_id,
+    needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at, timeout_seconds, device_ms,
+    epoch, cancel_requested, progress, result, error, wants_result, webhook_url"""
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be recorded. `delay_seconds` and `expires_in_seconds` count from the database's clock."""
+
+    id: str
+    kind: str
+    device_id: str | None
+    queue: str
+    request: dict[str, Any]
+    owner: str
+    priority: int = 5
+    state: str = State.QUEUED.value
+    max_attempts: int = 1
+    resource_type: str | None = None
+    resource_id: str | None = None
+    needs: Sequence[str] = ()
+    after: Sequence[str] = ()
+    blob_ids: Sequence[str] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    delay_seconds: float | None = None
+    expires_in_seconds: float | None = None
+    timeout_seconds: float | None = None
+    wants_result: bool = False
+    webhook_url: str | None = None
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a job ended: `state` is terminal, `result` or `error` says what came of it."""
+
+    id: str
+    state: str
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    device_ms: float | None = None
+
+
+def insert(connection: Connection, jobs: Iterable[NewJob]) -> list[Row]:
+    """Records jobs in their order. Ids that exist are left as they are and not returned."""
+    return rows(
+        connection,
+        f"""
+        INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
+            resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
+            webhook_url, error, finished_at)
+        SELECT id, kind, state, device_id, queue, priority, max_attempts, request, resource_type, resource_id,
+            needs, after, blob_ids, owner, labels,
+            clock_timestamp() + make_interval(secs => delay_seconds),
+            clock_timestamp() + make_interval(secs => expires_in_seconds), timeout_seconds, wants_result, webhook_url,
+            error, CASE WHEN state = 'failed' THEN clock_timestamp() END
+        FROM jsonb_to_recordset(%(jobs)s::jsonb) AS new (id text, kind text, state text, device_id text, queue text,
+            priority smallint, max_attempts int, request jsonb, resource_type text, resource_id text, needs text[],
+            after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
+            timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
+        ON CONFLICT (id) DO NOTHING
+        RETURNING {COLUMNS}
+        """,
+        {"jobs": dumps([asdict(job) for job in jobs])},
+    )
+
+
+def get(connection: Connection, job_id: str) -> Row | None:
+    """One job, or None."""
+    return row(connection, f"SELECT {COLUMNS} FROM jobs WHERE id = %(id)s", {"id": job_id})
+
+
+def get_many(connection: Connection, job_ids: Collection[str]) -> dict[str, Row]:
+    """The jobs among `job_ids` that exist, by id."""
+    found = rows(connection, f"SELECT {COLUMNS} FROM jobs WHERE id = ANY(%(ids)s)", {"ids": list(job_ids)})
+    return {job["id"]: job for job in found}
+
+
+def request_of(connection: Connection, job_id: str) -> dict[str, Any] | None:
+    """The request that a job was recorded with."""
+    found = row(connection, "SELECT request FROM jobs WHERE id = %(id)s", {"id": job_id})
+    return found["request"] if found else None
+
+
+def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
+    """The state of each of `job_ids` that exists."""
+    found = rows(connection, "SELECT id, state FROM jobs WHERE id = ANY(%(ids)s)", {"ids": list(job_ids)})
+    return {job["id"]: job["state"] for job in found}
+
+
+def queue_position(connection: Connection, job: Row) -> int | None:
+    """How many claimable jobs of the same device go before `job`; None once it runs, and above 1,000."""
+    if job["state"] not in CLAIMABLE or job["device_id"] is None:
+        return None
+    found = row(
+        connection,
+        """
+        SELECT count(*) AS ahead FROM (
+            SELECT 1 FROM jobs WHERE device_id = %(device_id)s AND state = ANY(%(states)s)
+              AND (priority > %(priority)s OR (priority = %(priority)s AND seq < %(seq)s)) LIMIT 1001) AS counted
+        """,
+        {**job, "states": ["queued", "reserved", "retrying"]},
+    )
+    assert found is not None
+    return found["ahead"] if found["ahead"] <= 1000 else None
+
+
+def page(
+    connection: Connection, *, filters: dict[str, Any], label: tuple[str, str] | None, before: int | None, limit: int
+) -> list[Row]:
+    """Jobs newest first, at most `limit`, submitted before the sequence number `before`."""
+    conditions = [f"{name} = %({name})s" for name in filters]
+    parameters: dict[str, Any] = {**filters, "limit": limit}
+    if label is not None:
+        conditions.append("labels ->> %(label_name)s = %(label_value)s")
+        parameters |= {"label_name": label[0], "label_value": label[1]}
+    if before is not None:
+        conditions.append("seq < %(before)s")
+        parameters["before"] = before
+    where = "WHERE " + " AND ".join(conditions) if conditions else ""
+    return rows(connection, f"SELECT {COLUMNS} FROM jobs {where} ORDER BY seq DESC LIMIT %(limit)s", parameters)
+
+
+def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
+    """Claims jobs for one attempt under `epoch`, with their requests. What does not come back is not ours to run.
+
+    A job that was asked to be cancelled, has expired, or waits for predecessors is not claimed; nor is anything once
+    the epoch no longer stands.
+    """
+    return rows(
+        connection,
+        f"""
+        UPDATE jobs SET state = 'running', attempt = attempt + 1, epoch = %(epoch)s, started_at = clock_timestamp(),
+            device_id = %(device_id)s, due_at = NULL
+        WHERE id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND NOT cancel_requested
+          AND (expires_at IS NULL OR expires_at > clock_timestamp())
+          AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)
+        RETURNING request, {COLUMNS}
+        """,
+        {"ids": list(job_ids), "epoch": epoch, "device_id": device_id, "claimable": list(_CLAIMABLE)},
+    )
+
+
+def end_running(connection: Connection, endings: Sequence[Ending], epoch: int) -> list[Row]:
+    """Ends jobs that run under `epoch`. What does not come back had been ended, or taken over, by someone else."""
+    return _end(
+        connection,
+        endings,
+        "jobs.state = 'running' AND jobs.epoch = %(epoch)s",
+        {"epoch": epoch},
+    )
+
+
+def end_open(connection: Connection, endings: Sequence[Ending], leaving: Collection[str] = _OPEN) -> list[Row]:
+    """Ends jobs from any of the states `leaving`, whoever holds them."""
+    return _end(connection, endings, "jobs.state = ANY(%(leaving)s)", {"leaving": [str(state) for state in leaving]})
+
+
+def _end(connection: Connection, endings: Sequence[Ending], guard: str, parameters: dict[str, Any]) -> list[Row]:
+    columns = ", ".join("jobs." + name.strip() for name in COLUMNS.split(","))
+    return rows(
+        connection,
+        f"""
+        UPDATE jobs SET state = ended.state, result = nullif(ended.result, 'null'), error = nullif(ended.error, 'null'),
+            device_ms = coalesce(ended.device_ms, jobs.device_ms), finished_at = clock_timestamp(),
+            webhook_attempt = CASE WHEN webhook_url IS NOT NULL THEN 0 END,
+            webhook_due_at = CASE WHEN webhook_url IS NOT NULL THEN clock_timestamp() END
+        FROM jsonb_to_recordset(%(endings)s::jsonb)
+            AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)
+        WHERE jobs.id = ended.id AND {guard}
+        RETURNING {columns}
+        """,
+        {"endings": dumps([asdict(ending) for ending in endings]), **parameters},
+    )
+
+
+def retry(connection: Connection, job_id: str, epoch: int, error: dict[str, Any], delay_seconds: float) -> Row | None:
+    """Puts a running job back for another attempt after `delay_seconds`; its last error stays readable meanwhile."""
+    return row(
+        connection,
+        f"""
+        UPDATE jobs SET state = 'retrying', error = %(error)s::jsonb,
+            due_at = clock_timestamp() + make_interval(secs => %(delay)s)
+        WHERE id = %(id)s AND state = 'running' AND epoch = %(epoch)s RETURNING {COLUMNS}
+        """,
+        {"id": job_id, "epoch": epoch, "error": dumps(error), "delay": delay_seconds},
+    )
+
+
+def mark_reserved(connection: Connection, job_ids: Collection[str]) -> None:
+    """Notes in bulk that a worker holds these jobs in its lane."""
+    execute(
+        connection,
+        "UPDATE jobs SET state = 'reserved' WHERE id = ANY(%(ids)s) AND state = 'queued'",
+        {"ids": list(job_ids)},
+    )
+
+
+def request_cancel(connection: Connection, job_id: str) -> Row | None:
+    """Notes that the caller wants the job cancelled; None if it has ended."""
+    return row(
+        connection,
+        f"""
+        UPDATE jobs SET cancel_requested = true WHERE id = %(id)s AND state = ANY(%(open)s) RETURNING {COLUMNS}
+        """,
+        {"id": job_id, "open": list(_OPEN)},
+    )
+
+
+def running_to_cancel(connection: Connection, device_id: str, epoch: int) -> list[str]:
+    """Running jobs of the device that were asked to be cancelled, or ended by someone else: the control queue's net."""
+    found = rows(
+        connection,
+        "SELECT id FROM jobs WHERE device_id = %(device_id)s AND epoch = %(epoch)s AND state = 'running' "
+        "AND cancel_requested",
+        {"device_id": device_id, "epoch": epoch},
+    )
+    return [job["id"] for job in found]
+
+
+def waiting(connection: Connection, device_id: str, older_than_seconds: float, limit: int) -> list[Row]:
+    """Jobs of the device that wait for a worker, oldest first: each row is its own outbox."""
+    return rows(
+        connection,
+        f"""
+        SELECT request, {COLUMNS} FROM jobs
+        WHERE device_id = %(device_id)s AND state IN ('queued', 'reserved')
+          AND submitted_at < clock_timestamp() - make_interval(secs => %(age)s)
+        ORDER BY seq LIMIT %(limit)s
+        """,
+        {"device_id": device_id, "age": older_than_seconds, "limit": limit},
+    )
+
+
+def make_due(connection: Connection, limit: int) -> list[Row]:
+    """Scheduled and retrying jobs whose time has come become `queued`, with their requests for publishing."""
+    return rows(
+        connection,
+        f"""
+        UPDATE jobs SET state = 'queued', due_at = NULL WHERE id IN (
+            SELECT id FROM jobs WHERE state IN ('scheduled', 'retrying') AND due_at <= clock_timestamp()
+            ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+          AND state IN ('scheduled', 'retrying')
+        RETURNING request, {COLUMNS}
+        """,
+        {"limit": limit},
+    )
+
+
+def expired(connection: Connection, limit: int) -> list[str]:
+    """Jobs that waited past their expiry and have not started."""
+    found = rows(
+        connection,
+        "SELECT id FROM jobs WHERE expires_at <= clock_timestamp() AND state = ANY(%(states)s) LIMIT %(limit)s",
+        {"states": list(_CLAIMABLE), "limit": limit},
+    )
+    return [job["id"] for job in found]
+
+
+def running_under(connection: Connection, device_id: str, epoch: int) -> list[Row]:
+    """Jobs that a device's epochs up to `epoch` left running, locked."""
+    return rows(
+        connection,
+        f"""
+        SELECT {COLUMNS} FROM jobs WHERE device_id = %(device_id)s AND state = 'running' AND epoch <= %(epoch)s
+        ORDER BY seq FOR UPDATE
+        """,
+        {"device_id": device_id, "epoch": epoch},
+    )
+
+
+def requeue(connection: Connection, job_ids: Collection[str], *, died: bool) -> list[Row]:
+    """Running jobs become `queued` again, with their requests; `died` counts a worker's death against each."""
+    return rows(
+        connection,
+        f"""
+        UPDATE jobs SET state = 'queued', deaths = deaths + %(died)s, started_at = NULL, epoch = NULL, progress = NULL
+        WHERE id = ANY(%(ids)s) AND state = 'running' RETURNING request, {COLUMNS}
+        """,
+        {"ids": list(job_ids), "died": int(died)},
+    )
+
+
+def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[Row]:
+    """Jobs that have not started and need any of the resources."""
+    return rows(
+        connection,
+        f"""
+        SELECT {COLUMNS} FROM jobs WHERE state = ANY(%(states)s) AND needs && %(ids)s::text[] ORDER BY seq
+        """,
+        {"states": list(_CLAIMABLE), "ids": list(resource_ids)},
+    )
+
+
+def open_ids_needing(connection: Connection, resource_id: str) -> list[str]:
+    """Jobs, running ones too, that need the resource."""
+    found = rows(
+        connection,
+        "SELECT id FROM jobs WHERE state = ANY(%(open)s) AND %(id)s = ANY(needs) ORDER BY seq",
+        {"open": list(_OPEN), "id": resource_id},
+    )
+    return [job["id"] for job in found]
+
+
+def set_progress(connection: Connection, job_id: str, epoch: int, progress: dict[str, Any]) -> None:
+    """Notes how far a running job is."""
+    execute(
+        connection,
+        "UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND state = 'running' AND epoch = %(epoch)s",
+        {"id": job_id, "epoch": epoch, "progress": dumps(progress)},
+    )
+
+
+def counts(connection: Connection) -> dict[str, dict[str, int]]:
+    """For each device, how many jobs are waiting and running: `{device_id: {"queued": n, "running": n}}`."""
+    found = rows(
+        connection,
+        """
+        SELECT coalesce(device_id, '') AS device_id, count(*) FILTER (WHERE state <> 'running') AS queued,
+            count(*) FILTER (WHERE state = 'running') AS running
+        FROM jobs WHERE state = ANY(%(open)s) GROUP BY 1
+        """,
+        {"open": list(_OPEN)},
+    )
+    return {entry["device_id"]: {"queued": entry["queued"], "running": entry["running"]} for entry in found}
+
+
+def totals(connection: Connection) -> list[Row]:
+    """How many jobs are in each state, by kind, among those still kept."""
+    return rows(connection, "SELECT kind, state, count(*) AS jobs FROM jobs GROUP BY kind, state")
+
+
+def forget(connection: Connection, older_than_days: float, limit: int) -> int:
+    """Deletes jobs that ended longer ago than the retention, with the idempotency keys that promise them."""
+    gone = rows(
+        connection,
+        """
+        DELETE FROM jobs WHERE id IN (SELECT id FROM jobs
+            WHERE finished_at < clock_timestamp() - make_interval(secs => %(seconds)s) LIMIT %(limit)s)
+        RETURNING id
+        """,
+        {"seconds": older_than_days * 86400, "limit": limit},
+    )
+    if gone:
+        ids = [job["id"] for job in gone]
+        execute(connection, "DELETE FROM idempotency WHERE job_ids && %(ids)s::text[]", {"ids": ids})
+        execute(connection, "DELETE FROM resource_order WHERE last_job_id = ANY(%(ids)s)", {"ids": ids})
+    return len(gone)
+
+
+def lock_order(connection: Connection, resource_ids: Collection[str]) -> dict[str, str | None]:
+    """Locks the resources in order of id, and gives the last job of each."""
+    ids = sorted(set(resource_ids))
+    execute(
+        connection,
+        "INSERT INTO resource_order (resource_id) SELECT unnest(%(ids)s::text[]) ON CONFLICT DO NOTHING",
+        {"ids": ids},
+    )
+    found = rows(
+        connection,
+        "SELECT resource_id, last_job_id FROM resource_order WHERE resource_id = ANY(%(ids)s) ORDER BY resource_id "
+        "FOR UPDATE",
+        {"ids": ids},
+    )
+    return {entry["resource_id"]: entry["last_job_id"] for entry in found}
+
+
+def set_order(connection: Connection, last: dict[str, str]) -> None:
+    """Notes the last job of each resource."""
+    execute(
+        connection,
+        """
+        UPDATE resource_order SET last_job_id = new.last_job_id
+        FROM unnest(%(ids)s::text[], %(jobs)s::text[]) AS new (resource_id, last_job_id)
+        WHERE resource_order.resource_id = new.resource_id
+        """,
+        {"ids": list(last), "jobs": list(last.values())},
+    )
+
+
+def remember_key(
+    connection: Connection, owner: str, route: str, key: str, body_sha256: str, job_ids: Sequence[str]
+) -> Row | None:
+    """Keeps the answer for an idempotency key; gives the earlier answer where there is one."""
+    parameters = {"owner": owner, "route": route, "key": key, "sha": body_sha256, "ids": list(job_ids)}
+    inserted = execute(
+        connection,
+        """
+        INSERT INTO idempotency (owner, route, key, body_sha256, job_ids)
+        VALUES (%(owner)s, %(route)s, %(key)s, %(sha)s, %(ids)s) ON CONFLICT DO NOTHING
+        """,
+        parameters,
+    )
+    if inserted:
+        return None
+    return row(
+        connection,
+        "SELECT body_sha256, job_ids FROM idempotency WHERE owner = %(owner)s AND route = %(route)s AND key = %(key)s",
+        parameters,
+    )
+
+
+def due_webhooks(connection: Connection, limit: int, lease_seconds: float) -> list[Row]:
+    """Webhooks to deliver now; each is put off by `lease_seconds`, so that another gateway leaves it alone."""
+    return rows(
+        connection,
+        f"""
+        UPDATE jobs SET webhook_attempt = webhook_attempt + 1,
+            webhook_due_at = clock_timestamp() + make_interval(secs => %(lease)s)
+        WHERE id IN (SELECT id FROM jobs WHERE webhook_due_at <= clock_timestamp() ORDER BY webhook_due_at
+            LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+        RETURNING webhook_attempt, {COLUMNS}
+        """,
+        {"limit": limit, "lease": lease_seconds},
+    )
+
+
+def settle_webhook(connection: Connection, job_id: str, retry_in_seconds: float | None) -> None:
+    """A webhook was delivered or given up (None), or is to be tried again in `retry_in_seconds`."""
+    execute(
+        connection,
+        """
+        UPDATE jobs SET webhook_due_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+            webhook_attempt = CASE WHEN %(seconds)s IS NULL THEN NULL ELSE webhook_attempt END
+        WHERE id = %(id)s
+        """,
+        {"id": job_id, "seconds": retry_in_seconds},
+    )
+
+
+def _milliseconds(start: datetime | None, end: datetime | None) -> float | None:
+    return None if start is None or end is None else round((end - start).total_seconds() * 1000, 3)
+
+
+def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
+    """The job as every caller sees it (contract, section 2); times are aware datetimes."""
+    resource = {"type": job["resource_type"], "id": job["resource_id"]} if job["resource_id"] else None
+    return {
+        "job_id": job["id"],
+        "kind": job["kind"],
+        "state": job["state"],
+        "celery_state": State(job["state"]).celery,
+        "device_id": job["device_id"],
+        "queue": job["queue"],
+        "priority": job["priority"],
+        "attempt": job["attempt"],
+        "max_attempts": job["max_attempts"],
+        "queue_position": queue_position,
+        "progress": job["progress"],
+        "resource": resource,
+        "submitted_at": job["submitted_at"],
+        "started_at": job["started_at"],
+        "finished_at": job["finished_at"],
+        "expires_at": job["expires_at"],
+        "timings": {
+            "queued_ms": _milliseconds(job["submitted_at"], job["started_at"]),
+            "device_ms": job["device_ms"],
+            "total_ms": _milliseconds(job["submitted_at"], job["finished_at"]),
+        },
+        "result": job["result"],
+        "error": job["error"],
+        "owner": job["owner"],
+        "labels": job["labels"],
+        "deaths": job["deaths"],
+    }

@@ -1,0 +1,128 @@
+"""Submitting: one transaction records jobs with their predecessors, then their messages are published.
+
+A job that names an exclusive resource (allocation, inference session, training session) waits for the job that named
+it last; the resources are locked in order of id, so several gateways agree and cannot deadlock (DESIGN, invariant 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, Engine
+
+from device_operations.errors import failure
+from device_operations.jobs import OPEN, State
+from tasks.publish import Publisher
+from tasks.store import jobs as store
+from tasks.store.connection import Row, transaction
+from tasks.store.jobs import NewJob
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job ready to be recorded, and what goes with it.
+
+    `exclusive` are the resources whose jobs take effect in order of submission. `record` writes what the job makes
+    (an allocation, a model) in the same transaction, and may refuse.
+    """
+
+    job: NewJob
+    exclusive: tuple[str, ...] = ()
+    record: Callable[[Connection], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """An idempotency key: the same key and body of the same owner and route gives the first jobs again."""
+
+    owner: str
+    route: str
+    key: str
+    body_sha256: str
+
+
+def body_hash(body: Any) -> str:
+    """The hash by which two bodies count as the same: of their canonical JSON."""
+    return hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def submit(engine: Engine, publisher: Publisher, plans: Sequence[Plan], promise: Promise | None = None) -> list[Row]:
+    """Records all of `plans` or none, publishes them, and gives their rows in order.
+
+    Raises `job_not_found` for a predecessor that does not exist, and whatever a plan's `record` refuses with.
+    """
+    with transaction(engine) as connection:
+        rows = record(connection, plans, promise)
+    publish(publisher, plans, rows)
+    return rows
+
+
+def record(connection: Connection, plans: Sequence[Plan], promise: Promise | None = None) -> list[Row]:
+    """Records plans inside the caller's transaction."""
+    if promise is not None:
+        earlier = _keep(connection, promise, [plan.job.id for plan in plans])
+        if earlier is not None:
+            return earlier
+    ordered = _with_predecessors(connection, plans)
+    for plan in plans:
+        if plan.record is not None:
+            plan.record(connection)
+    rows = store.insert(connection, ordered)
+    if len(rows) != len(ordered):
+        taken = sorted({job.id for job in ordered} - {row["id"] for row in rows})
+        raise failure("idempotency_conflict", f"job ids are taken: {', '.join(taken)}")
+    return rows
+
+
+def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) -> None:
+    """Publishes what was recorded and is due."""
+    requests = {plan.job.id: plan.job.request for plan in plans}
+    publisher.jobs(
+        [(row, requests[row["id"]]) for row in rows if row["state"] == State.QUEUED and row["id"] in requests]
+    )
+
+
+def _keep(connection: Connection, promise: Promise, job_ids: list[str]) -> list[Row] | None:
+    earlier = store.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, job_ids)
+    if earlier is None:
+        return None
+    if earlier["body_sha256"] != promise.body_sha256:
+        raise failure(
+            "idempotency_conflict",
+            f"Idempotency-Key {promise.key!r} was used with another body on this route; use a new key",
+            detail={"job_ids": earlier["job_ids"]},
+        )
+    known = store.get_many(connection, earlier["job_ids"])
+    return [known[job_id] for job_id in earlier["job_ids"] if job_id in known]
+
+
+def _with_predecessors(connection: Connection, plans: Sequence[Plan]) -> list[NewJob]:
+    """The jobs with what they must wait for: the callers' own predecessors, and the order of each resource."""
+    resources = {resource for plan in plans for resource in plan.exclusive}
+    last: dict[str, str | None] = store.lock_order(connection, resources) if resources else {}
+    own = {plan.job.id for plan in plans}
+    named = {job_id for plan in plans for job_id in plan.job.after}
+    before = {job_id for job_id in last.values() if job_id is not None}
+    known = store.states(connection, (named | before) - own) if (named | before) - own else {}
+    missing = sorted(named - own - known.keys())
+    if missing:
+        raise failure("job_not_found", f"after names jobs that do not exist: {', '.join(missing)}")
+    still_open = {job_id for job_id, state in known.items() if state in OPEN}
+    seen: set[str] = set()
+    jobs = []
+    for plan in plans:
+        after = {job_id for job_id in plan.job.after if job_id in still_open or job_id in seen}
+        for resource in plan.exclusive:
+            previous = last.get(resource)
+            if previous in still_open or previous in seen:
+                after.add(str(previous))
+            last[resource] = plan.job.id
+        seen.add(plan.job.id)
+        jobs.append(replace(plan.job, after=sorted(after)))
+    if resources:
+        store.set_order(connection, {resource: str(job_id) for resource, job_id in last.items()})
+    return jobs

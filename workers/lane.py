@@ -1,0 +1,233 @@
+"""The lane: which job goes next on this device. It holds entries, never runs anything, and never sees the database.
+
+    admit ─▶ blocked ──(predecessors end)──▶ eligible ─▶ take ─▶ (running, the runner's) ─▶ ended
+
+An entry is eligible once every job in its `after` has ended, on whichever device that one ran. Eligible entries go by
+priority, then by order of submission; a blocked entry lends its priority to what it waits for. Runs of one model and
+shape that wait together are taken together.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Ended jobs that are remembered, so that a successor admitted later does not need to ask for them.
+REMEMBERED = 20_000
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One job in the lane. `handle` is what Celery is told through; None for jobs that came without a message."""
+
+    job_id: str
+    kind: str
+    priority: int
+    seq: int
+    needs: tuple[str, ...] = ()
+    after: set[str] = field(default_factory=set)
+    batch_key: Hashable | None = None
+    batch_limit: int = 1
+    handle: Any = None
+    admitted_at: float = field(default_factory=time.monotonic)
+    effective: int = -1
+    reserved: bool = False
+
+    def __post_init__(self) -> None:
+        self.effective = max(self.effective, self.priority)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller goes first."""
+        return (-self.effective, self.seq)
+
+
+class Lane:
+    """Entries of one device. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        self._entries: dict[str, Entry] = {}
+        self._eligible: list[tuple[tuple[int, int], str]] = []
+        self._batches: dict[Hashable, OrderedDict[str, None]] = {}
+        self._waiting_for: dict[str, set[str]] = {}
+        self._taken: set[str] = set()
+        self._remembered: OrderedDict[str, None] = OrderedDict()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._entries or job_id in self._taken
+
+    def admit(self, entry: Entry) -> bool:
+        """Takes an entry in; False when the job is here already, or has ended here."""
+        with self._lock:
+            if self._closed or entry.job_id in self._entries or entry.job_id in self._taken:
+                return False
+            entry.after = {job_id for job_id in entry.after if job_id not in self._remembered}
+            self._entries[entry.job_id] = entry
+            for job_id in entry.after:
+                self._waiting_for.setdefault(job_id, set()).add(entry.job_id)
+            if entry.job_id in self._waiting_for:
+                lent = [
+                    self._entries[waiter].effective
+                    for waiter in self._waiting_for[entry.job_id]
+                    if waiter in self._entries
+                ]
+                entry.effective = max([entry.effective, *lent])
+            self._lend(entry)
+            if not entry.after:
+                self._make_eligible(entry)
+            return True
+
+    def take(self, timeout_seconds: float | None = None, above: int | None = None) -> list[Entry]:
+        """The entries to run next, at most their batch's limit; empty when the time is up or the lane is closed.
+
+        With `above`, only entries whose priority is higher than that are taken.
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        with self._lock:
+            while True:
+                head = self._pop(above)
+                if head is not None:
+                    batch = [head, *self._mates(head)]
+                    for entry in batch:
+                        self._leave(entry)
+                        self._taken.add(entry.job_id)
+                    return batch
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if self._closed or (remaining is not None and remaining <= 0):
+                    return []
+                self._ready.wait(remaining)
+
+    def mates(self, head: Entry, limit: int) -> list[Entry]:
+        """More eligible entries of the same batch, taken now: those that came while the batch was being formed."""
+        with self._lock:
+            found = self._mates(head, limit)
+            for entry in found:
+                self._leave(entry)
+                self._taken.add(entry.job_id)
+            return found
+
+    def ended(self, job_ids: Iterable[str]) -> None:
+        """Jobs have ended, here or elsewhere: what waited for them may become eligible."""
+        with self._lock:
+            for job_id in job_ids:
+                self._taken.discard(job_id)
+                self._forget_oldest()
+                self._remembered[job_id] = None
+                gone = self._entries.get(job_id)
+                if gone is not None:
+                    self._leave(gone)
+                for waiter in self._waiting_for.pop(job_id, ()):
+                    entry = self._entries.get(waiter)
+                    if entry is not None:
+                        entry.after.discard(job_id)
+                        if not entry.after:
+                            self._make_eligible(entry)
+
+    def put_back(self, job_ids: Iterable[str]) -> None:
+        """Jobs that were taken did not run and did not end: they may be admitted again."""
+        with self._lock:
+            self._taken.difference_update(job_ids)
+
+    def discard(self, job_id: str) -> Entry | None:
+        """Takes an entry out that will not run here; None when it is not waiting here."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+            if entry is not None:
+                self._leave(entry)
+            return entry
+
+    def foreign(self) -> set[str]:
+        """Predecessors that waiting entries name and that are neither here nor known to have ended."""
+        with self._lock:
+            return {job_id for job_id in self._waiting_for if job_id not in self._entries and job_id not in self._taken}
+
+    def select(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
+        """The waiting entries that `wanted` says yes to."""
+        with self._lock:
+            return [entry for entry in self._entries.values() if wanted(entry)]
+
+    def close(self) -> list[Entry]:
+        """Lets nothing more in or out; gives what was still waiting."""
+        with self._lock:
+            self._closed = True
+            left = list(self._entries.values())
+            self._entries.clear()
+            self._ready.notify_all()
+            return left
+
+    def wake(self) -> None:
+        """Makes a waiting `take` look again."""
+        with self._lock:
+            self._ready.notify_all()
+
+    # ---- all below under the lock
+
+    def _make_eligible(self, entry: Entry) -> None:
+        heapq.heappush(self._eligible, (entry.rank, entry.job_id))
+        if entry.batch_key is not None:
+            self._batches.setdefault(entry.batch_key, OrderedDict())[entry.job_id] = None
+        self._ready.notify()
+
+    def _pop(self, above: int | None) -> Entry | None:
+        while self._eligible:
+            rank, job_id = self._eligible[0]
+            entry = self._entries.get(job_id)
+            # An entry that left, or whose rank has changed since, stands elsewhere in the heap or nowhere.
+            if entry is None or entry.rank != rank or entry.after:
+                heapq.heappop(self._eligible)
+                continue
+            if above is not None and entry.effective <= above:
+                return None
+            heapq.heappop(self._eligible)
+            return entry
+        return None
+
+    def _mates(self, head: Entry, limit: int | None = None) -> list[Entry]:
+        """Entries of the same batch, oldest first; those of lower priority come only if nothing higher is passed over."""
+        room = head.batch_limit - 1 if limit is None else limit
+        same = self._batches.get(head.batch_key) if head.batch_key is not None else None
+        if not same or room <= 0:
+            return []
+        found = []
+        for job_id in same:
+            if len(found) == room:
+                break
+            if job_id != head.job_id:
+                found.append(self._entries[job_id])
+        return found
+
+    def _leave(self, entry: Entry) -> None:
+        self._entries.pop(entry.job_id, None)
+        same = self._batches.get(entry.batch_key) if entry.batch_key is not None else None
+        if same is not None:
+            same.pop(entry.job_id, None)
+            if not same:
+                del self._batches[entry.batch_key]
+
+    def _lend(self, entry: Entry) -> None:
+        """Raises what `entry` waits for to its own priority, and what those wait for."""
+        stack: list[tuple[Collection[str], int]] = [(entry.after, entry.effective)]
+        while stack:
+            job_ids, priority = stack.pop()
+            for job_id in job_ids:
+                before = self._entries.get(job_id)
+                if before is not None and before.effective < priority:
+                    before.effective = priority
+                    stack.append((before.after, priority))
+                    if not before.after:
+                        heapq.heappush(self._eligible, (before.rank, before.job_id))
+
+    def _forget_oldest(self) -> None:
+        while len(self._remembered) >= REMEMBERED:
+            self._remembered.popitem(last=False)

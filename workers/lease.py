@@ -1,0 +1,135 @@
+"""The lease: this process's right to a device, taken under a new epoch and prolonged from a thread of its own.
+
+The database's clock alone says whether a lease stands. The worker stops its lane by its own monotonic clock before its
+lease can have run out, and goes on with what it holds once it hears that its epoch still stands.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from device_operations.errors import failure
+from tasks import lifecycle
+from tasks.lifecycle import Burial
+from tasks.store import devices as store
+from tasks.store.connection import Row, transaction
+
+log = structlog.get_logger(__name__)
+
+#: How many times the lease is renewed in its own length.
+RENEWALS_PER_LEASE = 4
+
+#: The share of the lease after which, unrenewed, the lane stops: well before the database could call it expired.
+STOP_AT_SHARE = 0.75
+
+
+class Lease:
+    """One epoch of one device, held by this process."""
+
+    def __init__(self, engine: Engine, device_id: str, epoch: int, lease_seconds: float) -> None:
+        self.device_id = device_id
+        self.epoch = epoch
+        self.draining = False
+        self.lost = threading.Event()
+        self._engine = engine
+        self._lease_seconds = lease_seconds
+        self._renewed_at = time.monotonic()
+        self._stop = threading.Event()
+        self._free_bytes: Callable[[], int | None] = lambda: None
+        self._on_lost: Callable[[], None] = lambda: None
+        self._on_drain: Callable[[bool], None] = lambda _draining: None
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
+
+    def keep(
+        self,
+        free_bytes: Callable[[], int | None],
+        on_lost: Callable[[], None],
+        on_drain: Callable[[bool], None],
+    ) -> None:
+        """Starts renewing. `on_lost` is called once when another worker holds the device; `on_drain` on each change."""
+        self._free_bytes = free_bytes
+        self._on_lost = on_lost
+        self._on_drain = on_drain
+        self._thread.start()
+
+    @property
+    def safe(self) -> bool:
+        """Whether the lease cannot have run out yet, by our own clock: only then may a new job be claimed."""
+        return not self.lost.is_set() and time.monotonic() - self._renewed_at < self._lease_seconds * STOP_AT_SHARE
+
+    def release(self) -> None:
+        """Stops renewing and gives the device back in order: nobody needs to wait for the lease to run out."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+        if not self.lost.is_set():
+            with transaction(self._engine) as connection:
+                row = store.lock(connection, self.device_id)
+                if row is not None and row["epoch"] == self.epoch:
+                    store.release(connection, self.device_id, self.epoch)
+
+    def _renew_until_stopped(self) -> None:
+        interval = self._lease_seconds / RENEWALS_PER_LEASE
+        while not self._stop.wait(interval if self.safe else 0.2):
+            asked_at = time.monotonic()
+            try:
+                with self._engine.connect() as connection:
+                    row = store.renew(connection, self.device_id, self.epoch, self._lease_seconds, self._free_bytes())
+            except DBAPIError as error:
+                log.warning("lease not renewed", device_id=self.device_id, error=str(error.orig).strip())
+                continue
+            if row is None:
+                log.error("lease lost: another worker holds the device, or its jobs were given up", epoch=self.epoch)
+                self.lost.set()
+                self._on_lost()
+                return
+            # The database counts from when it ran the statement, which is not before we asked.
+            self._renewed_at = asked_at
+            if row["draining"] != self.draining:
+                self.draining = row["draining"]
+                self._on_drain(self.draining)
+
+
+def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds: float) -> tuple[Lease, Burial | None]:
+    """Takes the device over under a new epoch, declaring lost what the last one held.
+
+    Raises `device_unavailable` while a live worker holds it. A holder on this very machine whose process is gone does
+    not make us wait until its lease runs out.
+    """
+    device_id = facts["device_id"]
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": psutil.Process().create_time()}
+    with transaction(engine) as connection:
+        row = store.lock(connection, device_id)
+        burial = None
+        if row is not None:
+            if row["alive"] and not _is_gone(row):
+                raise failure(
+                    "device_unavailable",
+                    f"{device_id} is held by a worker that is alive: pid {row['pid']} on {row['host']}, epoch "
+                    f"{row['epoch']}; stop it, or wait until its lease has run out",
+                    detail={"pid": row["pid"], "host": row["host"], "lease_until": row["lease_until"].isoformat()},
+                )
+            if not row["buried"]:
+                burial = lifecycle.bury(connection, device_id, row["epoch"])
+        epoch = store.register(connection, {**facts, **own}, lease_seconds)
+        store.set_budget(connection, device_id, budget_bytes)
+    return Lease(engine, device_id, epoch, lease_seconds), burial
+
+
+def _is_gone(row: Row) -> bool:
+    """Whether the holder ran on this machine and is no longer there; a reused pid has another start time."""
+    if row["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(row["pid"]).create_time() - row["pid_started"]) > 1.0
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,25 @@
+"""What each kind of job does on the device, one module a noun.
+
+An operation takes the resident state and a claimed job, and returns its outcome; or it is a generator that yields
+`Progress` between steps, so that the lane can run something more urgent, and returns its outcome at the end. What it
+raises is the job's failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+from tasks.lifecycle import Outcome
+from workers.operations import inference
+from workers.resident import Resident
+from workers.work import Progress, Work
+
+Steps = Generator[Progress, None, Outcome]
+Operation = Callable[[Resident, Work], Outcome | Steps]
+
+OPERATIONS: dict[str, Operation] = {**inference.OPERATIONS}
+
+#: Kinds whose jobs may run joined: several works in, an outcome each out.
+BATCHES: dict[str, Callable[[Resident, list[Work]], list[Outcome]]] = {**inference.BATCHES}
+
+__all__ = ["BATCHES", "OPERATIONS", "Operation", "Steps"]

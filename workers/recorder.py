@@ -1,0 +1,242 @@
+"""The recorder: the thread that writes what came of jobs, and tells everyone, so that the device thread never waits.
+
+runner ─▶ started, progressed, finished ─▶ one statement for all that waited ─▶ lane, gateways, Celery
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from celery import Celery
+from sqlalchemy import Engine
+
+from device_operations.jobs import State
+from tasks import lifecycle
+from tasks.database import until_reachable
+from tasks.lifecycle import Outcome
+from tasks.publish import Publisher
+from tasks.store import jobs as store
+from tasks.store import models as model_store
+from tasks.store.connection import Row
+from workers.lane import Lane
+from workers.pool import Handle, exception_info
+from workers.work import Work
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between two writes of one job's progress.
+PROGRESS_INTERVAL_SECONDS = 0.2
+
+#: Seconds before a job that failed retryably is tried again: doubled with each attempt.
+RETRY_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Finished:
+    work: Work
+    outcome: Outcome
+
+
+class Recorder:
+    """Records in order what the runner hands over. `stop` returns when everything handed over is recorded."""
+
+    def __init__(
+        self, engine: Engine, publisher: Publisher, lane: Lane, device_id: str, epoch: int, app: Celery
+    ) -> None:
+        self._engine = engine
+        self._publisher = publisher
+        self._lane = lane
+        self._device_id = device_id
+        self._epoch = epoch
+        self._app = app
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._told_at: dict[str, float] = {}
+        self._uses: dict[str, list[int]] = {}
+        self._uses_written_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._record_until_stopped, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        """Begins to record."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Records what is left, then ends."""
+        self._stopping.set()
+        self._queue.put(None)
+        self._thread.join()
+
+    def started(self, works: list[Work]) -> None:
+        """Jobs were claimed."""
+        self._queue.put(("started", works))
+
+    def progressed(self, work: Work, told: dict[str, Any]) -> None:
+        """A running job got further; written a few times a second at most."""
+        now = time.monotonic()
+        if now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
+            self._told_at[work.job_id] = now
+            self._queue.put(("progress", work, told))
+
+    def finished(self, works: list[Work], outcomes: list[Outcome]) -> None:
+        """Jobs have their outcomes."""
+        self._queue.put([_Finished(work, outcome) for work, outcome in zip(works, outcomes, strict=True)])
+
+    def call(self, step: Callable[[], None]) -> None:
+        """Runs `step` on the recorder's thread, after what was handed over before."""
+        self._queue.put(step)
+
+    def _record_until_stopped(self) -> None:
+        while True:
+            items = [self._queue.get()]
+            while not self._queue.empty():
+                items.append(self._queue.get())
+            try:
+                self._record(items)
+            except Exception:
+                log.exception("recording failed")
+            if any(item is None for item in items):
+                self._write_uses()
+                return
+            if time.monotonic() - self._uses_written_at > 1.0:
+                self._write_uses()
+
+    def _record(self, items: list[Any]) -> None:
+        """Takes the items in order; outcomes that stand together are written together."""
+        finished: list[_Finished] = []
+        for item in items:
+            if isinstance(item, list):
+                finished += item
+                continue
+            if item is None:
+                continue
+            if callable(item):
+                self._finish(finished)
+                finished = []
+                item()
+            elif item[0] == "started":
+                self._tell_started(item[1])
+            else:
+                self._tell_progress(item[1], item[2])
+        self._finish(finished)
+
+    def _tell_started(self, works: list[Work]) -> None:
+        for work in works:
+            if work.entry.handle is not None:
+                work.entry.handle.started()
+        self._publisher.progress((work.job_id, {"event": "state", "data": store.view(work.row)}) for work in works)
+
+    def _tell_progress(self, work: Work, told: dict[str, Any]) -> None:
+        def write() -> None:
+            with self._engine.connect() as connection:
+                store.set_progress(connection, work.job_id, self._epoch, told)
+
+        until_reachable(write, stop=self._stopping.is_set)
+        self._publisher.progress([(work.job_id, {"event": "progress", "data": {"job_id": work.job_id, **told}})])
+
+    def _finish(self, finished: list[_Finished]) -> None:
+        if not finished:
+            return
+        ending = []
+        for one in finished:
+            self._told_at.pop(one.work.job_id, None)
+            self._count(one)
+            if not self._retried(one):
+                ending.append(one)
+        if not ending:
+            return
+        kinds = {one.work.job_id: one.work.kind for one in ending}
+        outcomes = [one.outcome for one in ending]
+        rows = until_reachable(
+            lambda: lifecycle.finish(self._engine, outcomes, kinds, self._epoch), stop=self._stopping.is_set
+        )
+        self._lane.ended(row["id"] for row in rows)
+        self._lane.ended(kinds)
+        lifecycle.announce(self._publisher, rows)
+        handles = {one.work.job_id: one.work.entry.handle for one in ending}
+        for row in rows:
+            self.tell_celery(row, handles.pop(row["id"], None))
+        for handle in handles.values():
+            if handle is not None:
+                handle.dropped()
+
+    def tell_celery(self, row: Row, handle: Handle | None) -> None:
+        """Celery's events, its result where the caller asked for one, and one line in the log."""
+        view = store.view(row)
+        if row["wants_result"]:
+            self._write_result(row)
+        if handle is not None:
+            handle.ended(view)
+        log.info(
+            "job",
+            job_id=row["id"], kind=row["kind"], state=row["state"], device_id=row["device_id"], owner=row["owner"],
+            attempt=row["attempt"], queued_ms=view["timings"]["queued_ms"], device_ms=row["device_ms"],
+            total_ms=view["timings"]["total_ms"], error=(row["error"] or {}).get("code"),
+        )  # fmt: skip
+
+    def _write_result(self, row: Row) -> None:
+        try:
+            if row["state"] == State.SUCCEEDED:
+                self._app.backend.mark_as_done(row["id"], row["result"])
+            elif row["state"] == State.FAILED:
+                info = exception_info(row["error"])
+                self._app.backend.mark_as_failure(row["id"], info.exception, traceback=None)
+            else:
+                self._app.backend.mark_as_revoked(row["id"], reason=row["state"])
+        except Exception as error:  # noqa: BLE001 - the record stands; a result backend that is away must not stop jobs
+            log.warning("Celery's result could not be written", job_id=row["id"], error=str(error))
+
+    def _retried(self, one: _Finished) -> bool:
+        """Puts a job that failed retryably back, if it has attempts left; deaths of workers do not use them up."""
+        work, outcome = one.work, one.outcome
+        used = work.row["attempt"] - work.row["deaths"]
+        if (
+            outcome.state != State.FAILED
+            or not (outcome.error or {}).get("retryable")
+            or used >= work.row["max_attempts"]
+        ):
+            return False
+
+        def put_back() -> Row | None:
+            with self._engine.connect() as connection:
+                return store.retry(
+                    connection, work.job_id, self._epoch, outcome.error or {}, RETRY_SECONDS * 2 ** (used - 1)
+                )
+
+        row = until_reachable(put_back, stop=self._stopping.is_set)
+        if row is None:
+            return False
+        self._lane.put_back([work.job_id])
+        if work.entry.handle is not None:
+            work.entry.handle.dropped()
+        log.info(
+            "job retries", job_id=work.job_id, attempt=work.row["attempt"], error=(outcome.error or {}).get("code")
+        )
+        return True
+
+    def _count(self, one: _Finished) -> None:
+        if one.work.kind == "inference.run":
+            counts = self._uses.setdefault(one.work.request.get("model_id") or "", [0, 0, 0])
+            counts[0 if one.outcome.state == State.SUCCEEDED else 1] += 1
+            counts[2] += int((one.outcome.device_ms or 0) * 1e6)
+
+    def _write_uses(self) -> None:
+        """Writes how often each model ran: once a second, not once a run."""
+        self._uses_written_at = time.monotonic()
+        if not self._uses:
+            return
+        uses = [
+            {"model_id": model_id, "succeeded": won, "failed": lost, "statistics": {"device_ns": device_ns}}
+            for model_id, (won, lost, device_ns) in self._uses.items()
+        ]
+        self._uses = {}
+        try:
+            with self._engine.connect() as connection:
+                model_store.add_runs(connection, uses)
+        except Exception as error:  # noqa: BLE001 - statistics may be lost with the database, jobs may not
+            log.warning("statistics not written", error=str(error))

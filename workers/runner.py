@@ -1,0 +1,243 @@
+"""The runner: the one thread that makes device calls. It takes from the lane, claims, performs, hands over.
+
+    take ─▶ claim (guarded, under our epoch) ─▶ perform ─▶ recorder
+
+A long job is a generator: between its steps the runner first runs whatever in the lane is more urgent. Whatever a job
+raises is that job's outcome; only the loss of the device ends the process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from sqlalchemy import Engine
+
+from device_operations.errors import OperationError, failure
+from tasks.database import until_reachable
+from tasks.lifecycle import Outcome
+from tasks.store import jobs as store
+from workers.lane import Entry, Lane
+from workers.lease import Lease
+from workers.operations import BATCHES, OPERATIONS, Steps
+from workers.recorder import Recorder
+from workers.resident import Resident
+from workers.work import Progress, Work, named
+
+log = structlog.get_logger(__name__)
+
+#: The exit status of a worker whose device was lost: its supervisor starts it again.
+DEVICE_LOST_STATUS = 75
+
+
+@dataclass(slots=True, eq=False)
+class _Paused:
+    """A long job between two steps."""
+
+    work: Work
+    steps: Steps
+
+
+class Runner:
+    """Runs jobs on one device until stopped."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        lease: Lease,
+        resident: Resident,
+        recorder: Recorder,
+        engine: Engine,
+        *,
+        on_unclaimed: Callable[[list[Entry]], None],
+        on_device_lost: Callable[[OperationError], None],
+    ) -> None:
+        self._lane = lane
+        self._lease = lease
+        self._resident = resident
+        self._recorder = recorder
+        self._engine = engine
+        self._on_unclaimed = on_unclaimed
+        self._on_device_lost = on_device_lost
+        self._running: dict[str, Work] = {}
+        self._paused: list[_Paused] = []
+        self._inbox: list[Callable[[], None]] = []
+        self._stopping = threading.Event()
+        self.busy_seconds = 0.0
+        self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)
+
+    def start(self) -> None:
+        """Begins to run jobs."""
+        self._thread.start()
+
+    def stop(self, *, cold: bool = False) -> None:
+        """Finishes what is running, or with `cold` tells it to end, and returns when the device is idle."""
+        self._stopping.set()
+        if cold:
+            for work in list(self._running.values()):
+                work.cancel.trip("cancelled")
+        self._lane.wake()
+        self._thread.join()
+
+    def call(self, step: Callable[[], None]) -> None:
+        """Runs `step` on the device's thread before the next job."""
+        self._inbox.append(step)
+        self._lane.wake()
+
+    def cancel(self, job_id: str, code: str = "cancelled") -> bool:
+        """Stops a running job at its next step or node; False when it is not running here."""
+        work = self._running.get(job_id)
+        if work is None:
+            return False
+        work.cancel.trip(code)
+        return True
+
+    def check_deadlines(self) -> None:
+        """Stops running jobs whose time is up."""
+        now = time.monotonic()
+        for work in list(self._running.values()):
+            if work.deadline is not None and now >= work.deadline:
+                work.cancel.trip("timeout")
+
+    def running(self) -> list[str]:
+        """Ids of the jobs that hold the device or are between two steps."""
+        return list(self._running)
+
+    # ---- the device's thread
+
+    def _run_until_stopped(self) -> None:
+        while True:
+            while self._inbox:
+                self._guarded(self._inbox.pop(0))
+            if self._stopping.is_set() and not self._paused:
+                return
+            if self._paused:
+                self._go_on()
+            elif self._lease.safe and not self._lease.draining:
+                self._begin(self._lane.take(timeout_seconds=0.5))
+            else:
+                time.sleep(0.05)
+
+    def _go_on(self) -> None:
+        """One step of the most urgent paused job, unless the lane holds something more urgent still."""
+        paused = max(self._paused, key=lambda one: (one.work.entry.effective, -one.work.entry.seq))
+        if self._lease.safe and not self._lease.draining and not self._stopping.is_set():
+            urgent = self._lane.take(timeout_seconds=0, above=paused.work.entry.effective)
+            if urgent:
+                self._begin(urgent)
+                return
+        self._advance(paused)
+
+    def _begin(self, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        works = self._claim(entries)
+        if not works:
+            return
+        began = time.perf_counter()
+        self._recorder.started(works)
+        if works[0].kind in BATCHES:
+            self._finish(works, self._perform_batch(works))
+        else:
+            for work in works:
+                self._perform(work)
+        self.busy_seconds += time.perf_counter() - began
+
+    def _claim(self, entries: list[Entry]) -> list[Work]:
+        """The entries that are ours to run; the others go back to the intake, which finds out why."""
+        by_id = {entry.job_id: entry for entry in entries}
+
+        def claim() -> list[dict[str, Any]]:
+            with self._engine.connect() as connection:
+                return store.claim(connection, list(by_id), self._resident.device_id, self._lease.epoch)
+
+        try:
+            rows = until_reachable(claim, stop=self._stopping.is_set)
+        except Exception as error:  # noqa: BLE001 - a claim that fails for good leaves the jobs to the record
+            log.error("claim failed", error=str(error), jobs=len(entries))
+            rows = []
+        works = []
+        for row in rows:
+            work = Work(by_id.pop(row["id"]), row, row["request"])
+            if row["timeout_seconds"] is not None:
+                work.deadline = time.monotonic() + row["timeout_seconds"]
+            self._running[work.job_id] = work
+            works.append(work)
+        if by_id:
+            self._on_unclaimed(list(by_id.values()))
+        works.sort(key=lambda work: work.entry.rank)
+        return works
+
+    def _perform_batch(self, works: list[Work]) -> list[Outcome]:
+        try:
+            return BATCHES[works[0].kind](self._resident, works)
+        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
+            return [work.failed(self._noted(error)) for work in works]
+
+    def _perform(self, work: Work) -> None:
+        operation = OPERATIONS.get(work.kind)
+        try:
+            if operation is None:
+                raise failure("validation_failed", f"this worker has no operation for {work.kind}")
+            work.cancel.check()
+            made = operation(self._resident, work)
+        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
+            self._finish([work], [work.failed(self._noted(error))])
+            return
+        if isinstance(made, Generator):
+            paused = _Paused(work, made)
+            self._paused.append(paused)
+            self._advance(paused)
+        else:
+            self._finish([work], [made])
+
+    def _advance(self, paused: _Paused) -> None:
+        work = paused.work
+        began = time.perf_counter()
+        try:
+            work.cancel.check()
+            told = next(paused.steps)
+            if isinstance(told, Progress) and told.told is not None:
+                self._recorder.progressed(work, told.told)
+        except StopIteration as stop:
+            self._paused.remove(paused)
+            self._finish([work], [stop.value])
+        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
+            self._paused.remove(paused)
+            self._close(paused)
+            self._finish([work], [work.failed(self._noted(error))])
+        self.busy_seconds += time.perf_counter() - began
+
+    def _close(self, paused: _Paused) -> None:
+        """Lets a generator that will not go on run its `finally`."""
+        try:
+            paused.steps.close()
+        except BaseException as error:  # noqa: BLE001 - cleaning up after a job must not stop the lane either
+            log.warning("a stopped job failed to clean up", job_id=paused.work.job_id, error=str(error))
+
+    def _finish(self, works: list[Work], outcomes: list[Outcome]) -> None:
+        for work in works:
+            self._running.pop(work.job_id, None)
+        self._recorder.finished(works, outcomes)
+
+    def _noted(self, error: BaseException) -> OperationError:
+        """The error with its code; the loss of the device also ends this process once its jobs are recorded."""
+        known = (
+            named(error) if isinstance(error, (OperationError, MemoryError)) else self._resident.device.classify(error)
+        )
+        if known.code == "internal_error":
+            log.error("operation failed", error=known.message, exc_info=error)
+        if known.code == "device_lost":
+            self._stopping.set()
+            self._on_device_lost(known)
+        return known
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BaseException as error:
+            log.error("housekeeping failed", error=self._noted(error).message, exc_info=error)

@@ -1,0 +1,270 @@
+"""The worker service: one device, one lease, one lane, and Celery's own worker in front of it.
+
+    open the device ─▶ take the lease ─▶ bring back models ─▶ run Celery's worker with our pool ─▶ stop ─▶ give back
+
+Exit status: 0 after an orderly stop, 75 when the device was lost (the supervisor starts it again), 76 when the lease
+was lost to another worker, 69 when a live worker holds the device.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import structlog
+from celery import Celery, bootsteps
+from kombu import Consumer, Queue
+from sqlalchemy.exc import DBAPIError
+
+from device_operations.devices import Device as Named
+from device_operations.errors import OperationError
+from device_operations.settings import Settings
+from tasks import lifecycle
+from tasks.app import PREFETCH, make_app
+from tasks.blobs import BlobStore
+from tasks.database import is_disconnect, open_engine, until_reachable
+from tasks.directory import Directory
+from tasks.plans.base import Context
+from tasks.publish import Publisher, connect
+from tasks.queues import control_queue, device_queue
+from tasks.store import devices as device_store
+from tasks.store import jobs as store
+from tasks.store.connection import transaction
+from workers import lease as leases
+from workers.devices import open_device
+from workers.intake import Intake
+from workers.lane import Lane
+from workers.operations.inference import bring_back
+from workers.pool import LanePool
+from workers.recorder import Recorder
+from workers.resident import Resident
+from workers.runner import DEVICE_LOST_STATUS, Runner
+
+log = structlog.get_logger(__name__)
+
+LEASE_LOST_STATUS = 76
+
+#: Seconds between two looks at the records: orphans, cancellations, samples.
+SWEEP_SECONDS = 1.0
+SAMPLE_SECONDS = 5.0
+
+#: The share of a device's memory that may be reserved where its backend names no budget of its own.
+BUDGET_SHARE = 0.9
+
+
+class Service:
+    """Everything that one worker process is made of. `run` returns the exit status."""
+
+    def __init__(self, settings: Settings, named: Named) -> None:
+        self._settings = settings
+        self.device_id = named.device_id
+        self._engine = open_engine(settings.require_database_url(), pool_size=6, max_overflow=4)
+        self._redis = connect(settings.require_redis_url())
+        self._publisher = Publisher(self._redis)
+        self._status = 0
+        self._stopping = threading.Event()
+        self._stopped = threading.Lock()
+        device = open_device(named.backend, named.ordinal)
+        about = device.describe()
+        reading = device.memory()
+        facts = {
+            "device_id": self.device_id, "backend": named.backend, "ordinal": named.ordinal, "node": settings.node,
+            "name": about.name, "vendor": about.vendor, "driver": about.driver, "total_bytes": about.total_bytes,
+            "free_bytes": reading.free_bytes, "capabilities": dict(about.capabilities),
+            "providers": list(about.providers),
+        }  # fmt: skip
+        budget = reading.budget_bytes or int((about.total_bytes or 0) * BUDGET_SHARE)
+        self._lease, self._burial = until_reachable(
+            lambda: leases.take(self._engine, facts, budget, settings.lease_seconds)
+        )
+        epoch = self._lease.epoch
+        blobs = BlobStore(str(settings.blobs.url))
+        self._lane = Lane()
+        self.app = make_app(settings, self.device_id)
+        self.resident = Resident(self.device_id, epoch, device, self._engine, settings, blobs)
+        self._recorder = Recorder(self._engine, self._publisher, self._lane, self.device_id, epoch, self.app)
+        context = Context(
+            self._engine, settings, Directory(self._engine, settings), blobs, "default", device_id=self.device_id
+        )
+        self._intake = Intake(
+            self._lane, self._recorder, self.resident, context, self._engine, self._publisher, self._redis,
+            lambda: self._lease.draining or not self._lease.safe,
+        )  # fmt: skip
+        self.runner = Runner(
+            self._lane, self._lease, self.resident, self._recorder, self._engine,
+            on_unclaimed=self._intake.unclaimed, on_device_lost=self._device_lost,
+        )  # fmt: skip
+        self._sweeper = threading.Thread(target=self._sweep_until_stopped, name="sweep", daemon=True)
+
+    def run(self) -> int:
+        """Runs until told to stop, and gives the exit status."""
+        log.info("worker starts", device_id=self.device_id, epoch=self._lease.epoch, pid=os.getpid())
+        self._lease.keep(
+            free_bytes=lambda: self.resident.device.memory().free_bytes,
+            on_lost=lambda: self._leave(LEASE_LOST_STATUS),
+            on_drain=lambda draining: log.info("draining" if draining else "resumed", device_id=self.device_id),
+        )
+        self._tell_burial()
+        restore_unacked(self.app, self._redis)
+        LanePool.intake = self
+        self.app.steps["consumer"].add(control_step(self))
+        self.app.Worker(
+            hostname=f"{self.device_id}@{socket.gethostname()}",
+            pool_cls="workers.pool:LanePool", concurrency=PREFETCH, queues=[device_queue(self.device_id)],
+            without_gossip=True, without_mingle=True, task_events=True, loglevel="WARNING", quiet=True,
+        ).start()  # fmt: skip
+        self.stop()
+        return self._status
+
+    # ---- called by the pool
+
+    def start(self, app: Celery) -> None:
+        """Celery's worker is up: what the last epoch had loaded comes back first, then jobs."""
+        self._recorder.start()
+        self.runner.call(lambda: bring_back(self.resident))
+        self.runner.start()
+        self._intake.start()
+        self._sweeper.start()
+
+    def receive(self, handle: Any) -> None:
+        """One message."""
+        self._intake.receive(handle)
+
+    def stop(self, *, cold: bool = False) -> None:
+        """Finishes what runs, records it, declares the epoch over, and gives the device back. Twice is no harm."""
+        with self._stopped:
+            if self._stopping.is_set():
+                return
+            self._stopping.set()
+        self._intake.stop()
+        left = self._lane.close()
+        self.runner.stop(cold=cold)
+        self._recorder.stop()
+        log.info("worker stops", device_id=self.device_id, left_to_the_next=len(left))
+        if not self._lease.lost.is_set():
+            try:
+                with transaction(self._engine) as connection:
+                    device_store.lock(connection, self.device_id)
+                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch)
+                self._announce(burial)
+            except DBAPIError as error:
+                log.warning("the epoch could not be closed; it ends with its lease", error=str(error.orig).strip())
+        self._lease.release()
+
+    def standing(self) -> dict[str, Any]:
+        """What `celery inspect stats` shows of the lane."""
+        return {
+            "device_id": self.device_id, "epoch": self._lease.epoch, "waiting": len(self._lane),
+            "running": self.runner.running(), "models": sorted(self.resident.models),
+        }  # fmt: skip
+
+    # ---- called by the control queue
+
+    def control(self, told: dict[str, Any]) -> None:
+        """A wake-up: PostgreSQL already says so, this only makes it quick."""
+        job_id = str(told.get("cancel") or "")
+        if job_id and not self.runner.cancel(job_id):
+            entry = self._lane.discard(job_id)
+            if entry is not None:
+                self._intake.unclaimed([entry])
+
+    # ---- looking after
+
+    def _tell_burial(self) -> None:
+        if self._burial is not None:
+            burial = self._burial
+            log.info(
+                "took over", device_id=self.device_id, requeued=len(burial.requeued), ended=len(burial.ended),
+                lost_allocations=len(burial.lost_allocations), lost_models=len(burial.lost_models),
+                lost_sessions=len(burial.lost_sessions),
+            )  # fmt: skip
+            self._announce(burial)
+
+    def _announce(self, burial: lifecycle.Burial) -> None:
+        lifecycle.announce(self._publisher, burial.ended)
+        self._publisher.jobs([(row, row["request"]) for row in burial.requeued])
+
+    def _sweep_until_stopped(self) -> None:
+        sampled_at, busy_before = time.monotonic(), 0.0
+        swept_at = 0.0
+        while not self._stopping.wait(0.05):
+            self.runner.check_deadlines()
+            now = time.monotonic()
+            if now - swept_at < SWEEP_SECONDS:
+                continue
+            swept_at = now
+            try:
+                self._sweep()
+                if now - sampled_at >= SAMPLE_SECONDS:
+                    busy = self.runner.busy_seconds
+                    self._sample(min(1.0, (busy - busy_before) / (now - sampled_at)))
+                    sampled_at, busy_before = now, busy
+            except DBAPIError as error:
+                if not is_disconnect(error):
+                    log.error("sweep failed", error=str(error))
+            except Exception:
+                log.exception("sweep failed")
+
+    def _sweep(self) -> None:
+        self._intake.sweep()
+        with self._engine.connect() as connection:
+            for job_id in store.running_to_cancel(connection, self.device_id, self._lease.epoch):
+                self.runner.cancel(job_id)
+
+    def _sample(self, busy_share: float) -> None:
+        reading = self.resident.device.memory()
+        sample = {
+            "used_bytes": reading.used_bytes, "free_bytes": reading.free_bytes,
+            "busy_share": round(busy_share, 4), "queue_length": len(self._lane),
+        }  # fmt: skip
+        with self._engine.connect() as connection:
+            device_store.add_sample(connection, self.device_id, sample)
+            device_store.set_cpu_fallback_ops(
+                connection, self.device_id, self._lease.epoch, self.resident.cpu_fallback_ops()
+            )
+
+    def _device_lost(self, error: OperationError) -> None:
+        log.error("device lost; the worker ends and is to be started again", error=error.message)
+        self._leave(DEVICE_LOST_STATUS)
+
+    def _leave(self, status: int) -> None:
+        """Ends the process with `status` once everything handed over is recorded."""
+        self._status = status
+
+        def leave() -> None:
+            self._recorder.stop()
+            if status == DEVICE_LOST_STATUS:
+                with transaction(self._engine) as connection:
+                    device_store.lock(connection, self.device_id)
+                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch)
+                self._announce(burial)
+            os._exit(status)
+
+        # The device's own thread may be the caller, and a driver that lost its device may never let Celery stop.
+        threading.Thread(target=leave, name="leave", daemon=False).start()
+
+
+def control_step(service: Service) -> type[bootsteps.ConsumerStep]:
+    """Celery's consumer step that reads the device's control queue, on a channel of its own."""
+
+    class Control(bootsteps.ConsumerStep):
+        def get_consumers(self, channel: Any) -> list[Consumer]:
+            queue = Queue(control_queue(service.device_id), durable=False, no_ack=True)
+            return [Consumer(channel, [queue], callbacks=[self.on_message], accept=["json"], no_ack=True)]
+
+        def on_message(self, body: Any, message: Any) -> None:
+            if isinstance(body, dict):
+                service.control(body)
+
+    return Control
+
+
+def restore_unacked(app: Celery, client: Any) -> None:
+    """Puts back what the device's last worker had received and not acknowledged: kombu keeps it by device."""
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        for tag in client.hkeys(channel.unacked_key):
+            channel.qos.restore_by_tag(tag.decode(), client=client)

@@ -1,0 +1,66 @@
+"""The values that pass through the worker: a claimed job at work, what it waits in, and how it stops."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from device_operations.errors import OperationError, failure
+from device_operations.jobs import State
+from tasks.lifecycle import Outcome
+from tasks.store.connection import Row
+from workers.devices.onnx_session import Cancel
+from workers.lane import Entry
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One claimed job. `cancel` may be tripped from any thread; `deadline` is in the monotonic clock's seconds."""
+
+    entry: Entry
+    row: Row
+    request: dict[str, Any]
+    cancel: Cancel = field(default_factory=Cancel)
+    deadline: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.entry.job_id
+
+    @property
+    def kind(self) -> str:
+        """The job's kind."""
+        return self.entry.kind
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the job got the device."""
+        return round((time.perf_counter() - self.started) * 1000, 3)
+
+    def succeeded(self, result: dict[str, Any], *, device_ms: float | None = None, **facts: Any) -> Outcome:
+        """The outcome of a job that did what it was asked."""
+        took = self.elapsed_ms() if device_ms is None else device_ms
+        return Outcome(self.job_id, State.SUCCEEDED, result=result, device_ms=took, facts=facts)
+
+    def failed(self, error: OperationError, **facts: Any) -> Outcome:
+        """The outcome of a job that failed; being cancelled is an outcome of its own."""
+        state = State.CANCELLED if error.code == "cancelled" else State.FAILED
+        return Outcome(self.job_id, state, error=error.as_job_error(), device_ms=self.elapsed_ms(), facts=facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a long job yields between two steps: the lane may run something more urgent before it goes on."""
+
+    told: dict[str, Any] | None = None
+
+
+def named(error: BaseException) -> OperationError:
+    """Any exception as one with a code. What the device layer did not name is an `internal_error`."""
+    if isinstance(error, OperationError):
+        return error
+    if isinstance(error, MemoryError):
+        return failure("out_of_memory", f"the worker ran out of memory: {error}")
+    return failure("internal_error", f"{type(error).__name__}: {error}", detail={"type": type(error).__name__})
