@@ -1,7 +1,8 @@
 #!/bin/sh
 # Writes the lock files from pyproject.toml: exact versions for Python 3.11 and 3.12, one file for each kind of device.
 #
-#   cpu.lock         Linux, macOS and Windows, with the embedded servers and what the tests need
+#   dev.lock         what `make` installs: cpu.lock, and what the tests need
+#   cpu.lock         Linux, macOS and Windows, with the embedded servers
 #   cuda.lock        Linux with CUDA
 #   directml.lock    Windows with DirectML (torch-directml included)
 #   windowsml.lock   Windows with the maintained build of the same provider (inference only)
@@ -19,7 +20,7 @@ compile() {
     sed -i -e "s/ ; python_full_version < '3.13'$//" -e "s/python_full_version < '3.13' and //" "requirements/$name.lock"
 }
 
-# The CUDA libraries are left out of cpu.lock: the wheel of torch that needs them asks for its own exact versions, and
+# The CUDA libraries are left out where only the CPU is meant: the wheel of torch that needs them asks for its own exact versions, and
 # the CPU's wheel, wherever an index or a folder of wheels offers it, needs none.
 without_cuda=$(printf ' --no-emit-package %s' cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas \
     nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile \
@@ -27,7 +28,9 @@ without_cuda=$(printf ' --no-emit-package %s' cuda-bindings cuda-pathfinder cuda
     nvidia-nvshmem-cu13 nvidia-nvtx triton)
 
 # shellcheck disable=SC2086 # a list of options
-compile cpu --universal --extra cpu --extra local --extra dev $without_cuda "$@"
-compile cuda --python-platform linux --extra cuda --extra local -c requirements/cpu.lock "$@"
+compile dev --universal --extra cpu --extra local --extra dev $without_cuda "$@"
+# shellcheck disable=SC2086
+compile cpu --universal --extra cpu --extra local -c requirements/dev.lock $without_cuda "$@"
+compile cuda --python-platform linux --extra cuda --extra local -c requirements/dev.lock "$@"
 compile directml --python-platform windows --extra directml --extra local "$@"
-compile windowsml --python-platform windows --extra windowsml --extra local -c requirements/cpu.lock "$@"
+compile windowsml --python-platform windows --extra windowsml --extra local -c requirements/dev.lock "$@"

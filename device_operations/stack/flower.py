@@ -10,7 +10,7 @@ import os
 import sys
 
 import flower.urls
-from celery.bin.celery import main as celery
+from celery.bin.celery import celery
 from flower.views import BaseHandler
 from flower.views.auth import LoginHandler
 from tornado.web import HTTPError
@@ -31,7 +31,7 @@ def main() -> None:
         print(f"flower: {error}", file=sys.stderr)
         sys.exit(2)
     ask_everywhere()
-    celery(arguments)
+    celery(arguments, auto_envvar_prefix="CELERY")
 
 
 def prepare(settings: Settings) -> list[str]:

@@ -33,6 +33,9 @@ STEADY_SECONDS = 60.0
 #: A child that ends so often before it was ever ready will not become so.
 FAILED_STARTS = 3
 
+#: The exit status of a program that refuses its settings: trying again does not help.
+REFUSED_STATUS = 2
+
 #: How long what a killed supervisor left may take to stop, before it is killed.
 LEFTOVERS_SECONDS = 20
 
@@ -66,6 +69,7 @@ class Child:
     process: psutil.Popen | None = None
     started_at: float = 0.0
     failures: int = 0
+    last_status: int | None = None
     restart_at: float | None = None
 
     @property
@@ -117,9 +121,9 @@ class Supervisor:
                     raise StackError(_never_ready(child))
 
     def check(self, failed_starts: int) -> None:
-        """Raises `StackError` for a child that has ended so often in a row, with the end of its log."""
+        """Raises `StackError` for a child that has ended so often in a row, or refuses its settings."""
         for child in self.children:
-            if child.failures >= failed_starts:
+            if child.failures >= failed_starts or child.last_status == REFUSED_STATUS:
                 raise StackError(_never_ready(child))
 
     def _is_ready(self, child: Child) -> bool:
@@ -203,6 +207,7 @@ class Supervisor:
         child.failures = 1 if now - child.started_at > STEADY_SECONDS else child.failures + 1
         backoff = min(LONGEST_BACKOFF_SECONDS, 0.5 * 2 ** (child.failures - 1))
         child.process, child.restart_at = None, now + backoff
+        child.last_status = process.returncode
         said = processes.last_lines(child.log, 1)
         self._say(
             f"{child.name} ended ({_ending(process.returncode)}); starting it again in {backoff:g} s; "
@@ -231,7 +236,10 @@ class Supervisor:
 def _never_ready(child: Child) -> str:
     lines = "\n  ".join(processes.last_lines(child.log, 15))
     seconds = child.service.ready_within_seconds
-    what = f"ended {child.failures} times" if child.failures else f"was not ready within {seconds:g} s"
+    if child.last_status == REFUSED_STATUS:
+        what = "refuses its settings"
+    else:
+        what = f"ended {child.failures} times" if child.failures else f"was not ready within {seconds:g} s"
     remedy = f"\n{child.service.remedy}" if child.service.remedy else ""
     return f"{child.name} {what}, see {child.log}:\n  {lines}{remedy}"
 

@@ -1,0 +1,69 @@
+# Everything that a person or CI does here. It needs Python 3.11 or 3.12, pip and make; the rest is installed once into
+# .venv, and again when the lock changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RIG ?= ../shared/directml-rig
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install demo demo-training up test lint format bench soak test-directml lock
+
+help:
+	@echo "make demo           install, start everything, run a real model, stop everything"
+	@echo "make demo-training  the same for training"
+	@echo "make up             start everything and stay; Ctrl-C stops it"
+	@echo "make test           linters, types, import rules, all tests"
+	@echo "make bench          each figure beside its yardstick"
+	@echo "make soak           an hour of mixed work, with faults"
+	@echo "make test-directml RIG=folder   the DirectML tests, with Windows' own wheels"
+	@echo "make lint, make format, make lock   the linters alone; reformat; write the lock files anew"
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else \
+		"$(PYTHON) is Python %d.%d, and 3.11 or 3.12 is needed: make PYTHON=python3.11 …" % sys.version_info[:2])'
+	@echo "installing into $(VENV) (once; a minute or two)"
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@$(BIN)/python -m pip install --quiet --requirement requirements/dev.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m examples.demo
+
+demo-training: $(INSTALLED)
+	@$(BIN)/python -m examples.training
+
+up: $(INSTALLED)
+	@$(BIN)/device-operations up
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks
+
+soak: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.soak
+
+test-directml: $(INSTALLED)
+	@test -f tests/directml/run.sh || { echo "tests/directml/run.sh is not there: nothing can be run in the rig"; exit 1; }
+	sh tests/directml/run.sh $(RIG)
+
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	PATH=$(BIN):$$PATH requirements/compile.sh
