@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import psutil
+import psycopg2
 
 from device_operations.api_keys import parse_api_keys
 from device_operations.devices import name_devices, parse_devices
@@ -58,6 +60,7 @@ class RunningStack:
         self.device_ids = [found.device_id for found in name_devices(parse_devices(devices), node and str(node))]
         self._services: dict[str, Service] = {}
         self._processes: dict[str, psutil.Popen] = {}
+        self._epochs_before: dict[str, int] = {}
         self.gateway_urls = [self._add_gateway(number) for number in range(1, gateways + 1)]
         self.http_url = self.gateway_urls[0]
         for device_id in self.device_ids:
@@ -79,6 +82,8 @@ class RunningStack:
         """Starts parts by name, or all of them, without waiting."""
         for name in names or self._services:
             assert name not in self._processes, f"{name} runs already"
+            if name in self.device_ids:
+                self._epochs_before[name] = self._epoch(name)
             self._processes[name] = processes.start(self._services[name].command, self.folder / f"{name}.log")
 
     def stop(self, *names: str) -> None:
@@ -123,7 +128,10 @@ class RunningStack:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def wait_ready(self, seconds: float = 60, devices: list[str] | None = None) -> None:
-        """Waits until every gateway that runs answers and every device (or those named) is online; says why not."""
+        """Waits until every gateway that runs answers and every device (or those named) is online; says why not.
+
+        A device whose worker was killed shows as online until its lease is over: the new worker's epoch is waited for.
+        """
         wanted = set(self.device_ids if devices is None else devices)
 
         def ready() -> bool:
@@ -140,14 +148,23 @@ class RunningStack:
             raise AssertionError(f"not ready within {seconds:g} s; online: {self.online()}\n{logs}")
 
     def online(self) -> set[str]:
-        """The ids of the devices that are online, as the gateway tells."""
+        """The ids of the devices that are online under the worker that was started last, as the gateway tells."""
         try:
             answer = self.client.get("/api/devices")
         except httpx.HTTPError:
             return set()
-        if answer.status_code != 200:
-            return set()
-        return {device["device_id"] for device in answer.json()["devices"] if device["state"] == "online"}
+        devices = answer.json()["devices"] if answer.status_code == 200 else []
+        return {
+            one["device_id"]
+            for one in devices
+            if one["state"] == "online" and one["epoch"] > self._epochs_before.get(one["device_id"], 0)
+        }
+
+    def _epoch(self, device_id: str) -> int:
+        with contextlib.closing(psycopg2.connect(self.database_url)) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT epoch FROM devices WHERE device_id = %s", [device_id])
+            row = cursor.fetchone()
+        return int(row[0]) if row else 0
 
     def close(self) -> None:
         """Stops everything."""
