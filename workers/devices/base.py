@@ -213,7 +213,7 @@ class Device(ABC):
     def write(self, buffer: Buffer, offset: int, data: memoryview | bytes | bytearray) -> None:
         """Host to device. `data` is any contiguous bytes-like object; it may be reused as soon as this returns."""
         view = memoryview(data)
-        flat = view if view.format == "B" and view.ndim == 1 else view.cast("B")
+        flat = view if view.format == "B" and view.ndim == 1 else view.cast("B") if view.nbytes else memoryview(b"")
         self._range(buffer, offset, len(flat), "write")
         if len(flat):
             self._guard(lambda: self._write(buffer.storage, offset, flat), f"write {len(flat)} bytes")
@@ -267,7 +267,7 @@ class Device(ABC):
 
     def take(self, view: BufferView, value: Any) -> None:
         """Copies an `onnxruntime.OrtValue` that lies on this device into a buffer."""
-        self.write(view.buffer, view.offset, np.ascontiguousarray(value.numpy()).data.cast("B"))
+        self.write(view.buffer, view.offset, flat_bytes(value.numpy()))
 
     # ---- errors
 
@@ -275,7 +275,7 @@ class Device(ABC):
         """What `error`, raised by a library that drives this device, means for a job."""
         if isinstance(error, OperationError):
             return error
-        text = " ".join(str(error).replace("\0", "").split())[:600]
+        text = tidy(error)
         kind = type(error).__name__
         if _matches(self.device_lost_texts, text):
             return failure("device_lost", f"{self} was lost: {text}. Its worker restarts; submit the job again.")
@@ -377,6 +377,18 @@ class Device(ABC):
             free = None
         told = "unknown" if free is None else f"{free} bytes"
         return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {told}."
+
+
+def flat_bytes(array: Array) -> memoryview:
+    """The array's bytes in row-major order; its own memory where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def tidy(error: BaseException) -> str:
+    """An error's text on one line, without NULs (PostgreSQL refuses them) and paths of its library's build machine."""
+    text = " ".join(str(error).replace("\0", "").split())
+    text = re.sub(r"[A-Z]:\\_work\\\S+ \(caller: \w+\) Exception\(\d+\) tid\(\w+\) ", "", text)
+    return re.sub(r"/onnxruntime_src/\S+:\d+ ", "", text)[:600]
 
 
 def installed(module: str) -> bool:

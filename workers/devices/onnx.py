@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
-from workers.devices.base import Array, BufferView, ModelOptions
+from workers.devices.base import Array, BufferView, ModelOptions, flat_bytes, tidy
 from workers.devices.cpu import trim
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_session import (
@@ -251,7 +251,7 @@ class OnnxModel:
             return view
         view = self._fitting(name, place, spec.dtype, value.shape)
         self._staged(view.size_bytes)
-        self.device.write(view.buffer, view.offset, np.ascontiguousarray(value).data.cast("B"))
+        self.device.write(view.buffer, view.offset, flat_bytes(value))
         return view
 
     def _fitting(self, name: str, place: BufferView, dtype: str, shape: tuple[int, ...]) -> BufferView:
@@ -301,8 +301,10 @@ class OnnxModel:
 
     def _named(self, error: Exception) -> OperationError:
         """ONNX Runtime's complaint about inputs is the caller's; anything else is the device's to name."""
-        if type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError):
-            return failure("input_mismatch", " ".join(str(error).split())[:600])
+        text = tidy(error)
+        # A node in the middle of the graph says InvalidArgument too, and then names itself.
+        if (type(error).__name__ == "InvalidArgument" and "while running" not in text) or isinstance(error, ValueError):
+            return failure("input_mismatch", text)
         return self.device.classify(error)
 
 

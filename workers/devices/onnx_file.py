@@ -24,12 +24,12 @@ _INSIDE: dict[str, dict[int, str]] = {
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
     "value": {2: "type"},
     "type": {1: "tensor_type"},
     "tensor_type": {2: "shape"},
     "shape": {1: "dimension"},
 }
+_EXTERNAL_DATA = 13  # of TensorProto
 _DEEPEST = 100
 
 
@@ -39,7 +39,8 @@ class OnnxFile:
 
     opsets: dict[str, int] = field(default_factory=dict)
     symbols: set[str] = field(default_factory=set)
-    locations: set[str] = field(default_factory=set)
+    #: For each external file, how many bytes the model's tensors need of it.
+    locations: dict[str, int] = field(default_factory=dict)
     size_bytes: int = 0
 
 
@@ -61,8 +62,11 @@ def inspect(path: Path, root: Path | None = None) -> OnnxFile:
         raise failure("model_invalid", f"{path.name} is not an ONNX model: {error}.") from error
     if not found.opsets:
         raise failure("model_invalid", f"{path.name} is not an ONNX model: it names no operator set.")
-    for location in sorted(found.locations):
-        found.size_bytes += _external(path, location, root or path.parent).stat().st_size
+    for location, needed in found.locations.items():
+        held = _external(path, location, root or path.parent).stat().st_size
+        if held < needed:
+            raise failure("model_invalid", f"{path.name} needs {needed} bytes of {location}, which has {held}.")
+        found.size_bytes += held
     return found
 
 
@@ -94,10 +98,8 @@ def _walk(content: mmap.mmap, span: tuple[int, int], message: str, found: OnnxFi
     if message == "opset":
         texts, numbers = _flat(content, span)
         found.opsets[texts.get(1, "")] = numbers.get(2, 0)
-    elif message == "entry":
-        texts, _ = _flat(content, span)
-        if texts.get(1) == "location":
-            found.locations.add(texts.get(2, ""))
+    elif message == "tensor":
+        _note_external(content, span, found)
     elif message == "dimension":
         texts, _ = _flat(content, span)
         if texts.get(2):
@@ -107,6 +109,20 @@ def _walk(content: mmap.mmap, span: tuple[int, int], message: str, found: OnnxFi
         for number, kind, at, stop in _fields(content, *span):
             if kind == 2 and number in inside:
                 _walk(content, (at, stop), inside[number], found, depth + 1)
+
+
+def _note_external(content: mmap.mmap, span: tuple[int, int], found: OnnxFile) -> None:
+    """Notes where a tensor's bytes lie, if not in the model itself: in `external_data`, pairs of key and value."""
+    pairs = [
+        _flat(content, (at, stop))[0]
+        for number, kind, at, stop in _fields(content, *span)
+        if (number, kind) == (_EXTERNAL_DATA, 2)
+    ]
+    entries = {pair.get(1, ""): pair.get(2, "") for pair in pairs}
+    if pairs:
+        end = sum(int(entries[key]) for key in ("offset", "length") if entries.get(key, "").isdigit())
+        location = entries.get("location", "")
+        found.locations[location] = max(end, found.locations.get(location, 0))
 
 
 def _flat(content: mmap.mmap, span: tuple[int, int]) -> tuple[dict[int, str], dict[int, int]]:

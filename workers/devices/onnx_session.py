@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
-from workers.devices.base import ModelOptions, Provider
+from workers.devices.base import ModelOptions, Provider, tidy
 from workers.devices.onnx_tensors import DTYPE_OF, TensorSpec
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ def load_session(
         raise
     except Exception as error:
         named = device.classify(error)
-        if named.code not in ("run_failed", "internal_error"):
+        of_the_device = "hresult" in (named.detail or {})
+        if of_the_device or named.code not in ("run_failed", "internal_error"):
             raise named from error
-        text = " ".join(str(error).split())[:600].replace(str(path), path.name)
+        text = tidy(error).replace(str(path), path.name)
         raise failure("model_invalid", f"{path.name} cannot be loaded: {text}") from error
     got = session.get_providers()[0]
     if got != provider.name:

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# run.sh RIG      proves the DirectML backend on the genuine Windows libraries, without Windows or a GPU
+#
+#   RIG       the folder of the DirectML rig (its setup.sh and run.sh); builds the rig once, in RIG_DIR (/var/tmp/rig)
+#
+# Runs the conformance suite of tests/devices and the tests of this folder as sys.platform == 'win32', in several
+# processes, because there a session's memory comes back only when its process ends; then the tests that drive a whole
+# Windows worker from Linux. Exit status 0 if all passed. Needs root and Debian, as the rig does.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+project=$(cd "$here/../.." && pwd)
+[ $# = 1 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; exit 2; }
+rig=$(cd "$1" && pwd)
+root=${RIG_DIR:-/var/tmp/rig}
+site=$project/.cache/rig-site
+python=${PYTHON:-$project/.venv/bin/python}
+
+[ -e "$root/versions.txt" ] || "$rig/setup.sh" "$root"
+
+wanted=$(sha256sum <"$here/requirements.txt")
+if [ "$(cat "$site/.installed" 2>/dev/null)" != "$wanted" ]; then
+    rm -rf "$site"
+    "$python" -m pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --no-compile \
+        --platform win_amd64 --python-version 3.11 --implementation cp --target "$site" -r "$here/requirements.txt"
+    echo "$wanted" >"$site/.installed"
+fi
+
+failed=0
+# inside CONFTEST_FOLDER PYTEST_ARGUMENT...      one Windows process of pytest
+inside() {
+    local folder=$project/tests/$1
+    shift
+    echo "== as win32: $*"
+    "$rig/run.sh" "$root" --mount "$project" --timeout 300 --env "PYTHONPATH=$site;$project" --env OMP_NUM_THREADS=1 -- \
+        -m pytest -c "$project/pyproject.toml" --rootdir "$project" --confcutdir "$folder" -p no:cacheprovider -q "$@" \
+        2>&1 | tr -d '\0' | grep -v cpuinfo || failed=1
+}
+
+devices=$project/tests/devices directml=$project/tests/directml
+inside devices "$devices/test_memory.py" -k directml
+inside devices "$devices/test_models.py" -k "directml and not free_dimensions"
+inside devices "$devices/test_models.py" "$devices/test_model_files.py" "$devices/test_tensors.py" "$devices/test_facts.py" \
+    -k "test_facts or (directml and (free_dimensions or not test_models))"
+inside directml "$directml/test_adapters.py" "$directml/test_errors.py"
+inside directml "$directml/test_sessions.py"
+exit $failed

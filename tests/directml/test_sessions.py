@@ -1,0 +1,100 @@
+"""ONNX Runtime sessions on DirectML: the options they must have, one run at a time, and nothing silently on the CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from device_operations.errors import OperationError
+from tests.devices import graphs
+from workers.devices import Device, open_device
+from workers.devices.base import Provider
+from workers.devices.directml import DirectMLDevice
+from workers.devices.onnx import OnnxModel, resolve_provider
+
+Load = Callable[..., OnnxModel]
+IMAGE = np.ones((2, 3, 8, 8), np.float32)
+
+
+def failed(call: Callable[[], object]) -> OperationError | None:
+    """The error of a call that may succeed."""
+    try:
+        call()
+    except OperationError as error:
+        return error
+    return None
+
+
+def test_a_session_is_on_directml_with_the_options_that_it_demands(device: Device, load: Load) -> None:
+    model = load("convnet")
+    session = model._session
+    assert session is not None
+    settings = session.get_session_options()
+    assert session.get_providers()[0] == "DmlExecutionProvider"
+    assert settings.enable_mem_pattern is False
+    assert settings.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
+    assert session._enable_fallback == 0, "ONNX Runtime would go on on the CPU and print a line"
+    assert model.cpu_fallback_ops == 0
+    assert model.memory_bytes is not None
+
+    run = threading.Thread(target=model.run, args=({"x": IMAGE},))
+    with DirectMLDevice(0)._lock:
+        run.start()
+        run.join(0.5)
+        assert run.is_alive(), "a second run on an adapter waits for the first, whichever object made it"
+    run.join(30)
+    assert not run.is_alive()
+
+
+def test_an_operator_that_directml_lacks_is_counted(load: Load) -> None:
+    model = load("chosen")
+    assert model.provider == "DmlExecutionProvider"
+    assert model.cpu_fallback_ops == 1
+    rows = model.run({"x": np.eye(4, dtype=np.float32), "mask": np.array([True, False, True, False])})["y"]
+    assert np.array_equal(rows, np.eye(4, dtype=np.float32)[[0, 2]])  # type: ignore[arg-type]
+
+
+def test_the_answer_to_a_bad_adapter_is_no_session_on_the_cpu(load: Load) -> None:
+    class Elsewhere(DirectMLDevice):
+        def provider(self) -> Provider:
+            return Provider("DmlExecutionProvider", {"device_id": "7"}, memory_pattern=False)
+
+    with pytest.raises(OperationError) as refused:
+        load("linear", on=Elsewhere(0))
+    assert refused.value.code == "device_unavailable"
+    assert "887A0002" in refused.value.message
+
+
+def test_a_run_through_an_operator_that_fails_says_so_and_the_next_model_runs(load: Load) -> None:
+    # In the rig two tensors of one shape cannot be added (80004005); on a real adapter they can.
+    adding = load(
+        graphs.build(
+            [graphs.node("Add", "a b", "y")],
+            [("a", graphs.FLOAT, ["n", 64]), ("b", graphs.FLOAT, ["n", 64])],
+            [("y", graphs.FLOAT, ["n", 64])],
+        )
+    )
+    ones = np.ones((8, 64), np.float32)
+    error = failed(lambda: adding.run({"a": ones, "b": ones}))
+    if error is None:
+        pytest.skip("this adapter adds, as it should: there is no failing operator to show")
+    assert error.code == "run_failed"
+    assert "80004005" in error.message
+    assert "_work" not in error.message, "the build machine's paths say nothing to a caller"
+    assert load("linear").run({"x": np.ones((2, 16), np.float32)})["y"].shape == (2, 8)
+
+
+def test_a_provider_is_resolved_by_name_whatever_package_brings_it() -> None:
+    assert resolve_provider("DmlExecutionProvider") == "DmlExecutionProvider"
+    with pytest.raises(OperationError, match="onnxruntime-gpu"):
+        resolve_provider("CUDAExecutionProvider")
+
+
+def test_the_cpu_device_works_beside_it(load: Load) -> None:
+    model = load("linear", on=open_device("cpu"))
+    assert model.provider == "CPUExecutionProvider"
+    assert model.run({"x": np.ones((1, 16), np.float32)})["y"].shape == (1, 8)
