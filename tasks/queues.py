@@ -9,20 +9,24 @@ from typing import Any
 import orjson
 
 from device_operations.jobs import TASK_PREFIX
+from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, short
 
-#: The queue for work that any device may take: direct callers only, since the gateway places every job.
-ANY_QUEUE = "device.any"
+__all__ = [
+    "ANY_QUEUE",
+    "DONE_CHANNEL",
+    "control_queue",
+    "device_queue",
+    "job_channel",
+    "message",
+    "redis_key",
+    "redis_keys",
+]
 
 #: Where ended jobs are announced, to all gateways.
 DONE_CHANNEL = "device-operations.done"
 
 #: Separates queue and priority in kombu's Redis keys; its default, so that plain Celery callers agree.
 _SEPARATOR = "\x06\x16"
-
-
-def device_queue(device_id: str) -> str:
-    """The queue that a device's worker reads."""
-    return f"device.{device_id}"
 
 
 def control_queue(device_id: str) -> str:
@@ -37,7 +41,7 @@ def job_channel(job_id: str) -> str:
 
 def redis_key(queue: str, priority: int) -> str:
     """The Redis list of a queue for a job's priority. kombu's order runs the other way: 0 is read first."""
-    step = 9 - priority
+    step = celery_priority(priority)
     return f"{queue}{_SEPARATOR}{step}" if step else queue
 
 
@@ -86,7 +90,7 @@ def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
                 "reply_to": "",
                 "delivery_mode": 2,
                 "delivery_info": {"exchange": "", "routing_key": job["queue"]},
-                "priority": 9 - job["priority"],
+                "priority": celery_priority(job["priority"]),
                 "body_encoding": "base64",
                 "delivery_tag": os.urandom(16).hex(),
             },
@@ -95,22 +99,3 @@ def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
 
 
 _NO_CANVAS = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-
-#: Fields of requests that say what a job is about; everything else may be long, or nobody's business in Flower.
-_TELLING = (
-    "model_name",
-    "model_id",
-    "name",
-    "session_id",
-    "allocation_id",
-    "size_bytes",
-    "sequence",
-    "mode",
-    "blob_id",
-)
-
-
-def short(request: dict[str, Any]) -> str:
-    """A request in at most 120 characters, for Flower and logs: the ids it names, never its data."""
-    said = ", ".join(f"{name}={request[name]!r}" for name in _TELLING if request.get(name) is not None)
-    return "{" + (said if len(said) <= 118 else said[:117] + "…") + "}"
