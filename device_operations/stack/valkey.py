@@ -72,8 +72,11 @@ def _program() -> Path:
 
 def _answers(url: str) -> bool:
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
-    with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
+    once = Retry(NoBackoff(), 0)
+    with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=once) as client:
         try:
             return bool(client.ping())
         except (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError):
