@@ -126,7 +126,7 @@ def _planned(context: Any, index: int, entry: Any) -> Plan:
     if not isinstance(entry, dict) or not isinstance(entry.get("request"), dict) or set(entry) - {"kind", "request"}:
         raise failure("validation_failed", f"jobs.{index} is not {{'kind': …, 'request': {{…}}}}")
     try:
-        kind = Kind(entry.get("kind"))
+        kind = Kind(str(entry.get("kind")))
     except ValueError:
         raise failure(
             "validation_failed", f"jobs.{index}: no kind {entry.get('kind')!r}; there are: {', '.join(Kind)}"
@@ -186,7 +186,8 @@ async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
             return
         while True:
             heard = asyncio.ensure_future(told.get())
-            await asyncio.wait({heard, ended}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {heard, ended}
+            await asyncio.wait(both, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if heard.done():
                 yield _event(heard.result()["event"], heard.result()["data"])
                 continue

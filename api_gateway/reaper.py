@@ -74,7 +74,7 @@ class Reaper:
                 self._stopping.wait(1.0)
 
     def _lead(self, leadership: Connection) -> None:
-        """Rounds for as long as this connection holds the lock; a broken one loses it, and reachability is counted anew."""
+        """Rounds while this connection holds the lock; a broken one loses it, and reachability is counted anew."""
         while not self._stopping.is_set():
             held = row(leadership, "SELECT pg_try_advisory_lock(%(lock)s) AS held", {"lock": LEADER_LOCK})
             if held and held["held"]:

@@ -85,7 +85,7 @@ class IntoAllocation(Request):
     offset: Offset = 0
 
 
-def decode(tensor: Tensor, name: str = "tensor") -> np.ndarray:
+def decode(tensor: Tensor, name: str = "tensor") -> np.ndarray[Any, Any]:
     """The NumPy array of a tensor given as `data` or `base64`.
 
     Raises `input_mismatch` when the elements do not fit shape or dtype.
@@ -99,7 +99,7 @@ def decode(tensor: Tensor, name: str = "tensor") -> np.ndarray:
     return from_numbers(tensor.data, tensor.dtype, tensor.shape, name)
 
 
-def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray:
+def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray[Any, Any]:
     """A read-only array over little-endian, row-major bytes; `input_mismatch` when their number does not fit."""
     import numpy as np
 
@@ -112,7 +112,7 @@ def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> 
     return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
-def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray:
+def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray[Any, Any]:
     """An array from nested or flat numbers, bools or strings; `input_mismatch` when they do not fit shape or dtype."""
     import numpy as np
 
@@ -168,7 +168,7 @@ def _check_elements(flat: list[Any], dtype: str, name: str) -> None:
             raise failure("input_mismatch", f"{name}: data holds numbers outside {dtype}")
 
 
-def encode(array: np.ndarray, form: Literal["data", "base64"]) -> dict[str, Any]:
+def encode(array: np.ndarray[Any, Any], form: Literal["data", "base64"]) -> dict[str, Any]:
     """The wire form of an array. NaN and infinities cannot be JSON numbers: such arrays become base64."""
     import numpy as np
 
@@ -183,7 +183,7 @@ def encode(array: np.ndarray, form: Literal["data", "base64"]) -> dict[str, Any]
     return described
 
 
-def to_bytes(array: np.ndarray) -> bytes:
+def to_bytes(array: np.ndarray[Any, Any]) -> bytes:
     """The elements as little-endian, row-major bytes."""
     import numpy as np
 

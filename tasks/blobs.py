@@ -47,6 +47,11 @@ class BlobStore:
         else:
             self._store = obstore.store.from_url(url)
 
+    @property
+    def objects(self) -> Any:
+        """The store itself, for what lies beside the blobs."""
+        return self._store
+
     async def put_stream(self, chunks: AsyncIterable[bytes], max_bytes: int, sha256: str | None = None) -> Stored:
         """Stores a stream as a new blob. `payload_too_large` over `max_bytes`, `checksum_mismatch` on other content."""
         blob_id = new_id()

@@ -71,10 +71,10 @@ class Directory:
         return time.monotonic() - self._snapshot.read_at <= MAX_AGE_SECONDS
 
     def refresh(self) -> Snapshot:
-        """Reads the snapshot anew. Readers that come meanwhile share the one read."""
-        before = self._snapshot
+        """Reads the snapshot anew. Callers that wait for the lock meanwhile share one read, begun after they asked."""
+        asked_at = time.monotonic()
         with self._lock:
-            if self._snapshot is not before:
+            if self._snapshot.read_at >= asked_at:
                 return self._snapshot
             read_at = time.monotonic()
             with self._engine.connect() as connection:

@@ -36,18 +36,14 @@ class Publisher:
         if not recorded:
             return True
         try:
-            if len(recorded) == 1:
-                job, request = recorded[0]
-                self._client.lpush(redis_key(job["queue"], job["priority"]), message(job, request, self._origin))
-                return True
             with self._client.pipeline(transaction=False) as pipe:
                 for job, request in recorded:
                     pipe.lpush(redis_key(job["queue"], job["priority"]), message(job, request, self._origin))
                 pipe.execute()
-            return True
         except redis.RedisError as error:
             log.warning("publishing failed; workers will find the jobs in PostgreSQL", error=str(error))
             return False
+        return True
 
     def done(self, views: Iterable[dict[str, Any]]) -> None:
         """Announces ended jobs to all gateways: the id, a space, and the job as callers see it, in JSON."""

@@ -174,7 +174,7 @@ class Intake:
             given = [*(["positional arguments"] if args else []), *sorted(map(str, kwargs))]
             raise failure(
                 "validation_failed",
-                f"a task takes kwargs={{'request': {{…}}}} and optionally 'job', both objects; given: {given or 'nothing'}",
+                f"a task takes kwargs={{'request': {{…}}}} and optionally 'job', both objects; given: {given or 'none'}",
             )
         body = dict(kwargs["request"])
         options = kwargs.get("job", body.pop("job", None)) or {}
@@ -226,14 +226,16 @@ class Intake:
 
         def find_out() -> None:
             with self._engine.connect() as connection:
-                rows = store.get_many(connection, [entry.job_id for entry in entries])
+                ids = [entry.job_id for entry in entries]
+                rows = store.get_many(connection, ids)
+                overdue = store.expired_among(connection, ids)
             endings = []
             for row in rows.values():
                 if row["state"] in TERMINAL or row["state"] == State.RUNNING:
                     continue
                 if row["cancel_requested"]:
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=lifecycle.CANCELLED))
-                elif row["expires_at"] is not None:
+                elif row["id"] in overdue:
                     endings.append(Ending(row["id"], State.EXPIRED.value, error=lifecycle.EXPIRED))
             ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
             lifecycle.announce(self._publisher, ended)
@@ -241,9 +243,9 @@ class Intake:
             self._lane.put_back([entry.job_id for entry in entries])
             self._lane.ended([row["id"] for row in by_id.values() if row["state"] in TERMINAL])
             for entry in entries:
-                row = by_id.get(entry.job_id)
-                if row is not None and row["state"] in TERMINAL:
-                    self._recorder.tell_celery(row, entry.handle)
+                found = by_id.get(entry.job_id)
+                if found is not None and found["state"] in TERMINAL:
+                    self._recorder.tell_celery(found, entry.handle)
                 elif entry.handle is not None:
                     entry.handle.dropped()
 
@@ -309,7 +311,7 @@ class Intake:
                         break
                 if moved is None:
                     # Celery's callers who name no priority use the plain key, which is the first.
-                    moved = self._redis.blmove(sources[0], targets[0], 0.25, "RIGHT", "LEFT")
+                    moved = self._redis.blmove(sources[0], targets[0], 1, "RIGHT", "LEFT")
                 if moved is not None:
                     # Until Celery's consumer has handed it over, this worker must not look idle to itself.
                     self._stopping.wait(0.01)

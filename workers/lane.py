@@ -58,6 +58,7 @@ class Lane:
         self._batches: dict[Hashable, OrderedDict[str, None]] = {}
         self._waiting_for: dict[str, set[str]] = {}
         self._taken: set[str] = set()
+        self._finishing: set[str] = set()
         self._remembered: OrderedDict[str, None] = OrderedDict()
         self._closed = False
 
@@ -117,11 +118,17 @@ class Lane:
                 self._taken.add(entry.job_id)
             return found
 
+    def finishing(self, job_ids: Iterable[str]) -> None:
+        """Jobs have done their work and are being recorded: what waits for them is about to become eligible."""
+        with self._lock:
+            self._finishing.update(job_ids)
+
     def ended(self, job_ids: Iterable[str]) -> None:
         """Jobs have ended, here or elsewhere: what waited for them may become eligible."""
         with self._lock:
             for job_id in job_ids:
                 self._taken.discard(job_id)
+                self._finishing.discard(job_id)
                 self._forget_oldest()
                 self._remembered[job_id] = None
                 gone = self._entries.get(job_id)
@@ -133,11 +140,15 @@ class Lane:
                         entry.after.discard(job_id)
                         if not entry.after:
                             self._make_eligible(entry)
+            self._ready.notify_all()
 
     def put_back(self, job_ids: Iterable[str]) -> None:
         """Jobs that were taken did not run and did not end: they may be admitted again."""
         with self._lock:
-            self._taken.difference_update(job_ids)
+            gone = set(job_ids)
+            self._taken -= gone
+            self._finishing -= gone
+            self._ready.notify_all()
 
     def discard(self, job_id: str) -> Entry | None:
         """Takes an entry out that will not run here; None when it is not waiting here."""
@@ -187,19 +198,28 @@ class Lane:
             if entry is None or entry.rank != rank or entry.after:
                 heapq.heappop(self._eligible)
                 continue
-            if above is not None and entry.effective <= above:
+            if (above is not None and entry.effective <= above) or self._about_to_be_overtaken(entry):
                 return None
             heapq.heappop(self._eligible)
             return entry
         return None
 
+    def _about_to_be_overtaken(self, head: Entry) -> bool:
+        """Whether something more urgent than `head` waits only for the recording of jobs whose work is done."""
+        for job_id in self._finishing:
+            for waiter in self._waiting_for.get(job_id, ()):
+                entry = self._entries.get(waiter)
+                if entry is not None and entry.rank < head.rank and entry.after <= self._finishing:
+                    return True
+        return False
+
     def _mates(self, head: Entry, limit: int | None = None) -> list[Entry]:
-        """Entries of the same batch, oldest first; those of lower priority come only if nothing higher is passed over."""
+        """Eligible entries of the same batch, oldest first."""
         room = head.batch_limit - 1 if limit is None else limit
         same = self._batches.get(head.batch_key) if head.batch_key is not None else None
         if not same or room <= 0:
             return []
-        found = []
+        found: list[Entry] = []
         for job_id in same:
             if len(found) == room:
                 break

@@ -130,6 +130,6 @@ def _is_gone(row: Row) -> bool:
     if row["host"] != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(row["pid"]).create_time() - row["pid_started"]) > 1.0
+        return bool(abs(psutil.Process(row["pid"]).create_time() - row["pid_started"]) > 1.0)
     except psutil.NoSuchProcess:
         return True

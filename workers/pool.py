@@ -50,7 +50,7 @@ class Handle:
 
     @property
     def priority(self) -> int | None:
-        """The job's priority if the caller gave the message one (kombu counts the other way); 0 cannot be told apart."""
+        """The job's priority if the message has one; kombu counts the other way, and its 0 is also its default."""
         given = (self._request.delivery_info or {}).get("priority")
         return 9 - given if isinstance(given, int) and 0 < given <= 9 else None
 
@@ -124,7 +124,7 @@ def _brief(view: dict[str, Any]) -> str:
     return str({key: value for key, value in result.items() if isinstance(value, (int, float, str, bool))})[:200]
 
 
-class LanePool(BasePool):
+class LanePool(BasePool):  # type: ignore[misc]
     """A pool without processes or threads of its own."""
 
     body_can_be_buffer = True

@@ -222,6 +222,7 @@ class Runner:
     def _finish(self, works: list[Work], outcomes: list[Outcome]) -> None:
         for work in works:
             self._running.pop(work.job_id, None)
+        self._lane.finishing([work.job_id for work in works])
         self._recorder.finished(works, outcomes)
 
     def _noted(self, error: BaseException) -> OperationError:

@@ -16,7 +16,8 @@ from typing import Any
 
 import structlog
 from celery import Celery, bootsteps
-from kombu import Consumer, Queue
+from kombu.entity import Queue
+from kombu.messaging import Consumer
 from sqlalchemy.exc import DBAPIError
 
 from device_operations.devices import Device as Named

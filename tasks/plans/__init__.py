@@ -6,7 +6,6 @@ plans on receipt with itself as the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from device_operations.errors import failure
@@ -16,7 +15,7 @@ from tasks.plans import inference
 from tasks.plans.base import Context
 from tasks.submit import Plan
 
-PLANNERS: dict[Kind, Callable[[Context, Any, str], Plan]] = {**inference.PLANNERS}
+PLANNERS: dict[Kind, Any] = {**inference.PLANNERS}
 
 
 def plan(context: Context, kind: Kind, request: JobRequest, job_id: str | None = None) -> Plan:
@@ -24,4 +23,5 @@ def plan(context: Context, kind: Kind, request: JobRequest, job_id: str | None =
     planner = PLANNERS.get(kind)
     if planner is None:
         raise failure("validation_failed", f"jobs of kind {kind.value} cannot be taken here")
-    return planner(context, request, job_id or new_id())
+    made: Plan = planner(context, request, job_id or new_id())
+    return made

@@ -10,9 +10,9 @@ from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from device_operations.tensors import Tensor
+from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, owner_of, place, store_tensors
 from tasks.plans.models import content_of
-from tasks.store import devices as device_store
 from tasks.store import jobs as job_store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
@@ -57,27 +57,9 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         if not model_store.insert(connection, row):
             raise failure("model_in_use", "the same content is being loaded at this moment; submit the request again",
                           retryable=True)  # fmt: skip
-        reserve_for_model(connection, device_id, estimate)
+        reserve(connection, device_id, estimate, "the model")
 
     return Plan(job, exclusive=(), record=record)
-
-
-def reserve_for_model(connection: Connection, device_id: str, size_bytes: int) -> None:
-    """Reserves memory for a model; what idle, unpinned models hold counts as free, since the worker evicts them."""
-    if device_store.reserve(connection, device_id, size_bytes):
-        return
-    device = device_store.get(connection, device_id)
-    evictable = sum(model["reserved_bytes"] for model in model_store.evictable(connection, device_id))
-    budget = (device or {}).get("budget_bytes") or 0
-    reserved = (device or {}).get("reserved_bytes") or 0
-    if reserved - evictable + size_bytes > budget:
-        raise failure(
-            "insufficient_memory",
-            f"the model needs about {size_bytes} bytes; {device_id} has {budget - reserved} of {budget} free and "
-            f"{evictable} in idle models; unload models, free allocations, or name another device",
-            detail={"needed_bytes": size_bytes, "free_bytes": budget - reserved, "evictable_bytes": evictable},
-        )
-    device_store.adjust_reservation(connection, device_id, size_bytes)
 
 
 def plan_run(context: Context, request: Run, job_id: str) -> Plan:

@@ -12,6 +12,8 @@ models = Table(
     Column("model_id", Text, primary_key=True),
     Column("name", Text, nullable=False),
     Column("version", Text, nullable=False),
+    # [name, version] of later loads of the same content under other names.
+    Column("aliases", Json, nullable=False, server_default=text("'[]'")),
     Column("model_type", Text, nullable=False),
     Column("device_id", Text, nullable=False),
     Column("epoch", Integer),
@@ -35,6 +37,8 @@ models = Table(
     Column("load_ms", Float),
     Column("provider", Text),
     Column("cpu_fallback_ops", Integer),
+    # {"enabled", "reason", "largest_difference"}: whether runs may be joined, as the worker found out.
+    Column("batching", Json),
     Column("run_count", BigInteger, nullable=False, server_default=text("0")),
     Column("failed_count", BigInteger, nullable=False, server_default=text("0")),
     Column("statistics", Json, nullable=False, server_default=text("'{}'")),

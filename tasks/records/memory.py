@@ -13,7 +13,7 @@ allocations = Table(
     Column("device_id", Text, nullable=False),
     # The epoch that holds the bytes; null until allocated.
     Column("epoch", Integer),
-    # pending -> active -> freed; failed, lost
+    # pending -> active -> freed; failed, lost. An ended one's id may be used anew by its owner.
     Column("state", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("dtype", Text),
@@ -21,6 +21,11 @@ allocations = Table(
     Column("label", Text),
     Column("owner", Text, nullable=False),
     Column("job_id", Text, nullable=False),
+    # Of the request, by which a caller's own allocation_id is known again.
+    Column("request_sha256", Text, nullable=False),
+    # The deallocation that is under way; what it frees counts as free at admission.
+    Column("freeing_job_id", Text),
+    # Of all bytes, where a write or read told it and nothing has changed them since.
     Column("sha256", Text),
     Column("error", Json),
     Column("created_at", Time, nullable=False, server_default=text("now()")),
@@ -32,5 +37,6 @@ Index("ix_allocations_live", allocations.c.device_id, postgresql_where=text("sta
 Index(
     "ix_allocations_expires_at",
     allocations.c.expires_at,
-    postgresql_where=text("state = 'active' AND expires_at IS NOT NULL"),
+    postgresql_where=text("state IN ('pending', 'active') AND expires_at IS NOT NULL"),
 )
+Index("ix_allocations_created_at", allocations.c.created_at, allocations.c.allocation_id)

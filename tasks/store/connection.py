@@ -31,7 +31,7 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """One transaction on its own connection: committed at the end of the block, rolled back when it raises."""
-    with engine.connect() as connection:
-        connection = connection.execution_options(isolation_level="READ COMMITTED")
+    with engine.connect() as opened:
+        connection = opened.execution_options(isolation_level="READ COMMITTED")
         with connection.begin():
             yield connection

@@ -155,6 +155,16 @@ def reserve(connection: Connection, device_id: str, size_bytes: int) -> bool:
     )
 
 
+def lock_budget(connection: Connection, device_id: str) -> tuple[int, int]:
+    """The device's budget and what of it is reserved, locked until the transaction ends; 0 and 0 where it has none."""
+    found = row(
+        connection,
+        "SELECT budget_bytes, reserved_bytes FROM device_budgets WHERE device_id = %(id)s FOR UPDATE",
+        {"id": device_id},
+    )
+    return (found["budget_bytes"], found["reserved_bytes"]) if found else (0, 0)
+
+
 def adjust_reservation(connection: Connection, device_id: str, by_bytes: int) -> None:
     """Gives back (negative) or adds to what is reserved, whatever the budget says: settling an estimate."""
     execute(

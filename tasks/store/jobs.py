@@ -17,8 +17,8 @@ _CLAIMABLE = tuple(sorted(CLAIMABLE))
 _OPEN = tuple(sorted(OPEN))
 
 #: The columns that a caller's view of a job is made of, and what decides its further way.
-COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type, resource_id,
-    needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at, timeout_seconds, device_ms,
+COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type,
+    resource_id, needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at, timeout_seconds, device_ms,
     epoch, cancel_requested, progress, result, error, wants_result, webhook_url"""
 
 
@@ -274,6 +274,16 @@ def expired(connection: Connection, limit: int) -> list[str]:
         {"states": list(_CLAIMABLE), "limit": limit},
     )
     return [job["id"] for job in found]
+
+
+def expired_among(connection: Connection, job_ids: Collection[str]) -> set[str]:
+    """Those of `job_ids` whose expiry is past, by the database's clock."""
+    found = rows(
+        connection,
+        "SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND expires_at <= clock_timestamp()",
+        {"ids": list(job_ids)},
+    )
+    return {job["id"] for job in found}
 
 
 def running_under(connection: Connection, device_id: str, epoch: int) -> list[Row]:

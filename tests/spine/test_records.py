@@ -1,0 +1,124 @@
+"""The records: migrations, the state machine in the database, and the guards of the store's statements."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine, inspect
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from device_operations.jobs import OPEN, TERMINAL, TRANSITIONS, State, new_id
+from migrations.__main__ import configuration
+from tasks.database import open_engine
+from tasks.records import metadata
+from tasks.store import devices, jobs
+from tasks.store.connection import execute, rows, transaction
+from tasks.store.jobs import Ending, NewJob
+
+
+@pytest.fixture(scope="module")
+def engine(database_url: str) -> Engine:
+    return open_engine(database_url)
+
+
+def new_job(**more: object) -> NewJob:
+    values = {"id": new_id(), "kind": "inference.run", "device_id": "cpu_0", "queue": "device.cpu_0", "request": {}}
+    return NewJob(**{**values, "owner": "default", **more})  # type: ignore[arg-type]
+
+
+def make_device(engine: Engine) -> int:
+    facts = {
+        "device_id": "cpu_0", "backend": "cpu", "ordinal": 0, "node": None, "name": "CPU", "vendor": None,
+        "driver": None, "total_bytes": 1, "free_bytes": 1, "capabilities": {}, "providers": [], "host": "h", "pid": 1,
+        "pid_started": 0.0,
+    }  # fmt: skip
+    with engine.connect() as connection:
+        return devices.register(connection, facts, 15)
+
+
+def test_migrations_and_tables_say_the_same(databases: object) -> None:
+    from alembic.command import check, downgrade, upgrade
+
+    with databases.empty() as url:  # type: ignore[attr-defined]
+        config = configuration(url)
+        upgrade(config, "head")
+        check(config)
+        downgrade(config, "base")
+        left = set(inspect(open_engine(url)).get_table_names())
+        assert left <= {"alembic_version"}
+        upgrade(config, "head")
+        assert set(metadata.tables) <= set(inspect(open_engine(url)).get_table_names())
+
+
+@pytest.mark.parametrize("state", sorted(TERMINAL))
+def test_the_database_refuses_to_change_a_terminal_state(engine: Engine, state: State) -> None:
+    job = new_job()
+    with engine.connect() as connection:
+        jobs.insert(connection, [job])
+        jobs.end_open(connection, [Ending(job.id, state.value)])
+        with pytest.raises((DBAPIError, IntegrityError), match="has ended"):
+            execute(connection, "UPDATE jobs SET state = 'queued' WHERE id = %(id)s", {"id": job.id})
+        assert jobs.states(connection, [job.id]) == {job.id: state.value}
+
+
+def test_a_job_is_claimed_once_and_only_under_the_epoch_that_stands(engine: Engine) -> None:
+    epoch = make_device(engine)
+    job = new_job()
+    with engine.connect() as connection:
+        jobs.insert(connection, [job])
+        assert jobs.claim(connection, [job.id], "cpu_0", epoch - 1) == []
+        (claimed,) = jobs.claim(connection, [job.id], "cpu_0", epoch)
+        assert (claimed["state"], claimed["attempt"], claimed["epoch"]) == ("running", 1, epoch)
+        assert jobs.claim(connection, [job.id], "cpu_0", epoch) == []
+        assert jobs.end_running(connection, [Ending(job.id, "succeeded")], epoch - 1) == []
+        assert len(jobs.end_running(connection, [Ending(job.id, "succeeded", result={"a": 1})], epoch)) == 1
+        assert jobs.end_running(connection, [Ending(job.id, "failed")], epoch) == []
+
+
+def test_a_cancelled_or_expired_job_is_not_claimed(engine: Engine) -> None:
+    epoch = make_device(engine)
+    cancelled, expired = new_job(), new_job(expires_in_seconds=-1)
+    with engine.connect() as connection:
+        jobs.insert(connection, [cancelled, expired])
+        jobs.request_cancel(connection, cancelled.id)
+        assert jobs.claim(connection, [cancelled.id, expired.id], "cpu_0", epoch) == []
+
+
+def test_ids_that_exist_are_not_recorded_twice(engine: Engine) -> None:
+    job = new_job(request={"first": True})
+    with engine.connect() as connection:
+        assert len(jobs.insert(connection, [job])) == 1
+        assert jobs.insert(connection, [job]) == []
+
+
+def test_a_nul_in_a_request_does_not_break_the_record(engine: Engine) -> None:
+    job = new_job(request={"text": "a\x00b"})
+    with engine.connect() as connection:
+        jobs.insert(connection, [job])
+        assert jobs.request_of(connection, job.id) == {"text": "a\ufffdb"}
+
+
+def test_budget_reservations_never_exceed_the_total(engine: Engine) -> None:
+    with engine.connect() as connection:
+        devices.set_budget(connection, "cpu_9", 100)
+        assert devices.reserve(connection, "cpu_9", 60)
+        assert not devices.reserve(connection, "cpu_9", 41)
+        assert devices.reserve(connection, "cpu_9", 40)
+        devices.adjust_reservation(connection, "cpu_9", -100)
+        assert devices.reserve(connection, "cpu_9", 100)
+
+
+def test_a_transaction_that_raises_leaves_nothing(engine: Engine) -> None:
+    job = new_job()
+    with pytest.raises(ZeroDivisionError), transaction(engine) as connection:
+        jobs.insert(connection, [job])
+        raise ZeroDivisionError
+    with engine.connect() as connection:
+        assert jobs.get(connection, job.id) is None
+
+
+def test_every_state_has_its_arrows_and_the_device_monitor_can_be_read(engine: Engine) -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert all(TRANSITIONS[state] for state in OPEN)
+    assert not any(TRANSITIONS[state] for state in TERMINAL)
+    with engine.connect() as connection:
+        assert rows(connection, "SELECT * FROM device_monitor") == []
