@@ -90,9 +90,11 @@ def end_session(session_id: int) -> None:
     """Kills what is left of the session that a child led, such as its orphans; Windows' job objects see to that."""
     if os.name != "posix":
         return
-    members = [
-        psutil.Process(pid) for pid in psutil.pids() if _session_of(pid) == session_id and psutil.pid_exists(pid)
-    ]
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(pid) == session_id:
+                members.append(psutil.Process(pid))
     _kill(members)
 
 
@@ -122,13 +124,6 @@ def is_alive(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:

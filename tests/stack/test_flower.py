@@ -37,8 +37,12 @@ def url(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     folder = tmp_path_factory.mktemp("flower")
     port = free_port()
     settings = {"REDIS_URL": redis_url, "FLOWER__PORT": port, "FLOWER__PASSWORD": PASSWORD}
-    # What a user has set for a Flower of their own must not open ours.
-    environment = services.environment(settings) | {"FLOWER_UNAUTHENTICATED_API": "true", "FLOWER_BASIC_AUTH": "a:b"}
+    # What a user has set for a Flower of their own must not change ours.
+    environment = services.environment(settings) | {
+        "FLOWER_UNAUTHENTICATED_API": "true",
+        "FLOWER_BASIC_AUTH": "a:b",
+        "FLOWER_URL_PREFIX": "elsewhere",
+    }
     service = services.flower(environment, f"http://127.0.0.1:{port}", REPOSITORY)
     process = processes.start(service.command, folder / "flower.log")
     try:

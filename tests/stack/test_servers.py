@@ -136,12 +136,19 @@ def test_a_lost_password_is_said(folder: Path) -> None:
 
 
 def test_a_lock_file_with_a_stranger_in_it_does_not_keep_postgresql_from_starting(folder: Path) -> None:
+    """As after a restart of a container, where the same small ids go to other programs of the same user."""
     with running(folder):
         pass
-    lock = folder / "postgres" / "postmaster.pid"
-    lock.write_text(f"{os.getpid()}\n{folder / 'postgres'}\n1\n1\n\n\n\n")
-    with running(folder) as started:
-        assert query(started.database_url, "SELECT 1") == 1
+    account = postgres._account()
+    same_user = {} if account is None else {"user": account.user_id, "group": account.group_id, "extra_groups": []}
+    with subprocess.Popen(["sleep", "600"], cwd="/", **same_user) as stranger:
+        lock = folder / "postgres" / "postmaster.pid"
+        lock.write_text(f"{stranger.pid}\n{folder / 'postgres'}\n1\n1\n\n\n\n")
+        try:
+            with running(folder) as started:
+                assert query(started.database_url, "SELECT 1") == 1
+        finally:
+            stranger.kill()
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root has to run it as somebody else")
