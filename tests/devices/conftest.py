@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.devices import graphs
-from workers.devices import Device, enumerate_devices, open_device
+from tests.devices.torch_on_cpu import TorchOnCpu
+from workers.devices import Device, enumerate_devices, open_device, torch_memory
+from workers.devices.base import installed
 from workers.devices.onnx import OnnxModel
 
-HERE = sorted({found.backend for found in enumerate_devices()})
+#: Where there is torch and no GPU, what the torch backends share is run on the CPU (see torch_on_cpu).
+HERE = sorted({found.backend for found in enumerate_devices()} | ({"torch"} if installed("torch") else set()))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,7 +26,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def device(backend: str) -> Device:
-    return open_device(backend, 0)
+    return TorchOnCpu(0) if backend == "torch" else open_device(backend, 0)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves within a buffer go through many blocks, so that a few thousand bytes show what gigabytes do."""
+    monkeypatch.setattr(torch_memory, "_MOVE_BYTES", 1000)
 
 
 @pytest.fixture(scope="session")

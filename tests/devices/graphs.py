@@ -132,6 +132,15 @@ def promise_breaker() -> bytes:
     return build([node("Concat", "x x", "y", axis=0)], [("x", FLOAT, ["n", 4])], [("y", FLOAT, ["n", 4])])
 
 
+def same_symbol_twice() -> bytes:
+    """Names one dimension of both inputs n, and lets them differ all the same."""
+    return build(
+        [node("Identity", "z", "y"), node("Identity", "x", "w")],
+        [("x", FLOAT, ["n", 4]), ("z", FLOAT, ["n", 4])],
+        [("y", FLOAT, ["n", 4]), ("w", FLOAT, ["n", 4])],
+    )
+
+
 def picky() -> bytes:
     """Fails in the middle of its graph where an index lies outside its table of four rows."""
     return build(

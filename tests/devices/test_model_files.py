@@ -86,6 +86,7 @@ def test_weights_beside_the_model_are_loaded(device: Device, save: Save, tmp_pat
 def test_weights_outside_the_folder_are_never_read(device: Device, tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(64))
+    (tmp_path / "inside" / "w.bin").write_bytes(bytes(64))
     path = tmp_path / "inside" / "model.onnx"
     locations = [
         "../secret.bin", "../inside/../secret.bin", str(tmp_path / "secret.bin"), "missing.bin", "", ".", "a\0b",
@@ -94,6 +95,14 @@ def test_weights_outside_the_folder_are_never_read(device: Device, tmp_path: Pat
     for location in locations:
         path.write_bytes(graphs.external(location))
         assert "not a file inside the model's folder" in refused(device, path), location
+
+
+def test_an_absolute_path_is_refused_even_where_it_leads_into_the_folder(device: Device, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graphs.external(str(tmp_path / "w.bin")))
+    with pytest.raises(OperationError, match="under a relative path"):
+        device.open_model(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="making links needs a right on Windows that tests do not have")

@@ -172,6 +172,13 @@ def test_a_model_that_breaks_its_shapes_promise_is_still_written_right(
     model.close()
 
 
+def test_a_symbol_that_two_inputs_give_two_sizes_promises_nothing(device: Device, save: Callable[..., Path]) -> None:
+    model = device.open_model(save(graphs.same_symbol_twice()))
+    view = model.run({"x": floats(5, 4), "z": floats(1, 4)}, ["y"], into={"y": BufferView(device.allocate(16))})["y"]
+    assert view.shape == (1, 4)
+    model.close()
+
+
 def test_state_kept_on_the_device_equals_the_same_sequence_by_hand(device: Device, opened: Opened) -> None:
     model = opened("recurrent")
     inputs = [floats(1, 3) for _ in range(50)]

@@ -94,6 +94,8 @@ class Provider:
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     memory_pattern: bool = True
+    #: Session settings of the backend's own, by ONNX Runtime's names.
+    settings: Mapping[str, str] = field(default_factory=dict)
     #: What ONNX Runtime calls the device's memory in I/O binding; None where it cannot bind the backend's tensors.
     binding: str | None = None
     device_id: int = 0
@@ -187,7 +189,7 @@ class Device(ABC):
             buffer.storage = None
             self._allocated_bytes -= buffer.size_bytes
             self._buffer_count -= 1
-        self._guard(lambda: self._trim(buffer.size_bytes), "give memory back")
+        self._guard(lambda: self._released(buffer.size_bytes), "give memory back")
 
     def fill(self, buffer: Buffer, value: int, offset: int = 0, size_bytes: int | None = None) -> None:
         """Sets every byte of the range to `value` (0 to 255)."""
@@ -335,8 +337,15 @@ class Device(ABC):
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
         return None
 
-    def _trim(self, freed_bytes: int) -> None:  # noqa: B027 - an allocator that gives memory back needs no telling
-        """Called after a release, where a backend's allocator would keep what was freed."""
+    def trim(self) -> None:  # noqa: B027 - an allocator that gives memory back needs no telling
+        """Hands back to the system what the backend's allocator keeps of memory that was freed."""
+
+    def host_buffer(self, size_bytes: int) -> memoryview:
+        """Writable host memory from which `write`, and into which `read`, is fastest; it lives as long as the view."""
+        return np.empty(size_bytes, np.uint8).data
+
+    def _released(self, freed_bytes: int) -> None:  # noqa: B027 - see trim
+        """Called after a release, to trim where this is worth it."""
 
     # ---- checks
 

@@ -103,9 +103,16 @@ class CpuDevice(Device):
     def _address(self, storage: Any) -> int:
         return int(storage.ctypes.data)
 
-    def _trim(self, freed_bytes: int) -> None:
+    def trim(self) -> None:
+        """Asks the C library to hand freed pages back to the system (glibc keeps small ones otherwise)."""
+        if sys.platform.startswith("linux"):
+            trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim_heap is not None:
+                trim_heap(0)
+
+    def _released(self, freed_bytes: int) -> None:
         if freed_bytes in _TRIM_BYTES:
-            trim()
+            self.trim()
 
     @cached_property
     def _processor(self) -> tuple[str, str | None]:
@@ -124,14 +131,6 @@ def found() -> list[Found]:
     """The CPU as one device. How many workers share it is the operator's to say (`DEVICES=cpu:2`)."""
     about = CpuDevice().describe()
     return [Found("cpu", 0, about.name, about.vendor, about.driver, about.total_bytes)]
-
-
-def trim() -> None:
-    """Asks the C library to hand freed pages back to the system (glibc keeps small ones otherwise)."""
-    if sys.platform.startswith("linux"):
-        trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim_heap is not None:
-            trim_heap(0)
 
 
 def _limits() -> tuple[int, int]:

@@ -11,6 +11,7 @@ _log = logging.getLogger(__name__)
 
 #: Each backend's file and class, in the order of preference where several can drive one machine.
 BACKENDS = {
+    "cuda": ("workers.devices.cuda", "CudaDevice"),
     "directml": ("workers.devices.directml", "DirectMLDevice"),
     "cpu": ("workers.devices.cpu", "CpuDevice"),
 }

@@ -19,7 +19,6 @@ import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
 from workers.devices.base import Array, BufferView, ModelOptions, flat_bytes, tidy
-from workers.devices.cpu import trim
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_session import (
     Cancel,
@@ -48,13 +47,13 @@ class OnnxModel:
         resolve_provider(self.provider)
         about = inspect(path, options.root)
         settings = session_settings(options, self._provider, about.symbols, path)
-        held = device.memory().process_bytes
+        held = _held(device)
         started = time.perf_counter()
         self._session: ort.InferenceSession | None = load_session(device, path, settings, self._provider, cancel)
         #: Milliseconds that loading took.
         self.load_ms = (time.perf_counter() - started) * 1e3
         #: Bytes that the process holds more on the device since the load, as measured; None where it cannot be told.
-        self.memory_bytes = _grown(held, device.memory().process_bytes)
+        self.memory_bytes = _grown(held, _held(device))
         #: Bytes of the model's files, external data included.
         self.file_bytes = about.size_bytes
         #: Bytes that the last run moved through the host for the sake of buffers.
@@ -108,13 +107,10 @@ class OnnxModel:
 
     def close(self) -> int | None:
         """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
-        held = self.device.memory().process_bytes
+        held = _held(self.device)
         self._session = None
-        if self.device.host_memory:
-            trim()
-        else:
-            self.device.synchronize()
-        return _grown(self.device.memory().process_bytes, held)
+        self.device.trim()
+        return _grown(_held(self.device), held)
 
     # ---- the ways to run
 
@@ -310,6 +306,12 @@ class OnnxModel:
 
 def _only_arrays(feeds: Mapping[str, Feed]) -> bool:
     return all(feed.__class__ is np.ndarray for feed in feeds.values())
+
+
+def _held(device: Device) -> int | None:
+    """What this process holds on the device; where only the whole device's use is known, that."""
+    reading = device.memory()
+    return reading.used_bytes if reading.process_bytes is None else reading.process_bytes
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

@@ -112,6 +112,8 @@ def session_settings(
     # Threads that spin after a run take the processor from the gateway beside them.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.load_model_format", "ONNX")
+    for name, value in provider.settings.items():
+        settings.add_session_config_entry(name, value)
     if provider.name != "CPUExecutionProvider":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return settings
@@ -136,7 +138,11 @@ def load_session(
         raise failure("model_invalid", f"{path.name} cannot be loaded: {text}") from error
     got = session.get_providers()[0]
     if got != provider.name:
-        raise failure("device_unavailable", f"{path.name} was to run on {provider.name} and ONNX Runtime chose {got}.")
+        raise failure(
+            "device_unavailable",
+            f"{path.name} was to run on {provider.name} and ONNX Runtime chose {got}: it could not load the provider's "
+            "libraries. The doctor command tells which.",
+        )
     return session
 
 
