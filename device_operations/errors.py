@@ -85,6 +85,7 @@ CODES: dict[str, Code] = {
     "poison": Code(500, "The job killed its worker repeatedly"),
     "nonfinite_loss": Code(422, "The loss is not finite"),
     "run_failed": Code(422, "The model failed while it ran"),
+    "gateway_unreachable": Code(503, "The gateway does not answer", retryable=True),
     "internal_error": Code(500, "Something failed inside the service"),
 }
 

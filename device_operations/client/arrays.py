@@ -1,0 +1,75 @@
+"""NumPy arrays as tensors on the wire, and tensors that came back as arrays. NumPy is imported when the first is made.
+
+Up to 64 KiB an array rides in the request as base64; above that it is uploaded, and the request names the blob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from device_operations.client import blobs
+from device_operations.client.calls import Flow, at
+from device_operations.errors import failure
+from device_operations.tensors import FIXED_DTYPES, INLINE_BYTES, Tensor, decode, encode, from_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: What a method takes as a tensor: an array, or the tensor as the contract, section 3, writes it.
+TensorLike: TypeAlias = "np.ndarray[Any, Any] | Tensor | Mapping[str, Any]"
+
+
+def sent(value: TensorLike, name: str) -> Flow[dict[str, Any]]:
+    """The wire form of a tensor; a big array is uploaded first."""
+    if isinstance(value, Tensor):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return dict(value)
+    array = _array(value, name)
+    if array.dtype == object or array.nbytes <= INLINE_BYTES:
+        return encode(array, "base64")
+    blob = yield from blobs.upload(raw_bytes(array))
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "blob_id": blob.blob_id}
+
+
+def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, Any]]]:
+    """The wire forms of named tensors."""
+    made = {}
+    for name, value in values.items():
+        made[name] = yield from sent(value, name)
+    return made
+
+
+def received(tensor: Mapping[str, Any], name: str) -> Flow[Any]:
+    """The array of a tensor that a job gave back, downloaded where it is a blob.
+
+    What stayed on the device (`into`) is given as the object that says where.
+    """
+    if "into" in tensor or tensor.get("allocation_id") is not None:
+        return dict(tensor)
+    if tensor.get("blob_id") is not None:
+        raw = yield from blobs.read(at("/api/blobs/{}", tensor["blob_id"]))
+        return from_bytes(raw, tensor["dtype"], tensor["shape"], name)
+    known = {key: tensor[key] for key in ("dtype", "shape", "data", "base64") if key in tensor}
+    return decode(Tensor.model_validate(known), name)
+
+
+def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    """The elements as little-endian, row-major bytes; not copied where they lie so already."""
+    import numpy as np
+
+    ordered = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return ordered.reshape(-1).view(np.uint8).data
+
+
+def _array(value: Any, name: str) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    array = np.asarray(value)
+    if array.dtype.kind in "OUS":
+        return array.astype(object)
+    if array.dtype.name not in FIXED_DTYPES:
+        known = ", ".join(FIXED_DTYPES)
+        raise failure("dtype_unsupported", f"{name}: dtype {array.dtype} has no form here; use one of {known}")
+    return array

@@ -1,0 +1,136 @@
+"""`AsyncClient`: the same methods as `Client`, awaited; files are read and written on threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx
+
+from device_operations.client import connection
+from device_operations.client.blobs import CHUNK_BYTES, Blobs
+from device_operations.client.calls import Call, Content, Do, Emit, Flow, Next, Sleep, Wish
+from device_operations.client.devices import Devices
+from device_operations.client.exchange import Course, Policy
+from device_operations.client.inference import Inference
+from device_operations.client.jobs import Jobs
+from device_operations.client.memory import Memory
+from device_operations.client.operations import Async
+from device_operations.client.training import Training
+
+
+class AsyncClient(Jobs[Async]):
+    """The HTTP client for asyncio; its arguments are those of `Client`. It belongs to one event loop."""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        *,
+        retries: int = 5,
+        idempotency_keys: bool = True,
+    ) -> None:
+        target = connection.Target(base_url, api_key, timeout)
+        self._driver: _Driver = _Driver(target, Policy(retries, idempotency_keys))
+        self.blobs: Blobs[Async] = Blobs(self._driver)
+        self.devices: Devices[Async] = Devices(self._driver)
+        self.memory: Memory[Async] = Memory(self._driver)
+        self.inference: Inference[Async] = Inference(self._driver)
+        self.training: Training[Async] = Training(self._driver)
+
+    @property
+    def base_url(self) -> str:
+        """Where the gateway is."""
+        return str(self._driver.http.base_url)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._driver.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.close()
+
+
+class _Driver:
+    def __init__(self, target: connection.Target, policy: Policy) -> None:
+        self._target = target
+        self._policy = policy
+        self._http: httpx.AsyncClient | None = None
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        if self._http is None:
+            self._http = httpx.AsyncClient(**self._target.options())
+        return self._http
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def run(self, flow: Flow[Any]) -> Any:
+        async with AsyncExitStack() as opened:
+            course = self._set_out(flow, opened)
+            await self._advance(course, opened)
+            return course.result
+
+    async def iterate(self, flow: Flow[None]) -> AsyncIterator[Any]:
+        async with AsyncExitStack() as opened:
+            course = self._set_out(flow, opened)
+            while True:
+                await self._advance(course, opened)
+                if not isinstance(course.wants, Emit):
+                    return
+                yield course.wants.value
+                course.go_on(None)
+
+    def _set_out(self, flow: Flow[Any], opened: AsyncExitStack) -> Course:
+        course = Course(flow, self._policy)
+        opened.callback(course.close)
+        return course
+
+    async def _advance(self, course: Course, opened: AsyncExitStack) -> None:
+        """Carries the flow on until it emits a value or is over."""
+        while course.wants is not None and not isinstance(course.wants, Emit):
+            try:
+                answer = await self._carry_out(course.wants, opened)
+            except Exception as error:  # noqa: BLE001 - raised again inside the flow
+                course.fail(error)
+            else:
+                course.go_on(answer)
+
+    async def _carry_out(self, wish: Wish, opened: AsyncExitStack) -> Any:
+        if isinstance(wish, Call):
+            return await self._send(wish, opened)
+        if isinstance(wish, Next):
+            return await anext(wish.response.extensions[connection.PIECES], None)
+        if isinstance(wish, Do):
+            return await asyncio.to_thread(wish.function)
+        if isinstance(wish, Sleep):
+            await asyncio.sleep(wish.seconds)
+        return None
+
+    async def _send(self, call: Call, opened: AsyncExitStack) -> httpx.Response:
+        pieces = None if call.content is None else _pieces(call.content)
+        request = self.http.build_request(**connection.request_options(call, self._target.timeout, pieces))
+        response = await self.http.send(request, stream=call.stream is not None)
+        if call.stream is None:
+            return response
+        opened.push_async_callback(response.aclose)
+        if response.status_code >= 400:
+            await response.aread()
+        else:
+            body = response.aiter_lines() if call.stream is str else response.aiter_bytes(CHUNK_BYTES)
+            response.extensions[connection.PIECES] = body
+        return response
+
+
+async def _pieces(content: Content) -> AsyncIterator[bytes | memoryview]:
+    chunks = content.chunks()
+    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        yield chunk

@@ -1,0 +1,189 @@
+"""Device memory over HTTP: allocations, their bytes, and what the devices have left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from device_operations.client import arrays, blobs
+from device_operations.client.blobs import Body, Source
+from device_operations.client.calls import Call, Flow, at, get
+from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
+from device_operations.client.operations import Mode, Noun, operation
+from device_operations.jobs import Job, Kind
+from device_operations.tensors import from_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Memory(Noun[Mode]):
+    """The methods on allocations. Sizes and offsets are bytes."""
+
+    @operation
+    def allocate(
+        self,
+        size_bytes: int | None = None,
+        *,
+        shape: list[int] | tuple[int, ...] | None = None,
+        dtype: str | None = None,
+        device_id: str | None = None,
+        fill: int = 0,
+        label: str | None = None,
+        ttl_seconds: float | None = None,
+        allocation_id: str | None = None,
+        **given: Unpack[Submission],
+    ) -> Flow[Job]:
+        """Allocates `size_bytes`, or a `shape` of `dtype`. The allocation's id is the job's `resource.id`, at once."""
+        fields = said(
+            size_bytes=size_bytes,
+            shape=None if shape is None else list(shape),
+            dtype=dtype,
+            device_id=device_id,
+            fill=fill or None,
+            label=label,
+            ttl_seconds=ttl_seconds,
+            allocation_id=allocation_id,
+        )
+        return (yield from submission(Kind.MEMORY_ALLOCATE, fields, given))
+
+    @operation
+    def deallocate(self, allocation_id: str, **given: Unpack[Submission]) -> Flow[Job]:
+        """Frees an allocation, after the jobs that were submitted on it before."""
+        return (yield from submission(Kind.MEMORY_DEALLOCATE, {"allocation_id": allocation_id}, given))
+
+    @operation
+    def copy(
+        self,
+        source: str | Mapping[str, Any],
+        destination: str | Mapping[str, Any],
+        size_bytes: int | None = None,
+        **given: Unpack[Submission],
+    ) -> Flow[Job]:
+        """Copies between allocations, given as ids or as `{"allocation_id", "offset"}`; across devices too."""
+        fields = said(source=_place(source), destination=_place(destination), size_bytes=size_bytes)
+        return (yield from submission(Kind.MEMORY_COPY, fields, given))
+
+    @operation
+    def clear(
+        self,
+        allocation_id: str,
+        value: int = 0,
+        *,
+        offset: int = 0,
+        size_bytes: int | None = None,
+        **given: Unpack[Submission],
+    ) -> Flow[Job]:
+        """Sets a range to one byte value (0 to 255)."""
+        fields = said(allocation_id=allocation_id, value=value, offset=offset, size_bytes=size_bytes)
+        return (yield from submission(Kind.MEMORY_CLEAR, fields, given))
+
+    @operation
+    def write(
+        self,
+        allocation_id: str,
+        data: Source | np.ndarray[Any, Any],
+        *,
+        offset: int = 0,
+        **given: Unpack[Submission],
+    ) -> Flow[Job]:
+        """Writes bytes, a file, or an array's elements into an allocation.
+
+        The bytes go into the blob store first, so that the write can be sent again safely.
+        """
+        source: Any = data
+        if hasattr(source, "__array__"):
+            source = arrays.raw_bytes(source)
+        blob = yield from blobs.upload(source)
+        fields = {"allocation_id": allocation_id, "offset": offset, "blob_id": blob.blob_id, "sha256": blob.sha256}
+        return (yield from submission(Kind.MEMORY_WRITE, fields, given))
+
+    @operation
+    def put(self, allocation_id: str, data: Source, *, offset: int = 0) -> Flow[Job]:
+        """Writes in one request, and waits up to a minute for its end; not repeated when a connection breaks."""
+        response = yield Call(
+            "PUT",
+            _data(allocation_id),
+            {"offset": offset},
+            content=Body(data),
+            headers={"Prefer": f"wait={MAX_WAIT_SECONDS:g}"},
+            waits_seconds=MAX_WAIT_SECONDS,
+            repeatable=False,
+        )
+        return Job.model_validate_json(response.content)
+
+    @operation
+    def read(self, allocation_id: str, *, offset: int = 0, size_bytes: int | None = None) -> Flow[bytes]:
+        """The bytes of a range, as the jobs submitted before leave it."""
+        response = yield Call(
+            "GET", _data(allocation_id), {"offset": offset, "size_bytes": size_bytes}, waits_seconds=MAX_WAIT_SECONDS
+        )
+        content: bytes = response.content
+        return content
+
+    @operation
+    def read_array(
+        self, allocation_id: str, dtype: str, shape: list[int] | tuple[int, ...], *, offset: int = 0
+    ) -> Flow[np.ndarray[Any, Any]]:
+        """The elements that lie in an allocation, as a read-only array."""
+        import numpy as np
+
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if size == 0:
+            return np.zeros(shape, dtype)
+        response = yield Call(
+            "GET", _data(allocation_id), {"offset": offset, "size_bytes": size}, waits_seconds=MAX_WAIT_SECONDS
+        )
+        return from_bytes(response.content, dtype, list(shape), allocation_id)
+
+    @operation
+    def download(self, allocation_id: str, path: str | os.PathLike[str]) -> Flow[Path]:
+        """Writes a whole allocation to a file, in pieces."""
+        job = yield from submission(Kind.MEMORY_READ, {"allocation_id": allocation_id}, {})
+        result = yield from succeeded(job, None)
+        return (yield from blobs.download(at("/api/blobs/{}", result["blob_id"]), Path(path)))
+
+    @operation
+    def renew(self, allocation_id: str, ttl_seconds: float) -> Flow[dict[str, Any]]:
+        """Gives an allocation a new time to live, counted from now."""
+        response = yield Call("POST", at("/api/memory/renew/{}", allocation_id), json={"ttl_seconds": ttl_seconds})
+        allocation: dict[str, Any] = response.json()
+        return allocation
+
+    @operation
+    def allocation(self, allocation_id: str) -> Flow[dict[str, Any]]:
+        """One allocation."""
+        allocation: dict[str, Any] = yield from get(at("/api/memory/allocations/{}", allocation_id))
+        return allocation
+
+    @operation
+    def allocations(
+        self, *, device_id: str | None = None, owner: str | None = None, state: str | None = None
+    ) -> Flow[list[dict[str, Any]]]:
+        """Allocations, newest first."""
+        answer = yield from get("/api/memory/allocations", device_id=device_id, owner=owner, state=state)
+        allocations: list[dict[str, Any]] = answer["allocations"]
+        return allocations
+
+    @operation
+    def status(self) -> Flow[list[dict[str, Any]]]:
+        """The memory of each device; a figure that its backend cannot tell is None."""
+        answer = yield from get("/api/memory/status")
+        devices: list[dict[str, Any]] = answer["devices"]
+        return devices
+
+    @operation
+    def device(self, device_id: str, *, map: bool = False) -> Flow[dict[str, Any]]:  # noqa: A002 - the contract's name
+        """The memory of one device, and with `map` what lies on it."""
+        device: dict[str, Any] = yield from get(at("/api/memory/device/{}", device_id), map=map or None)
+        return device
+
+
+def _data(allocation_id: str) -> str:
+    return at("/api/memory/data/{}", allocation_id)
+
+
+def _place(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"allocation_id": given} if isinstance(given, str) else dict(given)
