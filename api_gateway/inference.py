@@ -5,25 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
-from api_gateway.gateway import of
+from api_gateway.gateway import Gateway, of
 from api_gateway.submission import json_response, read_body, submit_job
-from device_operations.errors import failure
-from device_operations.jobs import Job, Kind
+from device_operations.errors import OperationError, failure
+from device_operations.jobs import TERMINAL, Job, Kind, State
+from device_operations.requests.inference import OpenSession
+from device_operations.requests.kinds import invalid
+from tasks.database import unavailable
+from tasks.plans import sessions
+from tasks.store import jobs as job_store
 from tasks.store import models as store
 from tasks.store.connection import Row
 
 router = APIRouter(tags=["inference"])
 
+#: How often a load looks again when others load the same content at the same moment.
+LOADS_AT_ONCE = 3
+
 
 @router.post("/api/inference/load-model", status_code=202, response_model=Job, openapi_extra=body_schema("load_model"))
 async def load_model(request: Request, caller: Known) -> Response:
     """Makes a model resident on a device; the same content twice on one device is the same model."""
-    return await submit_job(request, caller, Kind.INFERENCE_LOAD_MODEL, await read_body(request))
+    body = await read_body(request)
+    for _ in range(LOADS_AT_ONCE):
+        try:
+            return await submit_job(request, caller, Kind.INFERENCE_LOAD_MODEL, body)
+        except OperationError as error:
+            # Another request recorded the same content between this one's look and its insert: look again.
+            if error.code != "model_in_use" or not error.retryable:
+                raise
+    return await submit_job(request, caller, Kind.INFERENCE_LOAD_MODEL, body)
 
 
 @router.post("/api/inference/run", status_code=202, response_model=Job, openapi_extra=body_schema("run"))
@@ -36,9 +53,54 @@ async def run(request: Request, caller: Known) -> Response:
 async def unload_model(
     request: Request, caller: Known, model_id: str, force: bool = False, recycle: bool = False
 ) -> Response:
-    """Takes a model off its device once its runs are done, and reports `freed_bytes`."""
+    """Takes a model off its device once its runs are done, and reports `freed_bytes`.
+
+    `force` cancels its runs and closes its sessions. `recycle` restarts an idle worker where the backend gives memory
+    back in no other way.
+    """
     body = {"model_id": model_id, "force": force, "recycle": recycle}
-    return await submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body)
+    answer = await submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body)
+    if force:
+        await run_in_threadpool(_wake_cancelled, of(request), model_id)
+    return answer
+
+
+@router.post("/api/inference/sessions", status_code=201, openapi_extra=body_schema("open_session"))
+async def open_session(request: Request, caller: Known) -> Response:
+    """Opens a conversation with a model, whose state tensors stay on the device between runs."""
+    parsed = _parse_session(await read_body(request))
+    gateway = of(request)
+    try:
+        row = await run_in_threadpool(sessions.open_session, gateway.context(caller), parsed)
+    except Exception as error:
+        raise unavailable(error) from error
+    return json_response(session_view(row), 201, {"Location": f"/api/inference/status/{row['session_id']}"})
+
+
+@router.get("/api/inference/status/{session_id}")
+async def read_session(request: Request, caller: Known, session_id: str) -> Response:
+    """A session and what became of its runs. A run without a session has one of its own, whose id is the job's."""
+    gateway = of(request)
+
+    def read() -> dict[str, Any]:
+        with gateway.engine.connect() as connection:
+            row = store.get_session(connection, session_id)
+            if row is not None and (caller.admin or row["owner"] == caller.owner):
+                return session_view(row)
+            job = job_store.get(connection, session_id) if row is None else None
+            if job is None or job["kind"] != Kind.INFERENCE_RUN or not (caller.admin or job["owner"] == caller.owner):
+                raise failure("session_not_found", f"there is no inference session {session_id!r}")
+            if job["resource_id"] != job["id"]:
+                raise failure("session_not_found", f"{session_id} is a run of the session {job['resource_id']}")
+            return _session_of_a_job(job)
+
+    return json_response(await run_in_threadpool(read))
+
+
+@router.delete("/api/inference/sessions/{session_id}", status_code=202, response_model=Job)
+async def close_session(request: Request, caller: Known, session_id: str) -> Response:
+    """Closes a session after the runs submitted before, and frees its state."""
+    return await submit_job(request, caller, Kind.INFERENCE_CLOSE_SESSION, {"session_id": session_id})
 
 
 @router.get("/api/inference/models")
@@ -75,8 +137,62 @@ def view(model: Row) -> dict[str, Any]:
     return {
         name: model[name]
         for name in (
-            "model_id", "name", "version", "model_type", "device_id", "state", "inputs", "outputs", "memory_bytes",
-            "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned", "provider",
-            "cpu_fallback_ops", "statistics", "sha256", "owner", "options", "error", "created_at", "ended_at",
+            "model_id", "name", "version", "aliases", "model_type", "device_id", "state", "inputs", "outputs",
+            "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned",
+            "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
+            "created_at", "ended_at",
         )
     }  # fmt: skip
+
+
+def session_view(session: Row) -> dict[str, Any]:
+    """The session as callers see it (contract, section 6); `idle` is one that is open and has no run under way."""
+    state = session["state"]
+    return {
+        "session_id": session["session_id"],
+        "model_id": session["model_id"],
+        "device_id": session["device_id"],
+        "state": "idle" if state == "active" and not session["running"] else state,
+        "runs": {"succeeded": session["succeeded"], "failed": session["failed"], "running": session["running"]},
+        "last_job_id": session["last_job_id"],
+        "opened_at": session["opened_at"],
+        "last_used_at": session["last_used_at"],
+        "expires_at": session["expires_at"],
+        "ended_at": session["ended_at"],
+        "owner": session["owner"],
+        "state_map": session["state_map"],
+    }
+
+
+def _wake_cancelled(gateway: Gateway, model_id: str) -> None:
+    """Tells workers of the runs that an unload has cancelled; they would see it themselves within a second."""
+    with gateway.engine.connect() as connection:
+        cancelled = job_store.to_be_cancelled(connection, model_id)
+    for job in cancelled:
+        gateway.publisher.wake(job["device_id"], {"cancel": job["id"]})
+
+
+def _session_of_a_job(job: Row) -> dict[str, Any]:
+    over = job["state"] in TERMINAL
+    won = job["state"] == State.SUCCEEDED
+    return {
+        "session_id": job["id"],
+        "model_id": job["needs"][0],
+        "device_id": job["device_id"],
+        "state": "closed" if over else "active",
+        "runs": {"succeeded": int(won), "failed": int(over and not won), "running": int(not over)},
+        "last_job_id": job["id"],
+        "opened_at": job["submitted_at"],
+        "last_used_at": job["finished_at"] or job["started_at"] or job["submitted_at"],
+        "expires_at": None,
+        "ended_at": job["finished_at"],
+        "owner": job["owner"],
+        "state_map": {},
+    }
+
+
+def _parse_session(body: dict[str, Any]) -> OpenSession:
+    try:
+        return OpenSession.model_validate(body)
+    except ValidationError as error:
+        raise invalid(error, "The request for a session does not fit the contract") from error

@@ -17,15 +17,19 @@ from sqlalchemy.exc import DBAPIError
 
 from device_operations.jobs import CLAIMABLE, State
 from device_operations.settings import Settings
-from tasks import lifecycle
+from tasks import lifecycle, submit
 from tasks.blobs import BlobStore
 from tasks.database import is_disconnect
+from tasks.plans import memory
 from tasks.publish import Publisher
+from tasks.store import allocations as allocation_store
 from tasks.store import blobs as blob_store
 from tasks.store import devices as device_store
 from tasks.store import jobs as store
+from tasks.store import models as model_store
 from tasks.store.connection import row, transaction
 from tasks.store.jobs import Ending
+from tasks.transients import Transients
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +90,8 @@ class Reaper:
             row(leadership, "SELECT 1")
             self._publish_due()
             self._expire()
+            self._free_expired()
+            self._expire_sessions()
             if time.monotonic() - reachable_since > self._settings.lease_seconds:
                 self._bury()
             if time.monotonic() - slow_at > SLOW_SECONDS:
@@ -103,6 +109,22 @@ class Reaper:
         if ids:
             endings = [Ending(job_id, State.EXPIRED.value, error=lifecycle.EXPIRED) for job_id in ids]
             lifecycle.announce(self._publisher, lifecycle.end(self._engine, endings, sorted(CLAIMABLE)))
+
+    def _expire_sessions(self) -> None:
+        """Ends sessions that were idle too long; the workers free their state when they next look at the records."""
+        with self._engine.connect() as connection:
+            expired = model_store.expire_sessions(connection)
+        if expired:
+            log.info("sessions expired", sessions=expired)
+
+    def _free_expired(self) -> None:
+        """Allocations whose time is up get a deallocation like any other: after the jobs submitted before."""
+        with self._engine.connect() as connection:
+            expired = allocation_store.expired(connection, AT_ONCE)
+        plans = [memory.plan_expiry(row) for row in expired]
+        if plans:
+            log.info("allocations expire", allocations=len(plans))
+            submit.submit(self._engine, self._publisher, plans)
 
     def _bury(self) -> None:
         with self._engine.connect() as connection:
@@ -125,6 +147,9 @@ class Reaper:
         with self._engine.connect() as connection:
             expired = blob_store.take_expired(connection, AT_ONCE)
             store.forget(connection, days, 10 * AT_ONCE)
+            allocation_store.forget(connection, days, 10 * AT_ONCE)
             device_store.forget_samples(connection, days)
         for blob_id in expired:
             self._blobs.delete(blob_id)
+        self._blobs.sweep()
+        Transients(self._blobs).sweep(self._settings.blobs.ttl_hours * 3600)

@@ -1,98 +1,105 @@
 """The blob store: immutable bytes by id, in a folder or any store that obstore knows. Rows are `tasks.store.blobs`'.
 
-Bytes are written under their final key only when they are whole (obstore's local store writes beside and renames, S3
-completes the upload), so a cut-off upload leaves nothing behind.
+Bytes are written under their final key only when they are whole (a folder's are written beside and renamed, S3
+completes the upload), so a cut-off upload leaves nothing behind; what a killed process left beside is swept by age.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import mmap
+import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import obstore
 import obstore.store
 
 from device_operations.errors import failure
 from device_operations.jobs import new_id
+from tasks.blob_writers import BLOCK_BYTES, CHUNK_BYTES, BlobWriter, FileWriter, Stored, UploadWriter
 
-#: Bytes moved at a time: what one process holds of a stream.
-CHUNK_BYTES = 8 * 2**20
+__all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "BlobStore", "BlobWriter", "Stored"]
 
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A blob that is whole in the store."""
-
-    blob_id: str
-    sha256: str
-    size_bytes: int
+#: The folder of a local store in which blobs are written, beside those that are whole.
+_PARTIAL = "partial"
 
 
 class BlobStore:
-    """Blobs behind one URL: `file:///folder`, `s3://bucket/prefix`, `memory://` (one process only)."""
+    """Blobs behind one URL: `file:///folder`, `s3://bucket/prefix`, `memory://` (one process only).
+
+    A store's options may stand in the URL's query: `s3://bucket/prefix?endpoint=http://host:9000&region=us-east-1`;
+    what is not said there is read from the provider's own environment variables (`AWS_ACCESS_KEY_ID`, …).
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.folder: Path | None = None
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="blobs")
         if url.startswith("file://"):
             self.folder = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._store: Any = obstore.store.LocalStore(self.folder, mkdir=True)
+            (self.folder / _PARTIAL).mkdir(parents=True, exist_ok=True)
+            self.objects: Any = obstore.store.LocalStore(self.folder, mkdir=True)
         else:
-            self._store = obstore.store.from_url(url)
+            self.objects = _open(url)
 
-    @property
-    def objects(self) -> Any:
-        """The store itself, for what lies beside the blobs."""
-        return self._store
+    # ---- in
+
+    def writer(self, blob_id: str | None = None, *, sha256: str | None = None) -> BlobWriter:
+        """A new blob to be written piece by piece. With `sha256`, the content's known hash, none is computed."""
+        blob_id = blob_id or new_id()
+        if self.folder is not None:
+            return FileWriter(blob_id, sha256, self._threads, self.folder / _PARTIAL, self.folder / _key(blob_id))
+        return UploadWriter(blob_id, sha256, self._threads, self.objects, _key(blob_id))
 
     async def put_stream(self, chunks: AsyncIterable[bytes], max_bytes: int, sha256: str | None = None) -> Stored:
         """Stores a stream as a new blob. `payload_too_large` over `max_bytes`, `checksum_mismatch` on other content."""
-        blob_id = new_id()
-        hasher = hashlib.sha256()
-        size = 0
-
-        async def counted() -> AsyncIterator[bytes]:
-            nonlocal size
+        writer = self.writer()
+        loop = asyncio.get_running_loop()
+        writing: asyncio.Future[None] | None = None
+        block: list[bytes] = []
+        held = size = 0
+        try:
             async for chunk in chunks:
                 size += len(chunk)
                 if size > max_bytes:
                     raise failure("payload_too_large", f"a blob may have {max_bytes} bytes (BLOBS__MAX_BYTES)")
-                hasher.update(chunk)
-                yield bytes(chunk)
-            if sha256 is not None and hasher.hexdigest() != sha256:
-                raise failure("checksum_mismatch", f"the body's sha256 is {hasher.hexdigest()}, not {sha256}")
-
-        await obstore.put_async(self._store, _key(blob_id), counted(), chunk_size=CHUNK_BYTES)
-        return Stored(blob_id, hasher.hexdigest(), size)
+                block.append(chunk)
+                held += len(chunk)
+                if held >= BLOCK_BYTES:
+                    # One block is written and hashed on threads while the next arrives.
+                    if writing is not None:
+                        await writing
+                    writing = loop.run_in_executor(self._threads, writer.write_all, block)
+                    block, held = [], 0
+            if writing is not None:
+                await writing
+            return await loop.run_in_executor(self._threads, writer.finish_with, block, sha256)
+        except BaseException:
+            # Not awaited: a request that was cut off waits for nothing any more.
+            self._threads.submit(writer.abort)
+            raise
 
     def put(self, data: bytes | bytearray | memoryview, blob_id: str | None = None) -> Stored:
         """Stores bytes as a new blob."""
         blob_id = blob_id or new_id()
-        obstore.put(self._store, _key(blob_id), data if isinstance(data, bytes) else bytes(data))
+        obstore.put(self.objects, _key(blob_id), data if isinstance(data, bytes) else bytes(data))
         return Stored(blob_id, hashlib.sha256(data).hexdigest(), len(data))
 
     def put_chunks(self, chunks: Iterator[bytes | memoryview], blob_id: str | None = None) -> Stored:
         """Stores a stream of chunks as a new blob, holding one chunk at a time."""
-        blob_id = blob_id or new_id()
-        hasher = hashlib.sha256()
-        size = 0
-
-        def counted() -> Iterator[bytes]:
-            nonlocal size
+        with self.writer(blob_id) as writer:
             for chunk in chunks:
-                size += len(chunk)
-                hasher.update(chunk)
-                yield bytes(chunk)
+                writer.write(chunk)
+            return writer.finish()
 
-        obstore.put(self._store, _key(blob_id), counted(), chunk_size=CHUNK_BYTES)
-        return Stored(blob_id, hasher.hexdigest(), size)
+    # ---- out
 
     def read(self, blob_id: str, offset: int = 0, size_bytes: int | None = None) -> Any:
         """A range of a blob as one buffer: mapped from its file where the store is a folder, else fetched."""
@@ -100,12 +107,29 @@ class BlobStore:
             return self._mapped(blob_id, offset, size_bytes)
         try:
             if size_bytes is None:
-                size_bytes = obstore.head(self._store, _key(blob_id))["size"] - offset
+                size_bytes = obstore.head(self.objects, _key(blob_id))["size"] - offset
             if size_bytes == 0:
                 return memoryview(b"")
-            return memoryview(obstore.get_range(self._store, _key(blob_id), start=offset, length=size_bytes))
+            return memoryview(obstore.get_range(self.objects, _key(blob_id), start=offset, length=size_bytes))
         except FileNotFoundError as error:
             raise _missing(blob_id) from error
+
+    def read_into(self, blob_id: str, offset: int, into: memoryview) -> None:
+        """Fills writable bytes from a blob's range. `blob_not_found` where it is gone or too short."""
+        if self.folder is not None:
+            with self._opened(blob_id) as file:
+                file.seek(offset)
+                filled = 0
+                while filled < len(into):
+                    count = file.readinto(into[filled:])  # type: ignore[attr-defined]
+                    if not count:
+                        raise failure("blob_not_found", f"blob {blob_id} ends before byte {offset + len(into)}")
+                    filled += count
+            return
+        done = 0
+        for chunk in self.chunks(blob_id, offset, len(into)):
+            into[done : done + len(chunk)] = chunk
+            done += len(chunk)
 
     def chunks(self, blob_id: str, offset: int, size_bytes: int) -> Iterator[memoryview]:
         """A range of a blob, a chunk at a time."""
@@ -113,30 +137,46 @@ class BlobStore:
         while offset < end:
             step = min(CHUNK_BYTES, end - offset)
             try:
-                yield memoryview(obstore.get_range(self._store, _key(blob_id), start=offset, length=step))
+                yield memoryview(obstore.get_range(self.objects, _key(blob_id), start=offset, length=step))
             except FileNotFoundError as error:
                 raise _missing(blob_id) from error
             offset += step
 
-    async def stream(self, blob_id: str, offset: int, size_bytes: int) -> AsyncIterator[bytes]:
-        """A range of a blob for HTTP, a chunk at a time."""
+    async def stream(self, blob_id: str, offset: int, size_bytes: int) -> AsyncIterator[bytes | memoryview]:
+        """A range of a blob for HTTP, a block at a time; the next is read while one is sent."""
+        loop = asyncio.get_running_loop()
+        source = _Source(self, blob_id)
+        starts = range(offset, offset + size_bytes, BLOCK_BYTES)
         end = offset + size_bytes
-        while offset < end:
-            step = min(CHUNK_BYTES, end - offset)
-            yield bytes(await obstore.get_range_async(self._store, _key(blob_id), start=offset, length=step))
-            offset += step
+        try:
+            ahead = loop.run_in_executor(self._threads, source.read, offset, end)
+            for start in starts:
+                block = await ahead
+                if start + BLOCK_BYTES < end:
+                    ahead = loop.run_in_executor(self._threads, source.read, start + BLOCK_BYTES, end)
+                yield block
+        finally:
+            # Not awaited: a request that was cut off waits for nothing any more.
+            self._threads.submit(source.close)
+
+    def _opened(self, blob_id: str) -> BinaryIO:
+        assert self.folder is not None
+        try:
+            return (self.folder / _key(blob_id)).open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise _missing(blob_id) from error
 
     def size(self, blob_id: str) -> int | None:
         """The blob's size in bytes, or None where the store has no such blob."""
         try:
-            return int(obstore.head(self._store, _key(blob_id))["size"])
+            return int(obstore.head(self.objects, _key(blob_id))["size"])
         except FileNotFoundError:
             return None
 
     def delete(self, blob_id: str) -> None:
         """Deletes the bytes; a blob that is not there is gone already."""
         try:
-            obstore.delete(self._store, _key(blob_id))
+            obstore.delete(self.objects, _key(blob_id))
         except FileNotFoundError:
             return
 
@@ -155,7 +195,18 @@ class BlobStore:
 
     def check(self) -> None:
         """Raises when the store cannot be listed: wrong credentials, no such bucket, no such folder."""
-        next(iter(obstore.list(self._store, prefix="blobs", chunk_size=1)), None)
+        next(iter(obstore.list(self.objects, prefix="blobs", chunk_size=1)), None)
+
+    def sweep(self, older_than_seconds: float = 3600) -> None:
+        """Deletes what killed processes left half-written in a folder and has not grown for that long."""
+        if self.folder is None:
+            return
+        for path in (self.folder / _PARTIAL).iterdir():
+            try:
+                if time.time() - path.stat().st_mtime > older_than_seconds:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
 
     def _mapped(self, blob_id: str, offset: int, size_bytes: int | None) -> Any:
         assert self.folder is not None
@@ -173,6 +224,40 @@ class BlobStore:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[offset : offset + size]
         except FileNotFoundError as error:
             raise _missing(blob_id) from error
+
+
+class _Source:
+    """One blob being read by threads that take turns: its file stays open, so that deleting it does not cut it off."""
+
+    def __init__(self, blobs: BlobStore, blob_id: str) -> None:
+        self._blobs = blobs
+        self._blob_id = blob_id
+        self._file = blobs._opened(blob_id) if blobs.folder is not None else None
+        self._lock = threading.Lock()
+
+    def read(self, start: int, end: int) -> bytes | memoryview:
+        """One block from `start`, shorter where `end` is nearer."""
+        size = max(0, min(BLOCK_BYTES, end - start))
+        with self._lock:
+            if self._file is None:
+                return b"".join(self._blobs.chunks(self._blob_id, start, size))
+            self._file.seek(start)
+            return self._file.read(size)
+
+    def close(self) -> None:
+        """Lets the file go, after the read under way."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+
+
+def _open(url: str) -> Any:
+    """obstore's store for a URL; options in its query, and plain HTTP where the endpoint says so."""
+    parts = urllib.parse.urlsplit(url)
+    options: dict[str, Any] = dict(urllib.parse.parse_qsl(parts.query))
+    if options.pop("allow_http", "") == "true" or options.get("endpoint", "").startswith("http://"):
+        options["client_options"] = {"allow_http": True}
+    return obstore.store.from_url(urllib.parse.urlunsplit(parts._replace(query="")), **options)
 
 
 def _key(blob_id: str) -> str:

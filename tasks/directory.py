@@ -38,7 +38,7 @@ class Snapshot:
         return [
             model
             for model in self.models.values()
-            if model["name"] == name and (version is None or model["version"] == version)
+            if _is_called(model, name, version)
         ]
 
     def queued(self, device_id: str) -> int:
@@ -48,6 +48,12 @@ class Snapshot:
     def load_of(self, device_id: str) -> int:
         """How many jobs wait for the device or run on it."""
         return sum(self.counts.get(device_id, {}).values())
+
+
+def _is_called(model: Row, name: str, version: str | None) -> bool:
+    """Whether the model was loaded under that name, at first or again."""
+    calls = [(model["name"], model["version"]), *map(tuple, model["aliases"])]
+    return any(called == name and version in (None, of) for called, of in calls)
 
 
 class Directory:

@@ -10,7 +10,7 @@ reservation back whether a worker, a cancellation or a death ended it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ class Outcome:
     error: dict[str, Any] | None = None
     device_ms: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    #: Where making the result takes time that the device need not wait for: called once, before the end is recorded.
+    pending: Callable[[], dict[str, Any]] | None = None
 
     def ending(self) -> Ending:
         """The same, as the store records it."""
@@ -71,14 +73,13 @@ def settle(
 ) -> list[Row]:
     """Runs the effects of jobs that have just ended, and ends those that cannot do without them; gives the latter."""
     fallen: list[Row] = []
-    queue = list(rows)
-    while queue:
-        row = queue.pop(0)
-        lost = effects.apply(connection, row, (facts or {}).get(row["id"], {}), epoch)
+    ended = list(rows)
+    while ended:
+        lost = effects.apply(connection, ended, facts or {}, epoch)
+        ended = []
         for resource_id, error in lost:
-            more = fail_needing(connection, [resource_id], error)
-            fallen += more
-            queue += more
+            ended += fail_needing(connection, [resource_id], error)
+        fallen += ended
     return fallen
 
 

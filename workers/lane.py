@@ -33,6 +33,8 @@ class Entry:
     after: set[str] = field(default_factory=set)
     batch_key: Hashable | None = None
     batch_limit: int = 1
+    #: How long after its admission a run may wait for others to join it.
+    batch_delay_seconds: float = 0.0
     handle: Any = None
     admitted_at: float = field(default_factory=time.monotonic)
     effective: int = -1
@@ -110,13 +112,23 @@ class Lane:
                 self._ready.wait(remaining)
 
     def mates(self, head: Entry, limit: int) -> list[Entry]:
-        """More eligible entries of the same batch, taken now: those that came while the batch was being formed."""
+        """At most `limit` more eligible entries of the same batch, waiting for them as long as `head` may be delayed.
+
+        The wait ends at once when something more urgent than `head` is eligible, or the lane closes.
+        """
+        until = head.admitted_at + head.batch_delay_seconds
+        found: list[Entry] = []
         with self._lock:
-            found = self._mates(head, limit)
-            for entry in found:
-                self._leave(entry)
-                self._taken.add(entry.job_id)
-            return found
+            while True:
+                more = self._mates(head, limit - len(found))
+                for entry in more:
+                    self._leave(entry)
+                    self._taken.add(entry.job_id)
+                found += more
+                remaining = until - time.monotonic()
+                if len(found) >= limit or remaining <= 0 or self._closed or self._is_urgent(head):
+                    return found
+                self._ready.wait(remaining)
 
     def finishing(self, job_ids: Iterable[str]) -> None:
         """Jobs have done their work and are being recorded: what waits for them is about to become eligible."""
@@ -212,6 +224,14 @@ class Lane:
                 if entry is not None and entry.rank < head.rank and entry.after <= self._finishing:
                     return True
         return False
+
+    def _is_urgent(self, head: Entry) -> bool:
+        """Whether anything more urgent than `head` could run now."""
+        return any(
+            entry.effective > head.effective and entry.rank == rank and not entry.after
+            for rank, entry in ((rank, self._entries.get(job_id)) for rank, job_id in self._eligible[:8])
+            if entry is not None
+        )
 
     def _mates(self, head: Entry, limit: int | None = None) -> list[Entry]:
         """Eligible entries of the same batch, oldest first."""

@@ -26,7 +26,8 @@ from tasks.store import models as model_store
 from tasks.store.connection import Row
 from workers.lane import Lane
 from workers.pool import Handle, exception_info
-from workers.work import Work
+from workers.uses import Uses
+from workers.work import Work, named
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +58,7 @@ class Recorder:
         self._app = app
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._told_at: dict[str, float] = {}
-        self._uses: dict[str, list[int]] = {}
+        self._uses = Uses()
         self._uses_written_at = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._record_until_stopped, name="recorder", daemon=True)
@@ -145,7 +146,8 @@ class Recorder:
         ending = []
         for one in finished:
             self._told_at.pop(one.work.job_id, None)
-            self._count(one)
+            self._tell_result(one)
+            self._uses.add(one.work, one.outcome)
             if not self._retried(one):
                 ending.append(one)
         if not ending:
@@ -219,22 +221,22 @@ class Recorder:
         )
         return True
 
-    def _count(self, one: _Finished) -> None:
-        if one.work.kind == "inference.run":
-            counts = self._uses.setdefault(one.work.request.get("model_id") or "", [0, 0, 0])
-            counts[0 if one.outcome.state == State.SUCCEEDED else 1] += 1
-            counts[2] += int((one.outcome.device_ms or 0) * 1e6)
+    def _tell_result(self, one: _Finished) -> None:
+        """Puts a result into words that the device's thread left to do; what fails there fails the job."""
+        if one.outcome.pending is None:
+            return
+        try:
+            one.outcome.result, one.outcome.pending = one.outcome.pending(), None
+        except Exception as error:  # noqa: BLE001 - a blob store that is full is this job's failure, not the recorder's
+            facts = {name: value for name, value in one.outcome.facts.items() if name == "session_id"}
+            one.outcome = one.work.failed(named(error), **facts)
 
     def _write_uses(self) -> None:
         """Writes how often each model ran: once a second, not once a run."""
         self._uses_written_at = time.monotonic()
-        if not self._uses:
+        uses = self._uses.take()
+        if not uses:
             return
-        uses = [
-            {"model_id": model_id, "succeeded": won, "failed": lost, "statistics": {"device_ns": device_ns}}
-            for model_id, (won, lost, device_ns) in self._uses.items()
-        ]
-        self._uses = {}
         try:
             with self._engine.connect() as connection:
                 model_store.add_runs(connection, uses)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
 
 from device_operations.settings import Settings
 from tasks.blobs import BlobStore
+from tasks.transients import Transients
+from workers.batching import Batching
 from workers.devices.base import Buffer, Device
-from workers.devices.onnx import Kept, OnnxModel
+from workers.devices.onnx import OnnxModel
+from workers.devices.onnx_tensors import Feed
+
+if TYPE_CHECKING:
+    from workers.transfers import Transfers
+
+#: Until a model was asked, its runs go alone.
+ALONE = Batching(False, "not found out")
 
 
 @dataclass(slots=True, eq=False)
 class ResidentModel:
-    """A loaded model. `max_batch_size` 1 or `batchable` False: every run goes alone."""
+    """A loaded model. Runs are joined where `batching` says that they may be, and go alone otherwise."""
 
     model_id: str
     name: str
@@ -25,7 +34,7 @@ class ResidentModel:
     pinned: bool = False
     max_batch_size: int = 1
     max_delay_ms: float = 0.0
-    batchable: bool = False
+    batching: Batching = ALONE
     memory_bytes: int = 0
     last_used: float = 0.0
 
@@ -34,7 +43,7 @@ class ResidentModel:
 
         Joined runs have the same inputs, dtypes and shapes, at least one row, and equal scalars.
         """
-        if not self.batchable:
+        if not self.batching.enabled:
             return None
         rows = None
         key: list[Hashable] = [self.model_id, tuple(outputs) if outputs else None]
@@ -44,9 +53,8 @@ class ResidentModel:
             if tensor.get("allocation_id"):
                 return None
             if not shape:
-                key.append(
-                    (name, tensor["dtype"], tensor.get("base64") or repr(tensor.get("data")), tensor.get("blob_id"))
-                )
+                value = tensor.get("base64") or repr(tensor.get("data"))
+                key.append((name, tensor["dtype"], value, tensor.get("blob_id"), tensor.get("offset")))
                 continue
             rows = shape[0] if rows is None else rows
             if shape[0] != rows or math.prod(shape) == 0:
@@ -59,12 +67,12 @@ class ResidentModel:
 
 @dataclass(slots=True, eq=False)
 class ResidentSession:
-    """A session's state tensors, by the input that each feeds next."""
+    """A session's state tensors on the device, by the input that each feeds next; `state_map` is output to input."""
 
     session_id: str
     model_id: str
     state_map: dict[str, str]
-    state: dict[str, Kept | Any] = field(default_factory=dict)
+    state: dict[str, Feed] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,9 +86,19 @@ class Resident:
     settings: Settings
     blobs: BlobStore
     allocations: dict[str, Buffer] = field(default_factory=dict)
+    #: The sha256 of all bytes of an allocation, where it is known; whoever changes any of them takes it out.
+    hashes: dict[str, str] = field(default_factory=dict)
+    #: What brings bytes from other devices; None where there are no others to ask.
+    transfers: Transfers | None = None
     models: dict[str, ResidentModel] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    #: Whether the process is to end once it is idle, because its backend gives memory back in no other way.
+    recycle: bool = False
+    transients: Transients = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.transients = Transients(self.blobs)
 
     def cpu_fallback_ops(self) -> int:
         """How many operators of the resident models run on the CPU instead of the device."""

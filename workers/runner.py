@@ -135,6 +135,9 @@ class Runner:
     def _begin(self, entries: list[Entry]) -> None:
         if not entries:
             return
+        head = entries[0]
+        if head.batch_delay_seconds and len(entries) < head.batch_limit:
+            entries = [*entries, *self._lane.mates(head, head.batch_limit - len(entries))]
         works = self._claim(entries)
         if not works:
             return

@@ -3,7 +3,8 @@
     open the device ─▶ take the lease ─▶ bring back models ─▶ run Celery's worker with our pool ─▶ stop ─▶ give back
 
 Exit status: 0 after an orderly stop, 75 when the device was lost (the supervisor starts it again), 76 when the lease
-was lost to another worker, 69 when a live worker holds the device.
+was lost to another worker, 77 when it ended to give memory back (it is started again too), 69 when a live worker holds
+the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import structlog
 from celery import Celery, bootsteps
+from celery.worker import state as celery_state
 from kombu.entity import Queue
 from kombu.messaging import Consumer
 from sqlalchemy.exc import DBAPIError
@@ -38,7 +40,7 @@ from workers import lease as leases
 from workers.devices import open_device
 from workers.intake import Intake
 from workers.lane import Lane
-from workers.operations.inference import bring_back
+from workers.models import bring_back, look_after
 from workers.pool import LanePool
 from workers.recorder import Recorder
 from workers.resident import Resident
@@ -47,6 +49,8 @@ from workers.runner import DEVICE_LOST_STATUS, Runner
 log = structlog.get_logger(__name__)
 
 LEASE_LOST_STATUS = 76
+#: The worker ended itself to give memory back that its backend gives back in no other way.
+RECYCLED_STATUS = 77
 
 #: Seconds between two looks at the records: orphans, cancellations, samples.
 SWEEP_SECONDS = 1.0
@@ -190,10 +194,16 @@ class Service:
 
     def _sweep_until_stopped(self) -> None:
         sampled_at, busy_before = time.monotonic(), 0.0
-        swept_at = 0.0
+        swept_at = looked_at = 0.0
+        idle_seconds = self.resident.settings.inference.session_timeout_minutes * 60
+        look_seconds = min(5.0, max(0.25, idle_seconds / 4))
         while not self._stopping.wait(0.05):
             self.runner.check_deadlines()
             now = time.monotonic()
+            if now - looked_at >= look_seconds:
+                looked_at = now
+                self.runner.call(lambda: look_after(self.resident))
+                self._recycle_if_asked()
             if now - swept_at < SWEEP_SECONDS:
                 continue
             swept_at = now
@@ -214,6 +224,13 @@ class Service:
         with self._engine.connect() as connection:
             for job_id in store.running_to_cancel(connection, self.device_id, self._lease.epoch):
                 self.runner.cancel(job_id)
+
+    def _recycle_if_asked(self) -> None:
+        """Ends the process in good order once it is idle; what it held loaded comes back with the next."""
+        if self.resident.recycle and not len(self._lane) and not self.runner.running():
+            log.info("worker recycles to give memory back", device_id=self.device_id)
+            self._status = RECYCLED_STATUS
+            celery_state.should_stop = 0
 
     def _sample(self, busy_share: float) -> None:
         reading = self.resident.device.memory()

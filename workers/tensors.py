@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import math
 from typing import Any
 
 import numpy as np
 
 from device_operations.errors import failure
-from device_operations.tensors import INLINE_BYTES, Tensor, decode, encode, from_bytes, to_bytes
+from device_operations.tensors import FIXED_DTYPES, INLINE_BYTES, Tensor, decode, encode, from_bytes, to_bytes
+from device_operations.texts import pack_texts, unpack_texts
 from tasks.store import blobs as blob_store
-from workers.devices.base import BufferView
+from tasks.transients import TRANSIENT_BYTES
+from workers.devices.base import Array, BufferView, flat_bytes
 from workers.devices.onnx import Kept
 from workers.resident import Resident
 
 
-def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> np.ndarray | BufferView:
+def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> Array | BufferView:
     """The array or buffer that a request's tensor names. Arrays over blobs and base64 are read-only."""
     dtype, shape = tensor["dtype"], tensor["shape"]
     what = f"input {name!r}"
-    blob_id = tensor.get("blob_id")
-    if blob_id:
-        wanted = Tensor.model_validate(tensor).size_bytes
-        return from_bytes(resident.blobs.read(blob_id, tensor.get("offset", 0), wanted), dtype, shape, what)
     allocation_id = tensor.get("allocation_id")
     if allocation_id:
         return view(resident, allocation_id, tensor.get("offset", 0), dtype, tuple(shape))
+    if dtype == "string" and "data" not in tensor:
+        return _texts(resident, tensor, what)
+    if "transient_id" in tensor or tensor.get("blob_id"):
+        return from_bytes(_raw(resident, tensor, math.prod(shape) * FIXED_DTYPES[dtype]), dtype, shape, what)
     return decode(Tensor.model_construct(**tensor), what)
 
 
@@ -39,14 +43,51 @@ def view(
 
 
 def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any]:
-    """The wire form of an output: `data` up to 64 KiB, else a blob, unless `form` says otherwise."""
-    array: np.ndarray = value.numpy() if isinstance(value, Kept) else np.asarray(value)
-    if array.dtype.kind in "OUS" or form == "data" or (form == "auto" and array.nbytes <= INLINE_BYTES):
+    """The wire form of an output: `data` up to 64 KiB, else a blob, unless `form` says otherwise.
+
+    Text is given as `data`; above 64 KiB as a blob too, each string behind its length (`device_operations.texts`).
+    """
+    array = host_array(value)
+    if array.dtype.kind in "OUS":
+        packed = pack_texts(array.reshape(-1)) if form in ("blob", "auto") else b""
+        if form == "blob" or len(packed) > INLINE_BYTES:
+            return {"dtype": "string", "shape": list(array.shape), "blob_id": keep(resident, packed, owner)}
+        return encode(array, "data")
+    if form == "data" or (form == "auto" and array.nbytes <= INLINE_BYTES):
         return encode(array, "data")
     if form == "base64":
         return encode(array, "base64")
     blob_id = keep(resident, to_bytes(array), owner)
     return {"dtype": array.dtype.name, "shape": list(array.shape), "blob_id": blob_id}
+
+
+def hand_over(resident: Resident, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Outputs for a request that waits: small ones in the result itself, the others in one transient file."""
+    told: dict[str, dict[str, Any]] = {}
+    parts: list[bytes | memoryview] = []
+    offset = 0
+    for name, value in values.items():
+        array = host_array(value)
+        text = array.dtype.kind in "OUS"
+        raw = pack_texts(array.reshape(-1)) if text else flat_bytes(array)
+        told[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
+        if len(raw) <= TRANSIENT_BYTES:
+            told[name]["base64"] = base64.b64encode(raw).decode()
+        else:
+            told[name] |= {"transient_id": "", "offset": offset, "size_bytes": len(raw)}
+            parts.append(raw)
+            offset += len(raw)
+    if parts:
+        transient_id = resident.transients.put(parts)
+        for tensor in told.values():
+            if "transient_id" in tensor:
+                tensor["transient_id"] = transient_id
+    return told
+
+
+def host_array(value: Any) -> Array:
+    """An output's values on the host."""
+    return value.numpy() if isinstance(value, Kept) else np.asarray(value)
 
 
 def keep(resident: Resident, data: bytes | memoryview, owner: str) -> str:
@@ -59,3 +100,19 @@ def keep(resident: Resident, data: bytes | memoryview, owner: str) -> str:
             resident.settings.blobs.ttl_hours * 3600,
         )
     return stored.blob_id
+
+
+def _raw(resident: Resident, tensor: dict[str, Any], size_bytes: int | None) -> Any:
+    offset = tensor.get("offset", 0)
+    if "transient_id" in tensor:
+        return resident.transients.read(tensor["transient_id"], offset, size_bytes)
+    return resident.blobs.read(tensor["blob_id"], offset, size_bytes)
+
+
+def _texts(resident: Resident, tensor: dict[str, Any], what: str) -> Array:
+    inline = tensor.get("base64")
+    raw = base64.b64decode(inline) if inline is not None else _raw(resident, tensor, tensor.get("size_bytes"))
+    count = math.prod(tensor["shape"])
+    array = np.empty(count, dtype=object)
+    array[:] = unpack_texts(raw, count, what)
+    return array.reshape(tensor["shape"])

@@ -20,6 +20,15 @@ SESSION_LOST = {
 }
 
 
+#: The error of jobs that were submitted for a session after what closed it.
+SESSION_CLOSED = {
+    "code": "session_closed",
+    "message": "The session was closed by a job submitted before; open a new session.",
+    "retryable": False,
+    "detail": None,
+}
+
+
 def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
     """An `inference.load_model` ended: the model is loaded as measured, or failed and its reservation given back."""
     model_id = job["resource_id"]
@@ -49,11 +58,13 @@ def lost(connection: Connection, model_id: str, error: dict[str, Any]) -> None:
 
 
 def unloaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """An `inference.unload_model` ended: the model's reservation is free again."""
-    if job["state"] == State.SUCCEEDED:
-        model_id = job["needs"][0]
-        _end_model(connection, model_id, "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
-    return []
+    """An `inference.unload_model` ended: the model's reservation is free again, and its sessions are closed."""
+    if job["state"] != State.SUCCEEDED:
+        return []
+    model_id = job["needs"][0]
+    _end_model(connection, model_id, "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
+    gone = models.end_sessions(connection, models.open_sessions(connection, model_id), "closed")
+    return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
 def evicted(connection: Connection, model_id: str, state: str, freed_bytes: int | None) -> None:
@@ -75,10 +86,11 @@ def ran(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | No
 
 
 def closed(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """An `inference.close_session` ended."""
-    if job["state"] == State.SUCCEEDED:
-        models.end_sessions(connection, [job["needs"][0]], facts.get("state", "closed"))
-    return []
+    """An `inference.close_session` ended: what was submitted for the session after it fails."""
+    if job["state"] != State.SUCCEEDED:
+        return []
+    gone = models.end_sessions(connection, [job["needs"][0]], "closed")
+    return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
 def session_of(job: Row) -> str | None:

@@ -52,9 +52,10 @@ Index(
     models.c.device_id,
     models.c.content_key,
     unique=True,
-    postgresql_where=text("state IN ('loading', 'loaded')"),
+    postgresql_where=text("state IN ('loading', 'loaded', 'lost')"),
 )
 Index("ix_models_name", models.c.name, models.c.version, postgresql_where=text("state IN ('loading', 'loaded')"))
+Index("ix_models_open", models.c.device_id, postgresql_where=text("state IN ('loading', 'loaded', 'lost')"))
 
 inference_sessions = Table(
     "inference_sessions",

@@ -321,14 +321,36 @@ def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[
     )
 
 
-def open_ids_needing(connection: Connection, resource_id: str) -> list[str]:
-    """Jobs, running ones too, that need the resource."""
+def open_ids_needing(connection: Connection, resource_id: str, kinds: Sequence[str] | None = None) -> list[str]:
+    """Jobs, running ones too, that need the resource; of `kinds` only, where given."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE state = ANY(%(open)s) AND %(id)s = ANY(needs) ORDER BY seq",
-        {"open": list(_OPEN), "id": resource_id},
+        "SELECT id FROM jobs WHERE state = ANY(%(open)s) AND %(id)s = ANY(needs) "
+        "AND (%(kinds)s::text[] IS NULL OR kind = ANY(%(kinds)s)) ORDER BY seq",
+        {"open": list(_OPEN), "id": resource_id, "kinds": None if kinds is None else list(kinds)},
     )
     return [job["id"] for job in found]
+
+
+def request_cancel_of(connection: Connection, job_ids: Collection[str], kind: str) -> list[str]:
+    """Notes for jobs of one kind among `job_ids` that they are to be cancelled; gives those that are open."""
+    found = rows(
+        connection,
+        "UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND kind = %(kind)s AND state = ANY(%(open)s) "
+        "RETURNING id",
+        {"ids": list(job_ids), "kind": kind, "open": list(_OPEN)},
+    )
+    return [job["id"] for job in found]
+
+
+def to_be_cancelled(connection: Connection, resource_id: str) -> list[Row]:
+    """Open jobs that need the resource and were asked to be cancelled: id and device."""
+    return rows(
+        connection,
+        "SELECT id, device_id FROM jobs WHERE state = ANY(%(open)s) AND %(id)s = ANY(needs) AND cancel_requested "
+        "AND device_id IS NOT NULL ORDER BY seq",
+        {"open": list(_OPEN), "id": resource_id},
+    )
 
 
 def set_progress(connection: Connection, job_id: str, epoch: int, progress: dict[str, Any]) -> None:

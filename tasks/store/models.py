@@ -35,11 +35,40 @@ def get(connection: Connection, model_id: str) -> Row | None:
 
 
 def same_content(connection: Connection, device_id: str, content_key: str) -> Row | None:
-    """The model that is resident or being loaded with that content on that device."""
+    """The model that is resident, being loaded, or coming back with that content on that device."""
     return row(
         connection,
-        "SELECT * FROM models WHERE device_id = %(device)s AND content_key = %(key)s AND state IN ('loading', 'loaded')",
+        "SELECT * FROM models WHERE device_id = %(device)s AND content_key = %(key)s "
+        "AND state IN ('loading', 'loaded', 'lost')",
         {"device": device_id, "key": content_key},
+    )
+
+
+def load_again(connection: Connection, model_id: str, *, name: str, version: str, pin: bool) -> None:
+    """Notes a further load of the same content: its name, where that is another, and that it is pinned from now on."""
+    execute(
+        connection,
+        """
+        UPDATE models SET pinned = pinned OR %(pin)s,
+            aliases = CASE WHEN (name, version) = (%(name)s, %(version)s)
+                OR aliases @> jsonb_build_array(jsonb_build_array(%(name)s::text, %(version)s::text)) THEN aliases
+                ELSE aliases || jsonb_build_array(jsonb_build_array(%(name)s::text, %(version)s::text)) END
+        WHERE model_id = %(id)s
+        """,
+        {"id": model_id, "name": name, "version": version, "pin": pin},
+    )
+
+
+def revive(connection: Connection, model_id: str, job_id: str, reserved_bytes: int) -> Row | None:
+    """A model that left its device while a load of the same content waited is `loading` again."""
+    return row(
+        connection,
+        """
+        UPDATE models SET state = 'loading', load_job_id = %(job)s, reserved_bytes = %(reserved)s, error = NULL,
+            ended_at = NULL, freed_bytes = NULL
+        WHERE model_id = %(id)s AND state IN ('unloaded', 'evicted', 'failed') RETURNING *
+        """,
+        {"id": model_id, "job": job_id, "reserved": reserved_bytes},
     )
 
 
@@ -84,7 +113,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
         UPDATE models SET state = 'loaded', epoch = %(epoch)s, inputs = %(inputs)s::jsonb, outputs = %(outputs)s::jsonb,
             memory_bytes = %(memory_bytes)s, reserved_bytes = %(memory_bytes)s, load_ms = %(load_ms)s,
             provider = %(provider)s, cpu_fallback_ops = %(cpu_fallback_ops)s, last_used_at = clock_timestamp(),
-            error = NULL
+            error = NULL, batching = %(batching)s::jsonb
         FROM (SELECT model_id, reserved_bytes AS before FROM models WHERE model_id = %(id)s FOR UPDATE) AS old
         WHERE models.model_id = old.model_id AND state IN ('loading', 'lost')
         RETURNING device_id, before
@@ -95,6 +124,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             "epoch": epoch,
             "inputs": dumps(facts["inputs"]),
             "outputs": dumps(facts["outputs"]),
+            "batching": dumps(facts["batching"]),
         },
     )
 
@@ -128,6 +158,15 @@ def end(
     )
 
 
+def set_freed(connection: Connection, model_id: str, freed_bytes: int | None) -> None:
+    """Notes what a model that has left its device gave back, as measured."""
+    execute(
+        connection,
+        "UPDATE models SET freed_bytes = %(freed)s WHERE model_id = %(id)s AND state NOT IN ('loading', 'loaded')",
+        {"id": model_id, "freed": freed_bytes},
+    )
+
+
 def lose(connection: Connection, device_id: str) -> list[Row]:
     """The device's worker died: what it had loaded is `lost` until the next epoch brings it back."""
     return rows(
@@ -145,8 +184,9 @@ def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
         """
         UPDATE models SET run_count = run_count + used.succeeded, failed_count = failed_count + used.failed,
             last_used_at = clock_timestamp(),
-            statistics = (SELECT coalesce(jsonb_object_agg(key, coalesce((models.statistics ->> key)::float8, 0)
-                + value::float8), '{}') FROM jsonb_each_text(used.statistics))
+            statistics = models.statistics || (SELECT coalesce(jsonb_object_agg(key,
+                coalesce((models.statistics ->> key)::numeric, 0) + value::numeric), '{}')
+                FROM jsonb_each_text(used.statistics))
         FROM jsonb_to_recordset(%(uses)s::jsonb)
             AS used (model_id text, succeeded bigint, failed bigint, statistics jsonb)
         WHERE models.model_id = used.model_id
@@ -155,8 +195,8 @@ def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def evictable(connection: Connection, device_id: str) -> list[Row]:
-    """Loaded, unpinned models without an open job or session, least recently used first."""
+def evictable(connection: Connection, device_id: str, idle_seconds: float | None = None) -> list[Row]:
+    """Loaded, unpinned models without an open job or session, least recently used first; idle so long, if said."""
     return rows(
         connection,
         """
@@ -164,9 +204,10 @@ def evictable(connection: Connection, device_id: str) -> list[Row]:
           AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = m.device_id
                 AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying') AND m.model_id = ANY(j.needs))
           AND NOT EXISTS (SELECT 1 FROM inference_sessions s WHERE s.model_id = m.model_id AND s.state = 'active')
+          AND (%(idle)s::float8 IS NULL OR last_used_at < clock_timestamp() - make_interval(secs => %(idle)s::float8))
         ORDER BY last_used_at
         """,
-        {"id": device_id},
+        {"id": device_id, "idle": idle_seconds},
     )
 
 
@@ -245,25 +286,48 @@ def end_sessions(connection: Connection, session_ids: Collection[str], state: st
     return [session["session_id"] for session in found]
 
 
-def sessions_to_expire(connection: Connection) -> list[Row]:
-    """Open sessions past their expiry without an open run."""
-    return rows(
+def expire_sessions(connection: Connection) -> list[str]:
+    """Open sessions past their expiry without an open run are `expired`: their ids."""
+    found = rows(
         connection,
         """
-        SELECT session_id, device_id FROM inference_sessions s WHERE state = 'active' AND expires_at <= clock_timestamp()
+        UPDATE inference_sessions s SET state = 'expired', ended_at = clock_timestamp()
+        WHERE state = 'active' AND expires_at <= clock_timestamp()
           AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = s.device_id
                 AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
                 AND s.session_id = ANY(j.needs))
+        RETURNING session_id
         """,
     )
+    return [session["session_id"] for session in found]
+
+
+def open_sessions(connection: Connection, model_id: str) -> list[str]:
+    """The open sessions of a model."""
+    found = rows(
+        connection,
+        "SELECT session_id FROM inference_sessions WHERE model_id = %(id)s AND state = 'active' ORDER BY opened_at",
+        {"id": model_id},
+    )
+    return [session["session_id"] for session in found]
+
+
+def still_open(connection: Connection, session_ids: Collection[str]) -> set[str]:
+    """Those of `session_ids` that are open."""
+    found = rows(
+        connection,
+        "SELECT session_id FROM inference_sessions WHERE session_id = ANY(%(ids)s) AND state = 'active'",
+        {"ids": list(session_ids)},
+    )
+    return {session["session_id"] for session in found}
 
 
 def stateful_sessions(connection: Connection, device_id: str, epoch: int) -> list[str]:
     """Open sessions whose state tensors lay on the device in epochs up to `epoch`."""
     found = rows(
         connection,
-        "SELECT session_id FROM inference_sessions WHERE device_id = %(id)s AND state = 'active' AND epoch <= %(epoch)s "
-        "AND state_map <> '{}'::jsonb",
+        "SELECT session_id FROM inference_sessions WHERE device_id = %(id)s AND state = 'active' "
+        "AND epoch <= %(epoch)s AND state_map <> '{}'::jsonb",
         {"id": device_id, "epoch": epoch},
     )
     return [session["session_id"] for session in found]

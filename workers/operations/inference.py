@@ -1,138 +1,75 @@
-"""Loading, running and unloading models."""
+"""What loading, running and unloading models do on the device."""
 
 from __future__ import annotations
 
 import gc
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind
-from tasks.effects.inference import evicted, lost, settled
 from tasks.lifecycle import Outcome
-from tasks.plans.models import ESTIMATE_BYTES, entry_file, model_file
-from tasks.store import devices as device_store
 from tasks.store import models as store
-from tasks.store.connection import transaction
-from workers.devices.base import BufferView, ModelOptions
-from workers.devices.onnx import OnnxModel
+from workers.devices.base import BufferView
+from workers.devices.onnx_tensors import Feed, Kept
+from workers.models import close, facts, open_model, revive
 from workers.resident import Resident, ResidentModel
-from workers.tensors import feed, give, view
+from workers.sessions import fed_by, left_by, session_of
+from workers.tensors import feed, give, hand_over, view
 from workers.work import Work, named
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 log = structlog.get_logger(__name__)
+
+Feeds = dict[str, Feed]
 
 
 def load_model(resident: Resident, work: Work) -> Outcome:
     """Makes a model resident, unless the same content already is."""
     model_id = work.request["model_id"]
-    if model_id in resident.models:
-        return work.succeeded(_loaded_result(resident, resident.models[model_id]))
     with resident.engine.connect() as connection:
         row = store.get(connection, model_id)
-    if row is None or row["state"] not in ("loading", "lost"):
-        raise failure(
-            "model_not_found", f"model {model_id} is {row['state'] if row else 'not recorded'}; load it again"
-        )
-    model = open_model(resident, row, work)
-    return work.succeeded(_loaded_result(resident, model), model=_facts(model))
-
-
-def open_model(resident: Resident, row: dict[str, Any], work: Work | None = None) -> ResidentModel:
-    """Opens a recorded model on the device and keeps it; idle unpinned ones make room where memory runs out."""
-    options = row["options"]
-    path, root = _files(resident, row)
-    wanted = ModelOptions(
-        intra_op_threads=options.get("intra_op_threads"),
-        graph_optimization=options.get("graph_optimization", "all"),
-        free_dimensions=options.get("free_dimensions") or {},
-        root=root,
-    )
-    make_room(resident, row["reserved_bytes"])
-    cancel = work.cancel if work else None
-    while True:
-        try:
-            onnx = resident.device.open_model(path, wanted, cancel)
-            break
-        except OperationError as error:
-            if error.code != "out_of_memory":
-                raise
-            if not evict_one(resident):
-                raise failure("insufficient_memory", error.message, detail=error.detail) from error
-    model = ResidentModel(
-        model_id=row["model_id"],
-        name=row["name"],
-        onnx=onnx,
-        pinned=row["pinned"],
-        max_batch_size=options.get("max_batch_size", 1),
-        max_delay_ms=options.get("max_delay_ms", 0.0),
-        batchable=_batchable(onnx),
-        # At least the file's own size: the system's figure is rounded, shared, or not to be had.
-        memory_bytes=max(onnx.memory_bytes or 0, onnx.file_bytes or 0, ESTIMATE_BYTES),
-        last_used=time.monotonic(),
-    )
-    if options.get("warmup"):
-        onnx.run(_warm_feeds(onnx), cancel=cancel)
-    resident.models[model.model_id] = model
-    return model
-
-
-def bring_back(resident: Resident) -> None:
-    """Loads again what the device's last epoch had loaded. A model that does not load any more is failed, and told."""
-    with resident.engine.connect() as connection:
-        rows = store.resident(connection, resident.device_id)
-    for row in rows:
-        try:
-            model = open_model(resident, row)
-        except Exception as error:  # noqa: BLE001 - one model that cannot come back must not keep the others away
-            known = named(error)
-            log.error("model did not come back", model_id=row["model_id"], name=row["name"], error=known.message)
-            with transaction(resident.engine) as connection:
-                lost(connection, row["model_id"], known.as_job_error())
-            continue
-        with transaction(resident.engine) as connection:
-            settled(connection, row["model_id"], resident.epoch, _facts(model))
-        log.info("model is back", model_id=row["model_id"], name=row["name"], load_ms=model.onnx.load_ms)
-
-
-def make_room(resident: Resident, size_bytes: int) -> None:
-    """Evicts idle unpinned models until what is reserved fits the budget again."""
-    while size_bytes:
-        with resident.engine.connect() as connection:
-            device = device_store.get(connection, resident.device_id)
-        if device is None or device["reserved_bytes"] <= device["budget_bytes"] or not evict_one(resident):
-            return
-
-
-def evict_one(resident: Resident) -> bool:
-    """Takes the least recently used idle, unpinned model off the device; False when there is none."""
-    with transaction(resident.engine) as connection:
-        for row in store.evictable(connection, resident.device_id):
-            model = resident.models.pop(row["model_id"], None)
-            if model is None:
-                continue
-            freed = model.onnx.close()
-            evicted(connection, row["model_id"], "evicted", freed)
-            log.info("model evicted", model_id=row["model_id"], name=row["name"], freed_bytes=freed)
-            return True
-    return False
+    if row is None:
+        raise failure("model_not_found", f"model {model_id} is not recorded; load it again")
+    model = resident.models.get(model_id)
+    if model is not None:
+        model.pinned = row["pinned"]
+        return work.succeeded(_loaded(resident, model))
+    if row["state"] not in ("loading", "lost"):
+        row = revive(resident, row, work.job_id, work.request.get("estimate_bytes", 0))
+    model = open_model(resident, row, work.cancel)
+    return work.succeeded(_loaded(resident, model), model=facts(model))
 
 
 def unload_model(resident: Resident, work: Work) -> Outcome:
-    """Takes a model off the device."""
+    """Takes a model off the device, and says what that freed. `recycle` ends the process where nothing else would."""
     model_id = work.request["model_id"]
     model = resident.models.pop(model_id, None)
     if model is None:
         raise failure("model_not_found", f"{resident.device_id} does not hold model {model_id}")
-    for session_id in [key for key, session in resident.sessions.items() if session.model_id == model_id]:
-        del resident.sessions[session_id]
-    freed = model.onnx.close()
+    freed = close(resident, model)
     gc.collect()
-    return work.succeeded({"model_id": model_id, "freed_bytes": freed}, freed_bytes=freed)
+    returns = bool(resident.device.describe().capabilities.get("returns_memory", True))
+    result: dict[str, Any] = {"model_id": model_id, "freed_bytes": freed, "returns_memory": returns}
+    if work.request.get("recycle"):
+        resident.recycle = resident.recycle or not returns
+        result["recycles"] = not returns
+    return work.succeeded(result, freed_bytes=freed)
+
+
+def close_session(resident: Resident, work: Work) -> Outcome:
+    """Frees a session's state."""
+    session_id = work.request["session_id"]
+    session = resident.sessions.pop(session_id, None)
+    freed = sum(value.size_bytes for value in session.state.values() if isinstance(value, Kept)) if session else 0
+    return work.succeeded({"session_id": session_id, "state_bytes": freed})
 
 
 def run(resident: Resident, work: Work) -> Outcome:
@@ -141,65 +78,157 @@ def run(resident: Resident, work: Work) -> Outcome:
 
 
 def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
-    """Runs works of one batch together; if that fails, each alone, so that one bad input fails alone."""
+    """Runs works of one batch together.
+
+    What fails together is run alone, so that one bad input fails alone; who is cancelled leaves the others to run
+    again. Raises `device_lost` only.
+    """
     model = resident.models.get(works[0].request["model_id"])
     if model is None:
         missing = failure("model_not_found", f"{resident.device_id} does not hold model {works[0].request['model_id']}")
         return [work.failed(missing) for work in works]
+    outcomes: dict[str, Outcome] = {}
+    fed: list[tuple[Work, Feeds]] = []
+    for work in works:
+        made = _guarded(resident, work, lambda work=work: _feeds(resident, work))  # type: ignore[misc]
+        if isinstance(made, Outcome):
+            outcomes[work.job_id] = made
+        else:
+            fed.append((work, made))
+    while len(fed) > 1:
+        try:
+            outcomes |= _joined(resident, model, fed)
+            fed = []
+        except Exception as error:  # noqa: BLE001 - what fails together is tried alone
+            known = _known(resident, error)
+            stopped = [work for work, _ in fed if work.cancel.code is not None]
+            outcomes |= {work.job_id: _stopped(work) for work in stopped}
+            fed = [(work, feeds) for work, feeds in fed if work.cancel.code is None]
+            if not stopped:
+                log.info("batch failed, its jobs run alone", model=model.name, size=len(fed), error=known.message)
+                break
+    for work, feeds in fed:
+        alone = _guarded(resident, work, lambda work=work, feeds=feeds: _alone(resident, model, work, feeds))  # type: ignore[misc]
+        outcomes[work.job_id] = alone
     model.last_used = time.monotonic()
-    if len(works) == 1:
-        return [_alone(resident, model, works[0])]
-    try:
-        return _joined(resident, model, works)
-    except OperationError as error:
-        if error.code == "device_lost":
-            raise
-        log.info("batch failed, its jobs run alone", model=model.name, size=len(works), error=error.message)
-        return [_alone(resident, model, work) for work in works]
+    return [outcomes[work.job_id] for work in works]
 
 
-def _alone(resident: Resident, model: ResidentModel, work: Work) -> Outcome:
-    try:
-        request = work.request
-        feeds = {name: feed(resident, name, tensor) for name, tensor in request["inputs"].items()}
-        into = {
-            name: view(resident, place["allocation_id"], place.get("offset", 0))
-            for name, place in (request.get("into") or {}).items()
-        }
-        began = time.perf_counter()
-        outputs = model.onnx.run(feeds, request.get("outputs"), into=into, cancel=work.cancel)
-        device_ms = round((time.perf_counter() - began) * 1000, 3)
-        return _result(resident, work, outputs, 1, device_ms, model.onnx.staged_bytes)
-    except OperationError as error:
-        if error.code == "device_lost":
-            raise
-        return work.failed(error)
-    except Exception as error:  # noqa: BLE001 - any failure of one run is that run's outcome
-        return work.failed(named(error))
+# ---- one run, or several as one
 
 
-def _joined(resident: Resident, model: ResidentModel, works: list[Work]) -> list[Outcome]:
-    """One run over the rows of all works."""
-    fed = [{name: feed(resident, name, t) for name, t in work.request["inputs"].items()} for work in works]
-    feeds: dict[str, Any] = {}
-    for name, first in fed[0].items():
-        assert isinstance(first, np.ndarray)
-        feeds[name] = first if first.ndim == 0 else np.concatenate([one[name] for one in fed])  # type: ignore[misc]
-    rows = next(array.shape[0] for array in fed[0].values() if array.ndim)  # type: ignore[union-attr]
+def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -> Outcome:
+    request = work.request
+    session_id = request.get("session_id")
+    session = session_of(resident, model, session_id) if session_id else None
+    if session is not None:
+        feeds = {**feeds, **fed_by(session, model, feeds)}
+    into = {
+        name: view(resident, place["allocation_id"], place.get("offset", 0))
+        for name, place in (request.get("into") or {}).items()
+    }
+    keep = session.state_map if session else ()
     began = time.perf_counter()
-    outputs = model.onnx.run(feeds, works[0].request.get("outputs"))
-    device_ms = round((time.perf_counter() - began) * 1000, 3)
-    outcomes = []
+    outputs = model.onnx.run(feeds, request.get("outputs"), into=into, keep=keep, cancel=work.cancel)
+    device_ms = _since(began)
+    told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
+    told |= {name: outputs[name] for name in into}
+    outcome = _outcome(resident, work, told, 1, device_ms, executions=1, staged_bytes=model.onnx.staged_bytes)
+    if session is not None:
+        # The state goes on only with a run whose result can be told.
+        _encoded(outcome)
+        session.state = left_by(session, outputs)
+    return outcome
+
+
+def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, Feeds]]) -> dict[str, Outcome]:
+    """One run over the rows of all works, each of which has as many."""
+    feeds: dict[str, Any] = {}
+    rows = 0
+    for name, first in fed[0][1].items():
+        assert isinstance(first, np.ndarray)
+        if first.ndim:
+            rows = first.shape[0]
+            feeds[name] = np.concatenate([one[name] for _, one in fed])
+        else:
+            feeds[name] = first
+    works = [work for work, _ in fed]
+    began = time.perf_counter()
+    outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=_Together(works))  # type: ignore[arg-type]
+    device_ms = _since(began)
+    for name, value in outputs.items():
+        shape = np.shape(value)  # type: ignore[arg-type]
+        if not shape or shape[0] != rows * len(works):
+            raise failure("run_failed", f"output {name!r} has shape {list(shape)} for {rows * len(works)} rows")
+    outcomes = {}
     for index, work in enumerate(works):
         own = {name: value[index * rows : (index + 1) * rows] for name, value in outputs.items()}  # type: ignore[index]
-        outcomes.append(_result(resident, work, own, len(works), device_ms, 0))
+        outcomes[work.job_id] = _outcome(resident, work, own, len(works), device_ms, executions=int(index == 0))
     return outcomes
 
 
-def _result(
-    resident: Resident, work: Work, outputs: dict[str, Any], batch_size: int, device_ms: float, staged_bytes: int
+class _Together:
+    """The cancels of a batch's works as one: whichever is tripped stops the run, and the works say which."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    @contextmanager
+    def over(self, options: Any) -> Iterator[None]:
+        """While inside, each of the works' `trip` reaches `options`."""
+        with ExitStack() as all_of_them:
+            for work in self._works:
+                all_of_them.enter_context(work.cancel.over(options))
+            yield
+
+
+# ---- what goes in and what comes out
+
+
+def _feeds(resident: Resident, work: Work) -> Feeds:
+    work.cancel.check()
+    return {name: feed(resident, name, tensor) for name, tensor in work.request["inputs"].items()}
+
+
+def _outcome(
+    resident: Resident,
+    work: Work,
+    outputs: dict[str, Any],
+    batch_size: int,
+    device_ms: float,
+    *,
+    executions: int,
+    staged_bytes: int = 0,
 ) -> Outcome:
+    """The outcome of a run, whose outputs are put into words later, off the device's thread."""
+    outcome = work.succeeded(
+        {}, device_ms=device_ms, session_id=work.request.get("session_id"), batch_size=batch_size, executions=executions
+    )
+
+    def tell() -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "session_id": work.request.get("session_id") or work.job_id,
+            "outputs": _told(resident, work, outputs),
+            "batch_size": batch_size,
+            "device_ms": device_ms,
+        }
+        if staged_bytes:
+            result["staged_bytes"] = staged_bytes
+        return result
+
+    outcome.pending = tell
+    return outcome
+
+
+def _encoded(outcome: Outcome) -> None:
+    assert outcome.pending is not None
+    outcome.result, outcome.pending = outcome.pending(), None
+
+
+def _told(resident: Resident, work: Work, outputs: dict[str, Any]) -> dict[str, Any]:
     form = work.request.get("form", "auto")
+    if form == "transient":
+        return dict(hand_over(resident, outputs))
     told: dict[str, Any] = {}
     for name, value in outputs.items():
         if isinstance(value, BufferView):
@@ -212,68 +241,48 @@ def _result(
             }
         else:
             told[name] = give(resident, value, form, work.row["owner"])
-    result = {
-        "session_id": work.request.get("session_id") or work.job_id,
-        "outputs": told,
-        "batch_size": batch_size,
-        "device_ms": device_ms,
-    }
-    if staged_bytes:
-        result["staged_bytes"] = staged_bytes
-    return work.succeeded(result, device_ms=device_ms, session_id=work.request.get("session_id"))
+    return told
 
 
-def _files(resident: Resident, row: dict[str, Any]) -> tuple[Path, Path]:
-    """The graph's file, and the folder that its external data must not leave."""
-    source = row["source"]
-    if "path" in source:
-        found = model_file(resident.settings.model_cache_path, source["path"])
-        return (entry_file(found), found) if found.is_dir() else (found, found.parent)
-    folder = resident.settings.data_dir / "models" / row["model_id"]
-    named_blobs = {"model.onnx": source["blob_id"]} if "blob_id" in source else source["blobs"]
-    for relative, blob_id in named_blobs.items():
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        resident.blobs.fetch(blob_id, target)
-    return entry_file(folder), folder
+def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
+    return {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
 
 
-def _batchable(onnx: OnnxModel) -> bool:
-    """Whether every input and output has a first axis that the model leaves open; scalars are no obstacle as inputs."""
-    inputs = [spec.shape for spec in onnx.inputs if len(spec.shape)]
-    outputs = [spec.shape for spec in onnx.outputs]
-    axes = [shape[0] if len(shape) else 0 for shape in [*inputs, *outputs]]
-    return bool(inputs) and bool(outputs) and all(not isinstance(axis, int) for axis in axes) and len(set(axes)) == 1
+# ---- failing
 
 
-def _warm_feeds(onnx: OnnxModel) -> dict[str, Any]:
-    """Zeros in the smallest shape that the model takes."""
-    feeds: dict[str, Any] = {}
-    for spec in onnx.inputs:
-        shape = tuple(side if isinstance(side, int) else 1 for side in spec.shape)
-        feeds[spec.name] = np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, spec.dtype)
-    return feeds
+def _guarded(resident: Resident, work: Work, step: Callable[[], Any]) -> Any:
+    """What `step` gives, or the outcome of a work that it failed for."""
+    try:
+        return step()
+    except Exception as error:  # noqa: BLE001 - any failure of one run is that run's outcome
+        return work.failed(_known(resident, error))
 
 
-def _facts(model: ResidentModel) -> dict[str, Any]:
-    onnx = model.onnx
-    return {
-        "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in onnx.inputs],
-        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in onnx.outputs],
-        "memory_bytes": model.memory_bytes,
-        "load_ms": round(onnx.load_ms, 3),
-        "provider": onnx.provider,
-        "cpu_fallback_ops": onnx.cpu_fallback_ops,
-    }
+def _known(resident: Resident, error: Exception) -> OperationError:
+    """The error with its code; the loss of the device is everybody's, and raised on."""
+    known = named(error) if isinstance(error, (OperationError, MemoryError)) else resident.device.classify(error)
+    if known.code == "device_lost":
+        raise known from error
+    return known
 
 
-def _loaded_result(resident: Resident, model: ResidentModel) -> dict[str, Any]:
-    return {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **_facts(model)}
+def _stopped(work: Work) -> Outcome:
+    try:
+        work.cancel.check()
+    except OperationError as error:
+        return work.failed(error)
+    raise AssertionError("the work was not stopped")
+
+
+def _since(began: float) -> float:
+    return round((time.perf_counter() - began) * 1000, 3)
 
 
 OPERATIONS = {
     Kind.INFERENCE_LOAD_MODEL.value: load_model,
     Kind.INFERENCE_RUN.value: run,
     Kind.INFERENCE_UNLOAD_MODEL.value: unload_model,
+    Kind.INFERENCE_CLOSE_SESSION.value: close_session,
 }
 BATCHES = {Kind.INFERENCE_RUN.value: run_batch}

@@ -1,0 +1,168 @@
+"""Which loaded model, which session and which allocations a run is for, and whether the run fits them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from device_operations.errors import failure
+from device_operations.requests.inference import Run
+from device_operations.tensors import FIXED_DTYPES
+from tasks.directory import Snapshot
+from tasks.plans.base import Context
+from tasks.store import allocations as allocation_store
+from tasks.store import models as model_store
+from tasks.store.connection import Row
+
+
+class Shaped(Protocol):
+    """What a tensor says of itself before anybody reads its elements."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> list[int]: ...
+
+
+def find_model(context: Context, model_id: str | None, name: str | None, version: str | None = None) -> Row:
+    """The model to run: by id, or by name the one on the device with the shortest queue. Else `model_not_found`."""
+    if model_id is not None:
+        found = context.directory.model(model_id)
+        if found is None:
+            with context.engine.connect() as connection:
+                gone = model_store.get(connection, model_id)
+            raise _no_model(model_id, gone)
+        return found
+    assert name is not None
+    named = context.directory.models_named(name, version)
+    if context.device_id is not None:
+        named = [model for model in named if model["device_id"] == context.device_id] or named
+    if not named:
+        which = f"{name!r}" if version is None else f"{name!r}, version {version!r},"
+        raise failure(
+            "model_not_found", f"no model named {which} is loaded; load it with POST /api/inference/load-model"
+        )
+    if len(named) == 1:
+        return named[0]
+    snapshot = context.directory.snapshot()
+    newest = [model for model in named if model["version"] == named[0]["version"]]
+    return min(newest, key=lambda model: _readiness(model, snapshot))
+
+
+def find_session(context: Context, session_id: str) -> Row:
+    """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
+    with context.engine.connect() as connection:
+        found = model_store.get_session(connection, session_id)
+    if found is None or not context.may_see(found["owner"]):
+        raise failure("session_not_found", f"there is no inference session {session_id!r}")
+    if found["state"] != "active":
+        raise failure(*ended_session(session_id, found["state"]))
+    return found
+
+
+def ended_session(session_id: str, state: str) -> tuple[str, str]:
+    """The code and message for a session that is not open any more."""
+    code = {"expired": "session_expired", "lost": "session_lost"}.get(state, "session_closed")
+    why = {"expired": "it was idle too long", "lost": "its worker died and its state with it"}.get(state, "")
+    return code, f"session {session_id} is {state}{': ' + why if why else ''}; open a new one"
+
+
+def state_inputs(session: Row | None) -> set[str]:
+    """The inputs that the session itself feeds."""
+    return set(session["state_map"].values()) if session else set()
+
+
+def check_against_model(
+    model: Row, inputs: Mapping[str, Shaped], outputs: Sequence[str] | None, fed: Collection[str] = ()
+) -> None:
+    """Refuses names, dtypes and shapes that the loaded model does not take, with all that is wrong at once."""
+    if not model["inputs"] or model["model_type"] != "onnx":
+        return
+    specs = {spec["name"]: spec for spec in model["inputs"]}
+    wrong = [f"unknown input {name!r}" for name in inputs if name not in specs]
+    wrong += [f"missing input {name!r}" for name in specs if name not in inputs and name not in fed]
+    for name, tensor in inputs.items():
+        if name in specs:
+            wrong += unfit(specs[name], tensor, f"input {name!r}")
+    known = {spec["name"] for spec in model["outputs"]}
+    wrong += [f"unknown output {name!r}" for name in outputs or () if name not in known]
+    if wrong:
+        takes = [{key: spec[key] for key in ("name", "dtype", "shape")} for spec in model["inputs"]]
+        raise failure(
+            "input_mismatch",
+            f"{'; '.join(wrong)} (model {model['name']!r})",
+            detail={"errors": wrong, "inputs": takes, "outputs": sorted(known)},
+        )
+
+
+def unfit(spec: dict[str, Any], tensor: Shaped, what: str) -> list[str]:
+    """What is wrong with a tensor for one of a model's inputs."""
+    wrong = []
+    if tensor.dtype != spec["dtype"]:
+        wrong.append(f"{what} is {tensor.dtype}, the model takes {spec['dtype']}")
+    wanted = spec["shape"]
+    fits = len(wanted) == len(tensor.shape) and all(
+        not isinstance(side, int) or side == given for side, given in zip(wanted, tensor.shape, strict=True)
+    )
+    if not fits:
+        wrong.append(f"{what} has shape {tensor.shape}, the model takes {wanted}")
+    return wrong
+
+
+def allocations_of(request: Run) -> tuple[str, ...]:
+    """The allocations that a run reads or writes, in order of id."""
+    named = {tensor.allocation_id for tensor in request.inputs.values() if tensor.allocation_id}
+    return tuple(sorted(named | {into.allocation_id for into in (request.into or {}).values()}))
+
+
+def check_allocations(context: Context, request: Run, allocation_ids: Sequence[str], device_id: str) -> None:
+    """Refuses allocations that are not the caller's, are gone, lie elsewhere, or end before the tensor does."""
+    with context.engine.connect() as connection:
+        known = allocation_store.get_many(connection, allocation_ids)
+    for allocation_id in allocation_ids:
+        row = known.get(allocation_id)
+        if row is None or not context.may_see(row["owner"]) or row["state"] in ("freed", "failed"):
+            raise failure("allocation_not_found", f"there is no allocation {allocation_id!r} that is active")
+        if row["state"] == "lost":
+            raise failure("allocation_lost", f"allocation {allocation_id} was lost with its worker; allocate it again")
+        if row["device_id"] != device_id:
+            raise failure(
+                "validation_failed",
+                f"allocation {allocation_id} is on {row['device_id']} and the model on {device_id}; copy it to an "
+                f"allocation on {device_id} first (POST /api/memory/copy)",
+            )
+    for name, tensor in request.inputs.items():
+        if tensor.allocation_id is None:
+            continue
+        if tensor.dtype not in FIXED_DTYPES:
+            raise failure("dtype_unsupported", f"input {name!r}: {tensor.dtype} has no place in an allocation")
+        there = known[tensor.allocation_id]["size_bytes"]
+        needed = math.prod(tensor.shape) * FIXED_DTYPES[tensor.dtype]
+        if tensor.offset + needed > there:
+            raise failure(
+                "out_of_range",
+                f"input {name!r}: {tensor.dtype} {tensor.shape} takes {needed} bytes from offset {tensor.offset}, "
+                f"but allocation {tensor.allocation_id} has {there}",
+            )
+
+
+def _no_model(model_id: str, gone: Row | None) -> Exception:
+    if gone is None:
+        return failure("model_not_found", f"there is no model {model_id!r}")
+    error = gone["error"]
+    if gone["state"] == "failed" and error:
+        return failure(
+            "model_not_found", f"model {model_id} failed to load: {error['message']}", detail={"error": error}
+        )
+    return failure("model_not_found", f"model {model_id} is {gone['state']}; load it again")
+
+
+def _readiness(model: Row, snapshot: Snapshot) -> tuple[Any, ...]:
+    device = snapshot.devices.get(model["device_id"], {})
+    return (
+        device.get("state") != "online",
+        model["state"] != "loaded",
+        snapshot.load_of(model["device_id"]),
+        -model["created_at"].timestamp(),
+    )

@@ -1,0 +1,78 @@
+"""Sessions on the device: what a run is fed from the run before, and what it leaves for the next.
+
+A session's record says what its state is made of; the state itself exists only here. A run that fails, for whatever
+reason, leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from device_operations.errors import failure
+from tasks.effects.inference import SESSION_LOST
+from tasks.plans.residents import ended_session
+from tasks.store import models as store
+from workers.devices.base import Array
+from workers.devices.onnx_tensors import Feed, TensorSpec
+from workers.resident import Resident, ResidentModel, ResidentSession
+from workers.tensors import feed
+
+
+def session_of(resident: Resident, model: ResidentModel, session_id: str) -> ResidentSession:
+    """The session, begun from its record where this is its first run here.
+
+    Raises `session_lost` where its state lay with an epoch that is gone, and what became of it where it has ended.
+    """
+    known = resident.sessions.get(session_id)
+    if known is not None:
+        return known
+    with resident.engine.connect() as connection:
+        row = store.get_session(connection, session_id)
+    if row is None:
+        raise failure("session_not_found", f"there is no inference session {session_id!r}")
+    if row["state"] != "active":
+        raise failure(*ended_session(session_id, row["state"]))
+    if row["epoch"] is not None and row["state_map"]:
+        raise failure("session_lost", str(SESSION_LOST["message"]))
+    begun = ResidentSession(session_id, model.model_id, dict(row["state_map"]))
+    begun.state = {name: feed(resident, name, tensor) for name, tensor in row["initial"].items()}
+    resident.sessions[session_id] = begun
+    return begun
+
+
+def fed_by(session: ResidentSession, model: ResidentModel, given: dict[str, Feed]) -> dict[str, Feed]:
+    """The state inputs that the caller did not give: from the run before, the session's beginning, or zeros."""
+    sizes = _sizes(model, given)
+    state: dict[str, Feed] = {}
+    for spec in model.onnx.inputs:
+        if spec.name in given or spec.name not in session.state_map.values():
+            continue
+        state[spec.name] = session.state[spec.name] if spec.name in session.state else _zeros(spec, sizes)
+    return state
+
+
+def left_by(session: ResidentSession, outputs: dict[str, Any]) -> dict[str, Feed]:
+    """The state that the session goes on with after a run that gave `outputs`."""
+    return {name: outputs[output] for output, name in session.state_map.items()}
+
+
+def _sizes(model: ResidentModel, given: dict[str, Feed]) -> dict[str, int]:
+    """The sizes of named axes, as the inputs given show them."""
+    sizes: dict[str, int] = {}
+    for spec in model.onnx.inputs:
+        shape = getattr(given.get(spec.name), "shape", None) or ()
+        sizes |= {side: size for side, size in zip(spec.shape, shape, strict=False) if isinstance(side, str)}
+    return sizes
+
+
+def _zeros(spec: TensorSpec, sizes: dict[str, int]) -> Array:
+    shape = [side if isinstance(side, int) else sizes.get(side or "", -1) for side in spec.shape]
+    if -1 in shape:
+        raise failure(
+            "input_mismatch",
+            f"state input {spec.name!r} begins with zeros, but its shape {list(spec.shape)} is open: give it as "
+            "initial when the session is opened, or among the inputs of the first run",
+        )
+    return np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, spec.dtype)
