@@ -25,7 +25,13 @@ COMMANDS = {
     "worker": "device_operations.cli.services:worker",
     "migrate": "device_operations.cli.services:migrate",
     "flower": "device_operations.cli.services:flower",
+    "devices": "device_operations.cli.devices:devices",
     "settings": "device_operations.cli.settings:settings",
+    "jobs": "device_operations.cli.jobs:jobs",
+    "submit": "device_operations.cli.jobs:submit",
+    "upload": "device_operations.cli.models:upload",
+    "load-model": "device_operations.cli.models:load_model",
+    "run": "device_operations.cli.models:run",
 }
 
 
@@ -63,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = 2
     except StackError as error:
         complain("stack_failed", str(error))
+        status = 1
+    except TimeoutError as error:
+        complain("timeout", str(error))
         status = 1
     except OperationError as error:
         complain(error.code, error.message, error.detail)

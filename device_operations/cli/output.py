@@ -31,6 +31,14 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def print_object(value: dict[str, Any]) -> None:
+    """One line for each field; what is nested as JSON."""
+    width = max((len(name) for name in value), default=0)
+    for name, field in value.items():
+        text = field if isinstance(field, str) else json.dumps(field, default=str, ensure_ascii=False)
+        click.echo(f"{name.ljust(width)}  {text}")
+
+
 def complain(code: str, message: str, detail: object = None) -> None:
     """Says on standard error what went wrong: as JSON where `--json` was given, for a person otherwise."""
     if "--json" in sys.argv:

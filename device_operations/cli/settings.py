@@ -23,8 +23,13 @@ def settings(name: str | None, as_json: bool) -> None:
         if as_json:
             print_json(found.value)
         else:
-            click.echo("" if found.value is None else str(found.value))
+            click.echo("" if found.value is None else str(_text(found.value)))
     elif as_json:
         print_json({one.name: one.shown for one in everything})
     else:
-        print_table(["setting", "value", "allowed"], [(one.name, one.shown, one.allowed) for one in everything])
+        print_table(["setting", "value", "allowed"], [(one.name, _text(one.shown), one.allowed) for one in everything])
+
+
+def _text(value: object) -> object:
+    """As the environment would have it."""
+    return str(value).lower() if isinstance(value, bool) else value
