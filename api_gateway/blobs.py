@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import re
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
@@ -28,25 +29,58 @@ async def upload(request: Request, caller: Known, sha256: str | None = None) -> 
     return json_response(told, 201, {"Location": f"/api/blobs/{stored.blob_id}"})
 
 
-async def receive(request: Request, caller: Caller, sha256: str | None = None) -> Stored:
-    """Streams the body into the store and records the blob; a cut-off body leaves nothing behind."""
+async def receive(
+    request: Request, caller: Caller, sha256: str | None = None, *, ttl_seconds: float | None = None, what: str = "blob"
+) -> Stored:
+    """Streams the body into the store and records the blob; a cut-off body leaves nothing behind.
+
+    The blob expires as any other unless `ttl_seconds` says otherwise. `sha256` is refused where headers name another.
+    """
     gateway = of(request)
     limit = gateway.settings.blobs.max_bytes
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
-        raise failure("payload_too_large", f"a blob may have {limit} bytes (BLOBS__MAX_BYTES)")
+        raise failure("payload_too_large", f"a {what} may have {limit} bytes (BLOBS__MAX_BYTES)")
+    wanted = wanted_hash(request, sha256)
     try:
-        stored = await gateway.blobs.put_stream(request.stream(), limit, sha256)
+        stored = await gateway.blobs.put_stream(request.stream(), limit, wanted)
     except ClientDisconnect:
         raise failure("malformed_request", "the body was cut off; nothing was stored") from None
+    seconds = gateway.settings.blobs.ttl_hours * 3600 if ttl_seconds is None else ttl_seconds
 
     def record() -> None:
         told = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
         with gateway.engine.connect() as connection:
-            store.insert(connection, {**told, "owner": caller.owner}, gateway.settings.blobs.ttl_hours * 3600)
+            store.insert(connection, {**told, "owner": caller.owner}, seconds)
 
     await run_in_threadpool(record)
     return stored
+
+
+def wanted_hash(request: Request, sha256: str | None = None) -> str | None:
+    """The sha256 in hexadecimal that the caller says the body has: `?sha256=`, or a digest header (RFC 9530, 3230)."""
+    told = {sha256.lower()} if sha256 else set()
+    header = request.headers.get("x-content-sha256")
+    if header:
+        told.add(header.strip().lower())
+    for name in ("content-digest", "repr-digest", "digest"):
+        for entry in request.headers.get(name, "").split(","):
+            algorithm, _, value = entry.strip().partition("=")
+            if algorithm.lower() == "sha-256":
+                told.add(_hexadecimal(value.strip().strip(":")))
+    if len(told) > 1:
+        raise failure("malformed_request", f"the request names different hashes: {', '.join(sorted(told))}")
+    wanted = next(iter(told), None)
+    if wanted is not None and not re.fullmatch(r"[0-9a-f]{64}", wanted):
+        raise failure("malformed_request", "sha256 is not 64 hexadecimal digits")
+    return wanted
+
+
+def _hexadecimal(value: str) -> str:
+    try:
+        return base64.b64decode(value, validate=True).hex()
+    except ValueError:
+        raise failure("malformed_request", "the digest is not base64 of a sha-256") from None
 
 
 @router.get("/api/blobs/{blob_id}")
@@ -55,9 +89,6 @@ async def download(request: Request, caller: Known, blob_id: str) -> Response:
     gateway = of(request)
     blob = await run_in_threadpool(_visible, gateway, caller, blob_id)
     headers = _headers(blob)
-    file = gateway.blobs.file(blob_id)
-    if file is not None:
-        return FileResponse(file, headers=headers, media_type="application/octet-stream")
     start, end = _range(request.headers.get("range"), blob["size_bytes"])
     partial = (start, end) != (0, blob["size_bytes"])
     headers["Content-Length"] = str(end - start)

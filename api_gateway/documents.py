@@ -24,6 +24,7 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         memory.Copy,
         {"source": {"allocation_id": "a"}, "destination": {"allocation_id": "b", "offset": 0}, "size_bytes": 4096},
     ),
+    "clear": (memory.Clear, {"value": 255, "offset": 0, "size_bytes": 4096}),
     "renew": (memory.Renew, {"ttl_seconds": 3600}),
     "initialize": (
         training.Initialize,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -27,12 +27,28 @@ class Plan:
     """A job ready to be recorded, and what goes with it.
 
     `exclusive` are the resources whose jobs take effect in order of submission. `record` writes what the job makes
-    (an allocation, a model) in the same transaction, and may refuse.
+    (a model, a session) in the same transaction, and may refuse. `together` does so for all plans of a submission that
+    share it, before their jobs are written; `makes` is what it needs to know of this one.
     """
 
     job: NewJob
     exclusive: tuple[str, ...] = ()
     record: Callable[[Connection], None] | None = None
+    together: Callable[[Connection, Sequence[Plan]], Recorded] | None = None
+    makes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What came to light while plans were recorded together, by job id.
+
+    `answered` names the earlier job that already does what this one was to do: the caller is given that one instead.
+    `dropped` are not needed any more, and nobody waits for them. `after` adds predecessors.
+    """
+
+    answered: dict[str, str] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    after: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +83,44 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
         earlier = _keep(connection, promise, [plan.job.id for plan in plans])
         if earlier is not None:
             return earlier
-    ordered = _with_predecessors(connection, plans)
-    for plan in plans:
+    resources = {resource for plan in plans for resource in plan.exclusive}
+    last = store.lock_order(connection, resources) if resources else {}
+    known = _record_together(connection, plans)
+    new = [plan for plan in plans if plan.job.id not in known.answered and plan.job.id not in known.dropped]
+    ordered = _with_predecessors(connection, new, last, known.after)
+    for plan in new:
         if plan.record is not None:
             plan.record(connection)
-    rows = store.insert(connection, ordered)
+    rows = store.insert(connection, ordered) if ordered else []
     if len(rows) != len(ordered):
         taken = sorted({job.id for job in ordered} - {row["id"] for row in rows})
         raise failure("idempotency_conflict", f"job ids are taken: {', '.join(taken)}")
-    return rows
+    return _with_answered(connection, plans, rows, known.answered) if known.answered else rows
+
+
+def _record_together(connection: Connection, plans: Sequence[Plan]) -> Recorded:
+    groups: dict[Any, list[Plan]] = {}
+    for plan in plans:
+        if plan.together is not None:
+            groups.setdefault(plan.together, []).append(plan)
+    known = Recorded()
+    for together, group in groups.items():
+        found = together(connection, group)
+        known.answered.update(found.answered)
+        known.dropped.update(found.dropped)
+        known.after.update(found.after)
+    return known
+
+
+def _with_answered(
+    connection: Connection, plans: Sequence[Plan], rows: Sequence[Row], answered: dict[str, str]
+) -> list[Row]:
+    """The rows in the order of `plans`, with the earlier jobs where those answer."""
+    by_id = {row["id"]: row for row in rows} | store.get_many(connection, set(answered.values()))
+    gone = sorted(set(answered.values()) - by_id.keys())
+    if gone:
+        raise failure("allocation_exists", f"jobs {', '.join(gone)} did this already and are no longer kept")
+    return [by_id[answered.get(plan.job.id, plan.job.id)] for plan in plans]
 
 
 def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) -> None:
@@ -100,12 +145,15 @@ def _keep(connection: Connection, promise: Promise, job_ids: list[str]) -> list[
     return [known[job_id] for job_id in earlier["job_ids"] if job_id in known]
 
 
-def _with_predecessors(connection: Connection, plans: Sequence[Plan]) -> list[NewJob]:
-    """The jobs with what they must wait for: the callers' own predecessors, and the order of each resource."""
-    resources = {resource for plan in plans for resource in plan.exclusive}
-    last: dict[str, str | None] = store.lock_order(connection, resources) if resources else {}
+def _with_predecessors(
+    connection: Connection, plans: Sequence[Plan], last: dict[str, str | None], more: dict[str, list[str]]
+) -> list[NewJob]:
+    """The jobs with what they must wait for: the callers' own predecessors, and the order of each resource.
+
+    `last` is the last job of each resource, which is locked; `more` are predecessors that came to light.
+    """
     own = {plan.job.id for plan in plans}
-    named = {job_id for plan in plans for job_id in plan.job.after}
+    named = {job_id for plan in plans for job_id in plan.job.after}.union(*more.values())
     before = {job_id for job_id in last.values() if job_id is not None}
     known = store.states(connection, (named | before) - own) if (named | before) - own else {}
     missing = sorted(named - own - known.keys())
@@ -115,7 +163,8 @@ def _with_predecessors(connection: Connection, plans: Sequence[Plan]) -> list[Ne
     seen: set[str] = set()
     jobs = []
     for plan in plans:
-        after = {job_id for job_id in plan.job.after if job_id in still_open or job_id in seen}
+        wanted = [*plan.job.after, *more.get(plan.job.id, ())]
+        after = {job_id for job_id in wanted if job_id in still_open or job_id in seen}
         for resource in plan.exclusive:
             previous = last.get(resource)
             if previous in still_open or previous in seen:
@@ -123,6 +172,7 @@ def _with_predecessors(connection: Connection, plans: Sequence[Plan]) -> list[Ne
             last[resource] = plan.job.id
         seen.add(plan.job.id)
         jobs.append(replace(plan.job, after=sorted(after)))
-    if resources:
-        store.set_order(connection, {resource: str(job_id) for resource, job_id in last.items()})
+    used = {resource for plan in plans for resource in plan.exclusive}
+    if used:
+        store.set_order(connection, {resource: str(last[resource]) for resource in used})
     return jobs

@@ -31,6 +31,7 @@ from tasks.store import jobs as store
 from tasks.store.connection import Row, transaction
 from tasks.store.jobs import Ending, NewJob
 from workers.lane import Entry, Lane
+from workers.operations import memory
 from workers.pool import Handle
 from workers.recorder import Recorder
 from workers.resident import Resident
@@ -122,6 +123,11 @@ class Intake:
             batch = model.batch_of(request["inputs"], request.get("outputs")) if model else None
             if batch is not None:
                 entry.batch_key, entry.batch_limit = batch
+                entry.batch_delay_seconds = model.max_delay_ms / 1000 if model else 0.0
+        elif kind == Kind.MEMORY_DEALLOCATE or (
+            kind == Kind.MEMORY_ALLOCATE and request["size_bytes"] <= memory.SMALL_BYTES
+        ):
+            entry.batch_key, entry.batch_limit = kind, memory.BATCH_LIMIT
         return entry
 
     def _admit(self, entry: Entry) -> None:

@@ -2,7 +2,8 @@
 
 Each noun's module offers `EFFECTS`: for a kind, the function called with the ended job's row, the worker's facts and
 the epoch. It returns the resources that fell with the job, each with the error that jobs needing it fail with.
-`lose` is what a worker's death does to the noun's records.
+`TOGETHER` holds the same for all jobs of a kind that ended at once, with the facts of each by job id. `lose` is what a
+worker's death does to the noun's records.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from tasks.store.connection import Row
 Fallen = list[tuple[str, dict[str, Any]]]
 Effect = Callable[[Connection, Row, dict[str, Any], int | None], Fallen]
 
-EFFECTS: dict[str, Effect] = {**memory.EFFECTS, **inference.EFFECTS}
+EFFECTS: dict[str, Effect] = {**inference.EFFECTS}
+TOGETHER: dict[str, Callable[[Connection, list[Row], dict[str, dict[str, Any]], int | None], Fallen]] = {
+    **memory.TOGETHER
+}
 
 #: Kinds whose jobs still make sense when what they name is gone: they take it away.
 _TAKES_AWAY = {
-    Kind.MEMORY_DEALLOCATE: "allocation",
     Kind.INFERENCE_UNLOAD_MODEL: "model",
     Kind.INFERENCE_CLOSE_SESSION: "inference_session",
     Kind.TRAINING_END_SESSION: "training_session",
@@ -52,13 +55,24 @@ class Lost:
 
 def none_for(kind: str, facts: dict[str, Any]) -> bool:
     """Whether the end of such a job touches no other record: a run without a session is the hot path."""
+    if kind in TOGETHER:
+        return False
     return kind not in EFFECTS or (kind == Kind.INFERENCE_RUN and not facts.get("session_id"))
 
 
-def apply(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> Fallen:
-    """Runs the effect of a job that has just ended."""
-    effect = EFFECTS.get(job["kind"])
-    return effect(connection, job, facts, epoch) if effect else []
+def apply(connection: Connection, jobs: Sequence[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> Fallen:
+    """Runs the effects of jobs that have just ended, with what the worker found out about each."""
+    fallen: Fallen = []
+    by_kind: dict[str, list[Row]] = {}
+    for job in jobs:
+        by_kind.setdefault(job["kind"], []).append(job)
+    for kind, ended in by_kind.items():
+        if kind in TOGETHER:
+            fallen += TOGETHER[kind](connection, ended, facts, epoch)
+        elif kind in EFFECTS:
+            for job in ended:
+                fallen += EFFECTS[kind](connection, job, facts.get(job["id"], {}), epoch)
+    return fallen
 
 
 def does_without(job: Row, resource_ids: Sequence[str]) -> bool:

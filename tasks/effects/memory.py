@@ -1,7 +1,8 @@
-"""What ended jobs do to allocations and their reservations."""
+"""What ended jobs do to allocations and their reservations: all jobs of one kind that ended together at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection
@@ -18,36 +19,84 @@ LOST = {
     "detail": None,
 }
 
+#: The error of jobs that were submitted for an allocation after its deallocation.
+FREED = {
+    "code": "allocation_not_found",
+    "message": "An allocation that the job needs was freed by a job submitted before it.",
+    "retryable": False,
+    "detail": None,
+}
 
-def allocated(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """A `memory.allocate` ended: the allocation is active, or failed and its reservation given back."""
-    if job["state"] == State.SUCCEEDED:
+
+def allocated(
+    connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None
+) -> list[Any]:
+    """`memory.allocate` ended: allocations are active, or failed and their reservations given back."""
+    won = [job["resource_id"] for job in jobs if job["state"] == State.SUCCEEDED]
+    if won:
         assert epoch is not None
-        allocations.activate(connection, job["resource_id"], epoch)
-        return []
-    error = job["error"] or {"code": job["state"], "message": f"The allocation's job was {job['state']}."}
-    gone = allocations.end(connection, job["resource_id"], "failed", leaving=("pending",), error=error)
-    if gone is None:
-        return []
-    devices.adjust_reservation(connection, gone["device_id"], -gone["size_bytes"])
-    return [(job["resource_id"], error)]
+        allocations.activate(connection, won, epoch)
+    fallen: list[Any] = []
+    gone: list[Row] = []
+    for job in jobs:
+        if job["state"] == State.SUCCEEDED:
+            continue
+        error = job["error"] or {"code": job["state"], "message": f"The allocation's job was {job['state']}."}
+        failed = allocations.end(connection, [(job["resource_id"], job["id"])], "failed", error)
+        if failed:
+            gone += failed
+            fallen.append((job["resource_id"], error))
+    _give_back(connection, gone)
+    return fallen
 
 
-def deallocated(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """A `memory.deallocate` ended: the reservation is free again."""
-    if job["state"] == State.SUCCEEDED:
-        gone = allocations.end(connection, job["needs"][0], "freed", leaving=("pending", "active"))
-        if gone is not None:
-            devices.adjust_reservation(connection, gone["device_id"], -gone["size_bytes"])
+def deallocated(
+    connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None
+) -> list[Any]:
+    """`memory.deallocate` ended: the reservations are free again, and what was to use the allocations fails."""
+    failed = [job["id"] for job in jobs if job["state"] != State.SUCCEEDED]
+    if failed:
+        allocations.clear_freeing(connection, failed)
+    freed = [(job["resource_id"], job["id"]) for job in jobs if job["state"] == State.SUCCEEDED]
+    gone = allocations.end(connection, freed, "freed") if freed else []
+    _give_back(connection, gone)
+    return [(row["allocation_id"], FREED) for row in gone]
+
+
+def changed(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
+    """A copy, clear, write or read ended: the hash of the bytes is what it told, or is no longer known."""
+    hashes: dict[str, str | None] = {}
+    for job in sorted(jobs, key=lambda job: job["seq"]):
+        told = facts.get(job["id"], {})
+        if "sha256" in told:
+            hashes[job["resource_id"]] = told["sha256"]
+        elif job["started_at"] is not None and job["kind"] != Kind.MEMORY_READ:
+            hashes[job["resource_id"]] = None
+    if hashes:
+        allocations.set_sha256(connection, hashes)
     return []
 
 
 def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
     """A worker died: its allocations are lost, and their reservations given back."""
     gone = allocations.lose(connection, device_id, epoch)
-    if gone:
-        devices.adjust_reservation(connection, device_id, -sum(row["size_bytes"] for row in gone))
+    _give_back(connection, [{**row, "device_id": device_id} for row in gone])
     return [row["allocation_id"] for row in gone]
 
 
-EFFECTS = {Kind.MEMORY_ALLOCATE.value: allocated, Kind.MEMORY_DEALLOCATE.value: deallocated}
+def _give_back(connection: Connection, gone: Sequence[Row]) -> None:
+    by_device: dict[str, int] = {}
+    for row in gone:
+        by_device[row["device_id"]] = by_device.get(row["device_id"], 0) + row["size_bytes"]
+    for device_id in sorted(by_device):
+        devices.adjust_reservation(connection, device_id, -by_device[device_id])
+
+
+TOGETHER = {
+    Kind.MEMORY_ALLOCATE.value: allocated,
+    Kind.MEMORY_DEALLOCATE.value: deallocated,
+    Kind.MEMORY_COPY.value: changed,
+    Kind.MEMORY_CLEAR.value: changed,
+    Kind.MEMORY_WRITE.value: changed,
+    Kind.MEMORY_READ.value: changed,
+}

@@ -1,4 +1,4 @@
-"""Allocations: recording, activating, ending, listing, and what they add up to on each device."""
+"""Allocations: recording, activating, ending, listing."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def get_many(connection: Connection, allocation_ids: Collection[str]) -> dict[st
     return {entry["allocation_id"]: entry for entry in found}
 
 
-def page(
-    connection: Connection, *, filters: dict[str, Any], before: tuple[str, str] | None, limit: int
-) -> list[Row]:
+def page(connection: Connection, *, filters: dict[str, Any], before: tuple[str, str] | None, limit: int) -> list[Row]:
     """Allocations newest first, at most `limit`, after the place `before` (creation time and id) in that order."""
     conditions = [f"{name} = %({name})s" for name in filters]
     parameters: dict[str, Any] = {**filters, "limit": limit}
@@ -77,7 +75,7 @@ def activate(connection: Connection, allocation_ids: Collection[str], epoch: int
     """The device holds these allocations' bytes from now on."""
     execute(
         connection,
-        f"""
+        """
         UPDATE allocations SET state = 'active', epoch = %(epoch)s
         WHERE allocation_id = ANY(%(ids)s) AND state = 'pending'
         """,
@@ -194,27 +192,6 @@ def expired(connection: Connection, limit: int) -> list[Row]:
         ORDER BY a.expires_at LIMIT %(limit)s
         """,
         {"limit": limit},
-    )
-
-
-def totals(connection: Connection) -> list[Row]:
-    """By device and owner: how many live allocations there are, their bytes, and the bytes of those that are active."""
-    return rows(
-        connection,
-        f"""
-        SELECT device_id, owner, count(*) AS allocations, sum(size_bytes)::bigint AS size_bytes,
-            coalesce(sum(size_bytes) FILTER (WHERE state = 'active'), 0)::bigint AS active_bytes
-        FROM allocations WHERE {_LIVE} GROUP BY device_id, owner
-        """,
-    )
-
-
-def lying_on(connection: Connection, device_id: str) -> list[Row]:
-    """The live allocations of one device, largest first."""
-    return rows(
-        connection,
-        f"SELECT * FROM allocations WHERE device_id = %(id)s AND {_LIVE} ORDER BY size_bytes DESC, allocation_id",
-        {"id": device_id},
     )
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 
 from tasks.lifecycle import Outcome
-from workers.operations import inference
+from workers.operations import inference, memory
 from workers.resident import Resident
 from workers.work import Progress, Work
 
 Steps = Generator[Progress, None, Outcome]
 Operation = Callable[[Resident, Work], Outcome | Steps]
 
-OPERATIONS: dict[str, Operation] = {**inference.OPERATIONS}
+OPERATIONS: dict[str, Operation] = {**inference.OPERATIONS, **memory.OPERATIONS}
 
 #: Kinds whose jobs may run joined: several works in, an outcome each out.
-BATCHES: dict[str, Callable[[Resident, list[Work]], list[Outcome]]] = {**inference.BATCHES}
+BATCHES: dict[str, Callable[[Resident, list[Work]], list[Outcome]]] = {**inference.BATCHES, **memory.BATCHES}
 
 __all__ = ["BATCHES", "OPERATIONS", "Operation", "Steps"]

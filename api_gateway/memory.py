@@ -1,0 +1,294 @@
+"""Routes on device memory: status, allocations, and their bytes streamed in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Query, Request
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from api_gateway.auth import Known
+from api_gateway.blobs import receive, wanted_hash
+from api_gateway.documents import body_schema
+from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.submission import (
+    MAX_WAIT_SECONDS,
+    json_response,
+    preferred_wait,
+    promise_of,
+    read_body,
+    submit_job,
+    submit_parsed,
+)
+from device_operations.errors import failure, from_job_error
+from device_operations.jobs import Job, Kind
+from device_operations.requests.kinds import invalid, parse
+from device_operations.requests.memory import AllocationState, Renew
+from tasks.plans import memory as plans
+from tasks.store import allocations as store
+from tasks.store import blobs as blob_store
+from tasks.store import memory as standing_store
+from tasks.store.connection import Row
+
+router = APIRouter(tags=["memory"])
+
+#: Seconds that bytes on their way through the gateway are kept once nothing uses them any more.
+PASSING_SECONDS = 60.0
+
+MAX_OFFSET = 2**63 - 1
+
+
+@router.get("/api/memory/status")
+async def read_status(request: Request, caller: Known) -> Response:
+    """What every device has, what is reserved on it and by whom. Reads records only: no device is asked."""
+    gateway = of(request)
+
+    def read() -> list[dict[str, Any]]:
+        with gateway.engine.connect() as connection:
+            return standing_store.standing(connection)
+
+    return json_response({"devices": await run_in_threadpool(read)})
+
+
+@router.get("/api/memory/device/{device_id}")
+async def read_device(
+    request: Request,
+    caller: Known,
+    device_id: str,
+    map: bool = False,  # noqa: A002 - the contract's name
+) -> Response:
+    """The same for one device; with `map=true`, what lies on it (another owner's things without id and label)."""
+    gateway = of(request)
+
+    def read() -> dict[str, Any]:
+        with gateway.engine.connect() as connection:
+            found = standing_store.standing(connection, device_id)
+            if not found:
+                raise failure("device_not_found", f"there is no device {device_id!r}; GET /api/devices lists them")
+            if not map:
+                return found[0]
+            things = standing_store.lying_on(connection, device_id)
+        for thing in things:
+            if not caller.admin and thing["owner"] != caller.owner:
+                thing["id"] = thing["label"] = None
+        return {**found[0], "map": things}
+
+    return json_response(await run_in_threadpool(read))
+
+
+@router.post("/api/memory/allocate", status_code=202, response_model=Job, openapi_extra=body_schema("allocate"))
+async def allocate(request: Request, caller: Known) -> Response:
+    """Makes zeroed (or filled) bytes on a device; the allocation's id is the job's resource, usable at once."""
+    return await submit_job(request, caller, Kind.MEMORY_ALLOCATE, await read_body(request))
+
+
+@router.delete("/api/memory/deallocate/{allocation_id}", status_code=202, response_model=Job)
+async def deallocate(request: Request, caller: Known, allocation_id: str) -> Response:
+    """Frees an allocation after the jobs submitted before; the body may hold `job` options."""
+    body = await read_body(request, empty_is={})
+    return await submit_job(request, caller, Kind.MEMORY_DEALLOCATE, _named(body, allocation_id))
+
+
+@router.post("/api/memory/copy", status_code=202, response_model=Job, openapi_extra=body_schema("copy"))
+async def copy(request: Request, caller: Known) -> Response:
+    """Copies bytes between allocations, across devices too; overlapping ranges behave as memmove."""
+    return await submit_job(request, caller, Kind.MEMORY_COPY, await read_body(request))
+
+
+@router.post(
+    "/api/memory/clear/{allocation_id}",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=body_schema("clear", required=False),
+)
+async def clear(request: Request, caller: Known, allocation_id: str) -> Response:
+    """Sets a range to one byte: all of it to 0 unless the body says otherwise."""
+    body = await read_body(request, empty_is={})
+    return await submit_job(request, caller, Kind.MEMORY_CLEAR, _named(body, allocation_id))
+
+
+@router.get("/api/memory/allocations")
+async def list_allocations(
+    request: Request,
+    caller: Known,
+    device_id: str | None = None,
+    owner: str | None = None,
+    state: AllocationState | None = None,
+    label: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    cursor: str | None = None,
+) -> Response:
+    """Allocations newest first, a page at a time."""
+    gateway = of(request)
+    if not caller.admin:
+        if owner not in (None, caller.owner):
+            raise failure("forbidden", f"this key stands for {caller.owner!r} and sees its own allocations only")
+        owner = caller.owner
+    given = {"device_id": device_id, "owner": owner, "state": state, "label": label}
+    filters = {name: value for name, value in given.items() if value is not None}
+    before = _place(cursor) if cursor else None
+
+    def read() -> list[Row]:
+        with gateway.engine.connect() as connection:
+            return store.page(connection, filters=filters, before=before, limit=limit + 1)
+
+    rows = await run_in_threadpool(read)
+    last = rows[limit - 1] if len(rows) > limit else None
+    return json_response(
+        {"allocations": [view(row) for row in rows[:limit]], "next_cursor": _cursor(last) if last else None}
+    )
+
+
+@router.get("/api/memory/allocations/{allocation_id}")
+async def read_allocation(request: Request, caller: Known, allocation_id: str) -> Response:
+    """One allocation, whatever became of it."""
+    gateway = of(request)
+    return json_response(view(await run_in_threadpool(_visible, gateway, caller, allocation_id)))
+
+
+@router.post("/api/memory/renew/{allocation_id}", openapi_extra=body_schema("renew"))
+async def renew(request: Request, caller: Known, allocation_id: str) -> Response:
+    """Gives an allocation a new time to live, counted from now."""
+    gateway = of(request)
+    body = await read_body(request)
+    try:
+        wanted = Renew.model_validate(body)
+    except ValidationError as error:
+        raise invalid(error, "The request does not fit the contract") from error
+
+    def write() -> Row:
+        plans.find(gateway.context(caller), allocation_id)
+        with gateway.engine.connect() as connection:
+            row = store.renew(connection, allocation_id, wanted.ttl_seconds)
+        if row is None:
+            raise failure("allocation_not_found", f"allocation {allocation_id} is being freed")
+        return row
+
+    return json_response(view(await run_in_threadpool(write)))
+
+
+@router.put("/api/memory/data/{allocation_id}", status_code=202, response_model=Job)
+async def write_data(
+    request: Request,
+    caller: Known,
+    allocation_id: str,
+    offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
+    sha256: str | None = None,
+) -> Response:
+    """Streams the raw body into the allocation; a digest in query or header is checked before anything is written."""
+    gateway = of(request)
+    announced = request.headers.get("content-length", "")
+    wanted = wanted_hash(request, sha256)
+
+    def check() -> None:
+        there = plans.find(gateway.context(caller), allocation_id)
+        plans.check_range(there, plans.Range(allocation_id, offset, int(announced) if announced.isdigit() else 0))
+
+    # Before the body is taken in: what cannot be written need not be sent.
+    await run_in_threadpool(check)
+    stored = await receive(request, caller, wanted, ttl_seconds=PASSING_SECONDS, what="body")
+    body = {"allocation_id": allocation_id, "offset": offset, "blob_id": stored.blob_id}
+    # The same bytes again are the same request, whatever blob they came in as.
+    promise = promise_of(request, caller, {"sha256": stored.sha256, "size_bytes": stored.size_bytes})
+    parsed = parse(Kind.MEMORY_WRITE, body)
+    return await submit_parsed(gateway, caller, Kind.MEMORY_WRITE, parsed, promise, preferred_wait(request))
+
+
+@router.get("/api/memory/data/{allocation_id}")
+async def read_data(
+    request: Request,
+    caller: Known,
+    allocation_id: str,
+    offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
+    size_bytes: Annotated[int | None, Query(ge=1, le=MAX_OFFSET)] = None,
+) -> Response:
+    """Streams raw bytes out after the jobs submitted before, with their digest.
+
+    Where the device does not get to it within a minute (or `Prefer: wait=S`): 202 with the job, whose result will name
+    a blob that holds the bytes.
+    """
+    gateway = of(request)
+    body: dict[str, Any] = {"allocation_id": allocation_id, "offset": offset}
+    if size_bytes is not None:
+        body["size_bytes"] = size_bytes
+    wait_seconds = preferred_wait(request) or MAX_WAIT_SECONDS
+    answer = await submit_parsed(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), None, wait_seconds)
+    if answer.status_code != 200:
+        return answer
+    job = orjson.loads(bytes(answer.body))
+    if job["state"] != "succeeded":
+        raise from_job_error(job["error"])
+    told = job["result"]
+    digest = base64.b64encode(bytes.fromhex(told["sha256"])).decode()
+    headers = {
+        "Content-Length": str(told["size_bytes"]),
+        "Digest": f"sha-256={digest}",
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "X-Content-SHA256": told["sha256"],
+        "X-Job-Id": job["job_id"],
+    }
+    passing = _passing(gateway, told["blob_id"], told["size_bytes"])
+    return StreamingResponse(passing, 200, headers, "application/octet-stream")
+
+
+async def _passing(gateway: Gateway, blob_id: str, size_bytes: int) -> AsyncIterator[bytes | memoryview]:
+    """A blob's bytes; the blob is gone once they are sent, or the caller has left."""
+    try:
+        async for block in gateway.blobs.stream(blob_id, 0, size_bytes):
+            yield block
+    finally:
+        # Not awaited: where the caller has left, nothing may be awaited any more.
+        asyncio.get_running_loop().run_in_executor(None, _drop, gateway, blob_id)
+
+
+def _drop(gateway: Gateway, blob_id: str) -> None:
+    with gateway.engine.connect() as connection:
+        if blob_store.delete(connection, blob_id):
+            gateway.blobs.delete(blob_id)
+
+
+def view(allocation: Row) -> dict[str, Any]:
+    """The allocation as callers see it (contract, section 5)."""
+    return {
+        name: allocation[name]
+        for name in (
+            "allocation_id", "device_id", "state", "size_bytes", "dtype", "shape", "label", "owner", "job_id",
+            "sha256", "error", "created_at", "ttl_seconds", "expires_at", "ended_at",
+        )
+    }  # fmt: skip
+
+
+def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
+    with gateway.engine.connect() as connection:
+        found = store.get(connection, allocation_id)
+    if found is None or not (caller.admin or found["owner"] == caller.owner):
+        raise failure("allocation_not_found", f"there is no allocation {allocation_id!r}")
+    return found
+
+
+def _named(body: dict[str, Any], allocation_id: str) -> dict[str, Any]:
+    """The body with the allocation that the address names; another in the body is a mistake."""
+    if body.get("allocation_id", allocation_id) != allocation_id:
+        raise failure("validation_failed", "the body names another allocation than the address")
+    return {**body, "allocation_id": allocation_id}
+
+
+def _cursor(row: Row) -> str:
+    place = f"{row['created_at'].isoformat()} {row['allocation_id']}"
+    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
+
+
+def _place(cursor: str) -> tuple[str, str]:
+    try:
+        at, _, allocation_id = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().partition(" ")
+    except ValueError:
+        at = allocation_id = ""
+    if not at or not allocation_id:
+        raise failure("validation_failed", f"cursor {cursor!r} is none that was given out")
+    return at, allocation_id

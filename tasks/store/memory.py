@@ -1,0 +1,88 @@
+"""How the memory of devices stands: what is reserved, used and by whom, and what lies on each. Records only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+
+from tasks.store.connection import Row, rows
+
+
+def standing(connection: Connection, device_id: str | None = None) -> list[dict[str, Any]]:
+    """Every device's memory (or one's), in one statement, so that the figures fit together.
+
+    `used_bytes` is what allocations, models and training sessions hold; `reserved_bytes` counts what is about to be
+    made too, and `awaiting_bytes` what was admitted beyond the budget against memory that is about to be freed. What a
+    device cannot tell, or an offline one no longer tells, is None.
+    """
+    found = rows(
+        connection,
+        """
+        WITH things AS (
+            SELECT device_id, owner, state, size_bytes, 'allocation' AS type FROM allocations
+            WHERE state IN ('pending', 'active')
+            UNION ALL
+            SELECT device_id, owner, state, reserved_bytes, 'model' FROM models
+            WHERE state IN ('loading', 'loaded', 'lost')),
+        owned AS (SELECT device_id, owner, sum(size_bytes)::bigint AS size_bytes FROM things GROUP BY 1, 2),
+        owners AS (SELECT device_id, jsonb_object_agg(owner, size_bytes) AS by_owner FROM owned GROUP BY 1),
+        sums AS (
+            SELECT device_id, count(*) FILTER (WHERE type = 'allocation') AS allocations,
+                sum(size_bytes) FILTER (WHERE type = 'allocation')::bigint AS allocated_bytes,
+                sum(size_bytes) FILTER (WHERE state = 'active')::bigint AS active_bytes,
+                sum(size_bytes) FILTER (WHERE type = 'model')::bigint AS models_bytes,
+                sum(size_bytes) FILTER (WHERE state = 'loaded')::bigint AS loaded_bytes
+            FROM things GROUP BY device_id)
+        SELECT d.device_id, CASE WHEN d.lease_until <= clock_timestamp() THEN 'offline' WHEN d.draining THEN 'draining'
+                ELSE 'online' END AS state,
+            d.total_bytes, CASE WHEN d.lease_until > clock_timestamp() THEN d.free_bytes END AS free_bytes,
+            b.budget_bytes, b.reserved_bytes AS promised_bytes, b.peak_bytes,
+            coalesce(s.allocations, 0) AS allocation_count, coalesce(s.allocated_bytes, 0) AS allocated_bytes,
+            coalesce(s.active_bytes, 0) AS active_bytes, coalesce(s.models_bytes, 0) AS models_bytes,
+            coalesce(s.loaded_bytes, 0) AS loaded_bytes, coalesce(o.by_owner, '{}') AS by_owner
+        FROM devices d LEFT JOIN device_budgets b USING (device_id) LEFT JOIN sums s USING (device_id)
+            LEFT JOIN owners o USING (device_id)
+        WHERE %(id)s::text IS NULL OR d.device_id = %(id)s ORDER BY d.device_id
+        """,
+        {"id": device_id},
+    )
+    return [_told(row) for row in found]
+
+
+def _told(row: Row) -> dict[str, Any]:
+    budget, promised = row["budget_bytes"], row["promised_bytes"]
+    # Allocations, models and training sessions are all that reserves: the third is what the first two leave.
+    training = max(0, (promised or 0) - row["allocated_bytes"] - row["models_bytes"])
+    return {
+        "device_id": row["device_id"],
+        "state": row["state"],
+        "total_bytes": row["total_bytes"],
+        "free_bytes": row["free_bytes"],
+        "budget_bytes": budget,
+        "reserved_bytes": None if promised is None else min(promised, budget),
+        "awaiting_bytes": None if promised is None else max(0, promised - budget),
+        "used_bytes": row["active_bytes"] + row["loaded_bytes"] + training,
+        "peak_bytes": None if row["peak_bytes"] is None else min(row["peak_bytes"], budget),
+        "allocated_bytes": row["allocated_bytes"],
+        "models_bytes": row["models_bytes"],
+        "training_bytes": training,
+        "allocation_count": row["allocation_count"],
+        "by_owner": row["by_owner"],
+    }
+
+
+def lying_on(connection: Connection, device_id: str) -> list[Row]:
+    """What lies on a device or is about to: allocations and models, largest first."""
+    return rows(
+        connection,
+        """
+        SELECT 'allocation' AS type, allocation_id AS id, size_bytes, label, owner, created_at AS since, state
+        FROM allocations WHERE device_id = %(id)s AND state IN ('pending', 'active')
+        UNION ALL
+        SELECT 'model', model_id, reserved_bytes, name, owner, created_at, state
+        FROM models WHERE device_id = %(id)s AND state IN ('loading', 'loaded', 'lost')
+        ORDER BY size_bytes DESC, id
+        """,
+        {"id": device_id},
+    )
