@@ -43,4 +43,5 @@ inside devices "$devices/test_models.py" "$devices/test_model_files.py" "$device
     -k "test_facts or (directml and (free_dimensions or not test_models))"
 inside directml "$directml/test_adapters.py" "$directml/test_errors.py"
 inside directml "$directml/test_sessions.py"
+inside directml "$directml/test_training.py"
 exit $failed

@@ -115,3 +115,18 @@ def test_float_tensors_can_be_cut_filled_and_copied_on_the_device(device: Device
     expected = np.full(4096, 7, np.float32)
     expected[257:768] = np.arange(7, 518)
     assert np.array_equal(filled.cpu().numpy(), expected)
+
+
+def test_operators_that_torch_runs_on_the_cpu_are_named() -> None:
+    code = (
+        "import torch\n"
+        "from workers.devices import open_device\n"
+        "device = open_device('directml')\n"
+        "x = torch.ones(3, 5).to(device.torch_device())\n"
+        "assert device.cpu_fallback_operators == ()\n"
+        "x.clone().lerp_(x, 0.5)\n"
+        "print(device.cpu_fallback_operators)"
+    )
+    run = [sys.executable, "-c", code]
+    told = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert told.stdout.strip() == "('aten::lerp.Scalar_out',)"

@@ -241,6 +241,11 @@ class Device(ABC):
 
     # ---- models and tensors
 
+    @property
+    def cpu_fallback_operators(self) -> tuple[str, ...]:
+        """torch's operators that this process has asked of the device and torch has run on the CPU instead."""
+        return ()
+
     def open_model(self, path: Path, options: ModelOptions | None = None, cancel: Cancel | None = None) -> OnnxModel:
         """Loads an ONNX model on this device. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
         from workers.devices.onnx import OnnxModel

@@ -15,10 +15,12 @@ On WSL there is torch-directml and no DirectML provider: there ONNX Runtime runs
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +39,10 @@ DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float3
 
 #: DirectML counts a tensor's elements in 32 bits, and an allocation is one tensor of bytes.
 LARGEST_ALLOCATION_BYTES = (1 << 32) - 1
+
+#: torch-directml says once a process, and as a warning only, that it runs an operator on the CPU.
+_FALLBACK = re.compile(r"operator '([\w:.]+)' is not currently supported on the DML backend")
+_FALLEN_BACK: dict[str, None] = {}
 
 #: One lock per adapter for the whole process, by ordinal.
 _LOCKS: dict[int, threading.RLock] = {}
@@ -130,6 +136,10 @@ class DirectMLDevice(TorchDevice):
 
     # ---- memory and tensors
 
+    @property
+    def cpu_fallback_operators(self) -> tuple[str, ...]:
+        return tuple(_FALLEN_BACK)
+
     def torch_device(self) -> torch.device:
         return self._torch_device
 
@@ -177,6 +187,7 @@ class DirectMLDevice(TorchDevice):
             )
         import torch_directml
 
+        _note_fallbacks()
         device: torch.device = torch_directml.device(_torch_index(self._adapter, _torch_names(torch_directml)))
         return device
 
@@ -240,6 +251,20 @@ def _torch_index(adapter: dxgi.Adapter, torch_names: Sequence[str]) -> int:
             f"torch-directml does not list {adapter.name}; it lists {', '.join(torch_names) or 'nothing'}.",
         )
     return places[rank]
+
+
+@cache
+def _note_fallbacks() -> None:
+    """From now on keeps the names that torch-directml's warnings give; the warnings go where they went before."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        found = _FALLBACK.search(str(message))
+        if found:
+            _FALLEN_BACK.setdefault(found[1])
+        shown(message, *where, **more)
+
+    warnings.showwarning = show
 
 
 def _has_provider() -> bool:
