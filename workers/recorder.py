@@ -16,6 +16,7 @@ import structlog
 from celery import Celery
 from sqlalchemy import Engine
 
+from device_operations.errors import failure
 from device_operations.jobs import State
 from tasks import lifecycle
 from tasks.database import until_reachable
@@ -153,10 +154,7 @@ class Recorder:
         if not ending:
             return
         kinds = {one.work.job_id: one.work.kind for one in ending}
-        outcomes = [one.outcome for one in ending]
-        rows = until_reachable(
-            lambda: lifecycle.finish(self._engine, outcomes, kinds, self._epoch), stop=self._stopping.is_set
-        )
+        rows = self._write(ending, kinds)
         self._lane.ended(row["id"] for row in rows)
         self._lane.ended(kinds)
         lifecycle.announce(self._publisher, rows)
@@ -166,6 +164,25 @@ class Recorder:
         for handle in handles.values():
             if handle is not None:
                 handle.dropped()
+
+    def _write(self, ending: list[_Finished], kinds: dict[str, str]) -> list[Row]:
+        """Writes outcomes together; if the database will not have them, each alone, and what it will not have as failed.
+
+        A job whose outcome cannot be written must not stand as running for ever.
+        """
+        outcomes = [one.outcome for one in ending]
+        try:
+            return until_reachable(
+                lambda: lifecycle.finish(self._engine, outcomes, kinds, self._epoch), stop=self._stopping.is_set
+            )
+        except Exception as error:
+            if len(ending) > 1:
+                return [row for one in ending for row in self._write([one], kinds)]
+            if ending[0].outcome.state == State.FAILED and not ending[0].outcome.facts:
+                raise
+            log.exception("an outcome could not be recorded", job_id=ending[0].work.job_id)
+            unwritten = failure("internal_error", f"the job's outcome could not be recorded: {type(error).__name__}")
+            return self._write([_Finished(ending[0].work, ending[0].work.failed(unwritten))], kinds)
 
     def tell_celery(self, row: Row, handle: Handle | None) -> None:
         """Celery's events, its result where the caller asked for one, and one line in the log."""

@@ -1,0 +1,1 @@
+"""Programs that show the product on real work: `python -m examples.demo`."""

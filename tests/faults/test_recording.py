@@ -1,0 +1,42 @@
+"""An outcome that the database will not have ends its job as failed, alone, instead of leaving it running for ever."""
+
+from __future__ import annotations
+
+from celery import Celery
+from sqlalchemy import Engine
+
+from device_operations.jobs import State
+from tasks.database import open_engine
+from tasks.publish import Publisher, connect
+from tasks.store import jobs
+from tests.spine.test_records import make_device, new_job
+from tests.support.stack import eventually
+from workers.lane import Entry, Lane
+from workers.recorder import Recorder
+from workers.work import Work
+
+
+def test_one_bad_outcome_fails_alone_and_the_others_are_recorded(database_url: str, redis_url: str) -> None:
+    engine: Engine = open_engine(database_url)
+    epoch = make_device(engine)
+    made = [new_job() for _ in range(3)]
+    with engine.connect() as connection:
+        jobs.insert(connection, made)
+        rows = {row["id"]: row for row in jobs.claim(connection, [job.id for job in made], "cpu_0", epoch)}
+    works = [Work(Entry(job.id, job.kind, 5, 0), rows[job.id], {}) for job in made]
+    outcomes = [work.succeeded({"fine": True}) for work in works]
+    outcomes[1].result = {"not": {1, 2}, "key": {("a", "b"): 1}}
+    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", epoch, Celery(broker=redis_url))
+    recorder.start()
+    recorder.finished(works, outcomes)
+
+    def ended() -> list[dict]:
+        with engine.connect() as connection:
+            found = jobs.get_many(connection, [job.id for job in made])
+        states = [found[job.id] for job in made]
+        return states if all(State(row["state"]).terminal for row in states) else []
+
+    first, bad, last = eventually(ended)
+    recorder.stop()
+    assert (first["state"], last["state"]) == ("succeeded", "succeeded")
+    assert (bad["state"], bad["error"]["code"]) == ("failed", "internal_error")
