@@ -76,9 +76,18 @@ def start(command: Command, log: Path | None = None) -> psutil.Popen:
 
 
 def ask_to_stop(process: psutil.Process, stop_signal: int = signal.SIGTERM) -> None:
-    """Sends the stop signal, or Ctrl-Break on Windows; a process that is gone is fine."""
+    """Sends the stop signal; a process that is gone is fine.
+
+    On Windows that is Ctrl-Break, which needs a console that both share: without one (a service), it is ended.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(stop_signal if os.name == "posix" else _ctrl_break())
+        if os.name == "posix":
+            process.send_signal(stop_signal)
+            return
+        try:
+            process.send_signal(getattr(signal, "CTRL_BREAK_EVENT"))  # noqa: B009 - only Windows has it
+        except (OSError, SystemError):
+            process.terminate()
 
 
 def end_tree(process: psutil.Process, also: Sequence[psutil.Process] = ()) -> None:
@@ -189,10 +198,6 @@ def last_lines(log: Path, count: int = 5) -> list[str]:
     except FileNotFoundError:
         return []
     return [line for line in text.splitlines() if line.strip()][-count:]
-
-
-def _ctrl_break() -> int:
-    return int(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
 
 
 if sys.platform == "linux":

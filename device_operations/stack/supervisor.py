@@ -42,6 +42,9 @@ LEFTOVERS_SECONDS = 20
 #: A log is cut at this size; the one before is kept as `NAME.log.1`.
 LOG_BYTES = 32 * 2**20
 
+#: On Windows a child's handle does not append: after a cut it would write on where it was, behind a hole.
+_CUTS_LOGS = os.name == "posix"
+
 _TICK_SECONDS = 0.1
 
 
@@ -197,7 +200,7 @@ class Supervisor:
                     self._spawn(child)
             elif child.process.poll() is not None:
                 self._note_crash(child, child.process)
-            if child.log.exists() and child.log.stat().st_size > LOG_BYTES:
+            if _CUTS_LOGS and child.log.exists() and child.log.stat().st_size > LOG_BYTES:
                 _cut(child.log)
         time.sleep(_TICK_SECONDS)
 
