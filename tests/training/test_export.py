@@ -1,0 +1,109 @@
+"""Export and validation: plain ONNX Runtime runs the file, and the comparison tells how far apart the two are."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from device_operations.errors import OperationError
+from tests.training.sessions import batch, digest, start, train
+from workers.training.definition import Sources
+from workers.training.export import export_onnx, onnx_bytes
+from workers.training.outcomes import StepOptions
+from workers.training.ports import Batch
+from workers.training.session import Limits
+from workers.training.validation import compare
+
+
+def served_by(model: bytes | str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_outputs()]
+    return dict(zip(names, session.run(None, inputs), strict=True))
+
+
+def test_the_file_has_the_sessions_names_an_open_batch_and_nothing_of_training(tmp_path: Path) -> None:
+    session = start()
+    train(session, 3)
+    before = digest(session)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = export_onnx(session.definition, session.spec, session.snapshot(), tmp_path / "model.onnx")
+    model = onnx.load(str(written.path))
+    onnx.checker.check_model(model, full_check=True)
+    assert [port.name for port in model.graph.input] == ["input"]
+    assert [port.name for port in model.graph.output] == ["output"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert "Dropout" not in {node.op_type for node in model.graph.node}
+    assert digest(session) == before
+    train(session, 1, first=4)
+
+
+def test_a_validation_tells_both_losses_and_the_largest_difference() -> None:
+    session = start()
+    train(session, 5)
+    many = batch(8, 50)  # more than a step may take: validation is no step
+    served = served_by(onnx_bytes(session.definition, session.spec, session.snapshot()), dict(many.inputs))
+    same = compare(session, many.inputs, many.targets, served)
+    logits = torch.from_numpy(served["output"])
+    targets = torch.from_numpy(many.targets)
+    assert same.largest_difference < 1e-5
+    assert same.loss == pytest.approx(same.trained_loss, rel=1e-5)
+    assert same.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, targets)), rel=1e-6)
+    assert same.accuracy == pytest.approx(float((logits.argmax(1) == targets).float().mean()))
+    assert same.samples == 50
+
+    served["output"][17, 2] += 0.5
+    apart = compare(session, many.inputs, many.targets, served)
+    assert apart.largest_difference == pytest.approx(0.5, abs=1e-4)
+    assert apart.loss != same.loss
+    assert apart.trained_loss == same.trained_loss
+
+
+def test_a_validation_checks_its_targets() -> None:
+    session = start()
+    one = batch(1)
+    with pytest.raises(OperationError, match="none of the 4 classes"):
+        compare(session, one.inputs, one.targets + 9, {"output": np.zeros((8, 4), np.float32)})
+
+
+def test_before_the_first_batch_the_exporter_has_no_shape_to_go_by() -> None:
+    session = start()
+    with pytest.raises(OperationError, match="make or evaluate one step first") as caught:
+        onnx_bytes(session.definition, session.spec, session.snapshot())
+    assert caught.value.code == "validation_failed"
+
+
+def test_a_program_exports_as_layers_do(tmp_path: Path) -> None:
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU())), str(path))
+    trusted = Limits(memory_bytes=2**30, max_batch_size=32, trust_programs=True)
+    session = start(Sources(model=path), trusted, model={"kind": "torchscript", "blob_id": "program"})
+    train_input = {session.definition.inputs[0].name: batch(1).inputs["input"]}
+    for number in range(1, 6):
+        session.perform(Batch(train_input, batch(1).targets), StepOptions(), number)
+    served = served_by(onnx_bytes(session.definition, session.spec, session.snapshot()), train_input)
+    assert compare(session, train_input, batch(1).targets, served).largest_difference < 1e-5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on the size of files is POSIX's")
+def test_a_full_disk_fails_the_export_and_leaves_nothing(tmp_path: Path) -> None:
+    import resource
+
+    session = start()
+    train(session, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OperationError) as caught:
+            export_onnx(session.definition, session.spec, session.snapshot(), tmp_path / "model.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == "storage_full"
+    assert not list(tmp_path.iterdir())

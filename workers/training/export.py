@@ -1,0 +1,95 @@
+"""A trained model as an ONNX file that plain ONNX Runtime runs, made from a snapshot.
+
+A model that came as ONNX gets its trained weights written back where its own stood: no exporter takes part. Layers and
+programs go through torch's exporter. Adapters are merged into the weights they belong to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from device_operations.errors import failure
+from device_operations.requests.training import Initialize
+from workers.training.checkpoints import Snapshot, WrittenFile, write_bytes
+from workers.training.definition import Definition, OnnxDefinition
+from workers.training.lora import merge_adapters
+
+#: Old enough for every runtime in use, new enough for LayerNormalization as one operator.
+OPSET = 17
+
+#: protobuf's limit for one message.
+_MAX_BYTES = 2**31 - 1
+
+
+def export_onnx(definition: Definition, spec: Initialize, snapshot: Snapshot, path: Path) -> WrittenFile:
+    """Writes the model of `snapshot` to `path`, whole or not at all.
+
+    The first axis of inputs and outputs is open. torch's exporter changes state of the process, so for models that did
+    not come as ONNX call this on the thread that steps; with ONNX any thread will do. Raises `model_invalid` where the
+    model cannot be exported, `validation_failed` before the first step (no inputs have been seen), `storage_full`.
+    """
+    return write_bytes(onnx_bytes(definition, spec, snapshot), path)
+
+
+def onnx_bytes(definition: Definition, spec: Initialize, snapshot: Snapshot) -> bytes:
+    """The same as bytes, for a runtime in this process."""
+    tensors = merge_adapters({**snapshot.part("parameter/"), **snapshot.part("buffer/")}, spec.lora)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > _MAX_BYTES - 2**20:
+        raise failure("model_invalid", f"the model's {size} bytes of weights exceed what one ONNX file holds, 2 GiB")
+    if isinstance(definition, OnnxDefinition):
+        return bytes(definition.written_back(tensors).SerializeToString())
+    return _export_traced(definition, spec, snapshot, tensors)
+
+
+def _export_traced(definition: Definition, spec: Initialize, snapshot: Snapshot, tensors: dict[str, Tensor]) -> bytes:
+    shapes = snapshot.state["last_inputs"]
+    if shapes is None:
+        raise failure("validation_failed", "the export needs the shape of an input: make or evaluate one step first")
+    module = definition.build(spec.seed)
+    module.load_state_dict(tensors)
+    module.eval()
+    names = [port.name for port in definition.inputs]
+    # Two samples: with one, exporters take the batch for a constant. Zeros are valid indices too.
+    examples = [torch.zeros(2, *shapes[name][1], dtype=getattr(torch, shapes[name][0])) for name in names]
+    buffer = io.BytesIO()
+    axes = {name: {0: "batch"} for name in (*names, *definition.output_names)}
+    try:
+        with _quiet():
+            _export(module, tuple(examples), buffer, names, list(definition.output_names), axes)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
+        raise failure("model_invalid", f"torch cannot export the model to ONNX: {reason}") from error
+    return buffer.getvalue()
+
+
+def _export(
+    module: nn.Module, examples: tuple[Tensor, ...], file: io.BytesIO, inputs: list[str], outputs: list[str], axes: Any
+) -> None:
+    # The exporter that traces: it needs no further package, takes milliseconds where the newer one takes seconds, and
+    # is in every torch from 2.4 on.
+    torch.onnx.export(
+        module,
+        examples,
+        file,  # type: ignore[arg-type] # a file object is taken where dynamo is off
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_axes=axes,
+        opset_version=OPSET,
+        dynamo=False,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

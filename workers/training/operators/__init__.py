@@ -1,0 +1,12 @@
+"""The ONNX operators that training knows, in one table by name; anything else is refused by that name.
+
+An operator is built once for each node, from its attributes and the constants among its inputs, and is then called with
+tensors. Integers that describe shapes live on the host (the CPU), whatever the device: a shape costs no transfer.
+"""
+
+from workers.training.operators import elementwise, neural, reductions, shapes
+from workers.training.operators.node import Node, Operator
+
+OPERATORS = elementwise.OPERATORS | neural.OPERATORS | reductions.OPERATORS | shapes.OPERATORS
+
+__all__ = ["OPERATORS", "Node", "Operator"]

@@ -1,0 +1,66 @@
+"""A job of many steps over a dataset, one step at a time, so that the lane may do other work between any two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from device_operations.errors import failure
+from workers.training.dataset import Dataset, Order, Plan
+from workers.training.losses import check_target_values
+from workers.training.outcomes import StepOptions, StepOutcome
+from workers.training.ports import check_row_numbers
+
+if TYPE_CHECKING:
+    from workers.training.session import TrainingSession
+
+
+class DatasetRun:
+    """An iterator of outcomes. `finish` ends the job, at its end or wherever it was cut short.
+
+    Where the session was restored from a checkpoint taken within the same job (by its sequence number), the run goes on
+    with the batch that follows. A step that fails leaves the session and the run at the step before it.
+    """
+
+    def __init__(
+        self, session: TrainingSession, dataset: Dataset, plan: Plan, options: StepOptions, sequence: int
+    ) -> None:
+        """Checks the whole dataset against the model. Raises as a step does."""
+        if options.mode == "apply":
+            raise failure("validation_failed", "mode apply takes no dataset: it uses the accumulated gradients")
+        session.check_sequence(sequence)
+        session.check_batch_size(plan.batch_size)
+        self._session, self._dataset, self._options, self.sequence = session, dataset, options, sequence
+        self._order = Order(dataset.count, plan, session.state.seed, sequence)
+        #: Batches in the whole job, and those done, skipped ones included.
+        self.steps_total = self._order.batches
+        unfinished = session.state.unfinished_run
+        self.steps_done = unfinished[1] if unfinished is not None and unfinished[0] == sequence else 0
+        self._checked = self._check_values()
+
+    def __iter__(self) -> DatasetRun:
+        return self
+
+    def __next__(self) -> StepOutcome:
+        if self.steps_done >= self.steps_total:
+            raise StopIteration
+        batch = self._dataset.take(self._order.rows(self.steps_done))
+        outcome = self._session.advance(batch, self._options, values_checked=self._checked)
+        self.steps_done += 1
+        self._session.state.unfinished_run = (self.sequence, self.steps_done)
+        return outcome
+
+    def finish(self) -> None:
+        """Marks the job's sequence number as applied, with as many steps as were done."""
+        self._session.state.sequence, self._session.state.unfinished_run = self.sequence, None
+
+    def _check_values(self) -> bool:
+        """Looks at every index and target once, so that no step needs to; False where only a real run tells shapes."""
+        first = self._dataset.take(self._order.rows(0))
+        expected = self._session.expected_output(first.inputs, training=self._options.mode != "evaluate")
+        if expected is None:
+            return False
+        for port in self._session.definition.inputs:
+            check_row_numbers(port, self._dataset.inputs[port.name])
+        classes = expected.shape[1] if expected.dim() > 1 else 0
+        check_target_values(self._session.spec.loss, self._dataset.targets, classes)
+        return True

@@ -1,0 +1,368 @@
+"""A training session on one device, and the steps that change its state.
+
+A step is a pure function of (state, inputs, targets, learning rate, clip, mode): its random numbers come from the
+session's seed and the step, its kernels are deterministic, and nothing else goes in. So a step recorded with its inputs
+can be replayed, bit for bit, on the same device model, threads and versions. A step that fails changes nothing.
+
+One thread at a time: the device's lane. Only what `snapshot` returns may be used elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from device_operations.errors import OperationError, failure
+from device_operations.requests.training import Initialize
+from workers.training.checkpoints import Snapshot
+from workers.training.dataset import Dataset, Plan
+from workers.training.definition import Definition, Sources, define
+from workers.training.determinism import derive_seed, seed_device, use_deterministic
+from workers.training.losses import LOSSES, count_correct, take_targets
+from workers.training.memory import is_out_of_memory
+from workers.training.outcomes import StepOptions, StepOutcome, StepRecord
+from workers.training.ports import Array, Batch, name_of, take_inputs
+from workers.training.resident import ResidentModel, estimate_bytes, make_resident
+from workers.training.runs import DatasetRun
+from workers.training.schedules import learning_rate_at
+from workers.training.shapes import ShapeTrial, as_list
+from workers.training.state import Gradients, SessionState
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device and the settings allow a session; None for memory that nobody knows."""
+
+    memory_bytes: int | None
+    max_batch_size: int
+    trust_programs: bool = False
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A batch on the device. `targets` are checked unless only a real run can tell the output's shape."""
+
+    inputs: list[Tensor]
+    targets: Array
+    checked: bool
+    #: Dtype and shape of one sample of each input, by name.
+    shapes: dict[str, tuple[str, list[int]]]
+
+    @property
+    def size(self) -> int:
+        return self.inputs[0].shape[0]
+
+
+def build_session(spec: Initialize, sources: Sources, device: torch.device, limits: Limits) -> TrainingSession:
+    """A session on `device` at step 0. Memory is counted before any is taken.
+
+    Raises `insufficient_memory`, `out_of_memory`, and what `define` and `make_resident` raise.
+    """
+    definition = define(spec.model, sources, trust_programs=limits.trust_programs)
+    needed = estimate_bytes(definition, spec)
+    if limits.memory_bytes is not None and needed > limits.memory_bytes:
+        raise failure(
+            "insufficient_memory",
+            f"the model with its gradients and {spec.optimizer.type} state takes {needed} bytes, "
+            f"but {limits.memory_bytes} are to be had on the device; make it smaller or free memory",
+            detail={"needed_bytes": needed, "free_bytes": limits.memory_bytes},
+        )
+    try:
+        return TrainingSession(spec, definition, make_resident(definition, spec, sources, device), device, limits)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(f"building the model ({needed} bytes)", error) from error
+        raise
+
+
+class TrainingSession:
+    """A model under training. Make one with `build_session`."""
+
+    def __init__(
+        self, spec: Initialize, definition: Definition, model: ResidentModel, device: torch.device, limits: Limits
+    ) -> None:
+        self.spec, self.definition, self.device = spec, definition, device
+        self.state = SessionState(spec, definition, model, device)
+        #: False once an update broke off half-way (out of memory, device lost): only a checkpoint brings it back.
+        self.intact = True
+        self._limits = limits
+        self._module = model.module
+        self._training: bool | None = None
+        self._trial = ShapeTrial(definition.build_meta())
+
+    @property
+    def step(self) -> int:
+        """How many updates the parameters have had."""
+        return self.state.step
+
+    @property
+    def sequence(self) -> int:
+        """The number of the last request applied."""
+        return self.state.sequence
+
+    @property
+    def learning_rate(self) -> float:
+        """What the schedule gives the next update."""
+        return learning_rate_at(self.spec.schedule, self.spec.optimizer.learning_rate, self.step)
+
+    def perform(self, batch: Batch | None, options: StepOptions, sequence: int) -> StepOutcome:
+        """One step on `batch` (None in mode `apply`), as request number `sequence`, which must be above the last.
+
+        Raises `sequence_conflict`, `input_mismatch`, `batch_too_large`, `validation_failed`, `model_invalid`,
+        `nonfinite_loss`, `out_of_memory`, `session_lost`. The state is then what it was.
+        """
+        self.check_sequence(sequence)
+        outcome = self.advance(batch, options)
+        self.state.sequence, self.state.unfinished_run = sequence, None
+        return outcome
+
+    def run(self, dataset: Dataset, plan: Plan, options: StepOptions, sequence: int) -> DatasetRun:
+        """A job of many steps, made one by one by whoever iterates; goes on where a checkpoint cut it off."""
+        return DatasetRun(self, dataset, plan, options, sequence)
+
+    def replay(self, record: StepRecord, data: Batch | Dataset | None) -> list[StepOutcome]:
+        """Applies a recorded step again, on the same inputs; nothing where the state already holds it."""
+        if record.sequence <= self.sequence:
+            return []
+        if not isinstance(data, Dataset):
+            return [self.perform(data, record.options, record.sequence)]
+        if record.plan is None:
+            raise failure("internal_error", f"the record of step {record.sequence} has a dataset and no plan")
+        run = self.run(data, record.plan, record.options, record.sequence)
+        end = run.steps_total if record.steps_applied is None else record.steps_applied
+        outcomes = []
+        while run.steps_done < end:
+            outcomes.append(next(run))
+        run.finish()
+        return outcomes
+
+    def outputs(self, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+        """All outputs for `inputs` as they would be served: in evaluation mode, on the host."""
+        use_deterministic(self.spec.deterministic)
+        taken = take_inputs(self.definition.inputs, inputs)
+        self._trial.outputs(taken, training=False)
+        self._set_mode(training=False)
+        with self._unchanged_on_failure(), torch.no_grad():
+            results = as_list(self._module(*(tensor.to(self.device) for tensor in taken)))
+        return {name: result.cpu() for name, result in zip(self.definition.output_names, results, strict=False)}
+
+    def memory_bytes(self) -> int:
+        """Device memory of parameters, buffers, gradients, optimizer state and accumulated gradients."""
+        return self.state.memory_bytes()
+
+    def snapshot(self) -> Snapshot:
+        """The whole state, copied to the host; training may go on at once. `checkpoints.write` takes it from there."""
+        return self.state.snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts the session where `snapshot` was taken, seed included; unchanged where it does not fit.
+
+        Raises `model_invalid` for a checkpoint of another model.
+        """
+        self.state.restore(snapshot)
+        self.intact = True
+
+    def check_sequence(self, sequence: int) -> None:
+        """Raises `sequence_conflict` for a number that has been applied."""
+        if sequence <= self.sequence:
+            raise failure(
+                "sequence_conflict", f"step {sequence} has been applied; the session is at sequence {self.sequence}"
+            )
+
+    def check_batch_size(self, size: int) -> None:
+        """Raises `batch_too_large` for more samples than the settings allow."""
+        most = self._limits.max_batch_size
+        if size > most:
+            raise failure(
+                "batch_too_large",
+                f"a batch of {size} samples was sent, and TRAINING__MAX_BATCH_SIZE is {most}; "
+                "send smaller batches and accumulate their gradients",
+                detail={"batch_size": size, "max_batch_size": most},
+            )
+
+    def expected_output(self, inputs: Mapping[str, Array], training: bool) -> Tensor | None:
+        """The trained output's shape for `inputs`, as a meta tensor; None where only a real run can tell."""
+        return self._expected(take_inputs(self.definition.inputs, inputs), training)
+
+    def advance(self, batch: Batch | None, options: StepOptions, *, values_checked: bool = False) -> StepOutcome:
+        """The step itself, without its number; `values_checked` where every index and target was looked at before."""
+        if not self.intact:
+            raise failure(
+                "session_lost", "an update broke off half-way: the session must be restored from a checkpoint"
+            )
+        use_deterministic(self.spec.deterministic)
+        if options.mode == "apply":
+            return self._apply(options)
+        if batch is None:
+            raise failure("validation_failed", f"mode {options.mode} needs inputs and targets")
+        taken = self._take(batch, options.mode != "evaluate", values_checked)
+        outcome = self._evaluate(taken) if options.mode == "evaluate" else self._train(taken, options)
+        self.state.last_inputs = taken.shapes
+        return outcome
+
+    def _take(self, batch: Batch, training: bool, values_checked: bool) -> _Taken:
+        inputs = take_inputs(self.definition.inputs, batch.inputs, check_rows=not values_checked)
+        counts = {port.name: tensor.shape[0] for port, tensor in zip(self.definition.inputs, inputs, strict=True)}
+        size = batch.targets.shape[0] if len(batch.targets.shape) else 0
+        if {*counts.values(), size} != {size}:
+            raise failure("input_mismatch", f"the first axes differ: inputs {counts}, targets {size}")
+        self.check_batch_size(size)
+        expected, targets = self._expected(inputs, training), batch.targets
+        if expected is not None:
+            targets = take_targets(self.spec.loss, expected, targets, check_values=not values_checked).to(self.device)
+        shapes = [(name_of(tensor.dtype), list(tensor.shape[1:])) for tensor in inputs]
+        on_device = [tensor.to(self.device) for tensor in inputs]
+        return _Taken(on_device, targets, expected is not None, dict(zip(counts, shapes, strict=True)))
+
+    def _expected(self, inputs: list[Tensor], training: bool) -> Tensor | None:
+        outputs = self._trial.outputs(inputs, training)
+        return None if outputs is None else outputs[self.definition.trained_output]
+
+    def _evaluate(self, taken: _Taken) -> StepOutcome:
+        self._set_mode(training=False)
+        with self._unchanged_on_failure(), torch.no_grad():
+            loss, output, targets = self._forward(taken)
+            value = loss.item()
+            correct, elements = count_correct(self.spec.loss, output, targets)
+        if not math.isfinite(value):
+            self._refuse_nonfinite("loss", value)
+            return StepOutcome(self.step, "evaluate", samples=taken.size, skipped=True)
+        return StepOutcome(self.step, "evaluate", value, samples=taken.size, correct=correct, elements=elements)
+
+    def _train(self, taken: _Taken, options: StepOptions) -> StepOutcome:
+        """Modes `train` and `gradients`. With gradients accumulated, `train` adds its own and applies both."""
+        state = self.state
+        self._set_mode(training=True)
+        seed_device(self.device, derive_seed(state.seed, "step", self.step, state.accumulated_batches))
+        state.keep_buffers()
+        with self._unchanged_on_failure():
+            loss, _, _ = self._forward(taken)
+            value, norm = loss.item(), 0.0
+            gradients: Gradients = []
+            norms: list[Tensor] = []
+            if math.isfinite(value):
+                gradients = self._backward(loss)
+                if options.mode == "train" and state.accumulated is not None:
+                    gradients = state.add(gradients, state.accumulated)
+                norms, norm = self._measure(gradients)
+            if not math.isfinite(value) or not math.isfinite(norm):
+                self._refuse_nonfinite(*(("gradient norm", norm) if math.isfinite(value) else ("loss", value)))
+                state.put_back_buffers()
+                return StepOutcome(self.step, options.mode, samples=taken.size, skipped=True)
+            outcome = StepOutcome(self.step, options.mode, value, norm, samples=taken.size)
+            if options.mode == "gradients":
+                outcome = self._with_gradients(outcome, gradients, norms, options)
+        if options.mode == "train":
+            rate = self._update(gradients, norm, options)
+            state.drop_accumulated()
+            outcome = replace(outcome, step=self.step, learning_rate=rate)
+        elif options.accumulate:
+            state.accumulate(gradients)
+        else:
+            state.put_back_buffers()
+        state.samples_seen += taken.size
+        return replace(outcome, accumulated_batches=state.accumulated_batches)
+
+    def _apply(self, options: StepOptions) -> StepOutcome:
+        gradients = self.state.accumulated
+        if gradients is None:
+            raise failure("validation_failed", "mode apply: no gradients are accumulated; send mode gradients first")
+        _, norm = self._measure(gradients)
+        if not math.isfinite(norm):
+            self._refuse_nonfinite("gradient norm", norm)
+            self.state.drop_accumulated()
+            return StepOutcome(self.step, "apply", skipped=True)
+        rate = self._update(gradients, norm, options)
+        self.state.drop_accumulated()
+        return StepOutcome(self.step, "apply", None, norm, rate)
+
+    def _set_mode(self, *, training: bool) -> None:
+        if self._training is not training:
+            self._module.train(training)
+            self._training = training
+
+    @contextlib.contextmanager
+    def _unchanged_on_failure(self) -> Iterator[None]:
+        """Puts buffers back and drops gradients when what is inside fails, and names running out of memory."""
+        try:
+            yield
+        except BaseException as error:
+            for parameter in self.state.trained:
+                parameter.grad = None
+            if self._training:
+                self.state.put_back_buffers()
+            if not isinstance(error, OperationError) and is_out_of_memory(error):
+                raise _out_of_memory("the step", error) from error
+            raise
+
+    def _forward(self, taken: _Taken) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, output, targets) of the module in its present mode."""
+        output = as_list(self._module(*taken.inputs))[self.definition.trained_output]
+        targets = taken.targets
+        if not taken.checked or not isinstance(targets, Tensor):
+            targets = take_targets(self.spec.loss, output, targets).to(self.device)
+        return LOSSES[self.spec.loss](output, targets), output, targets
+
+    def _backward(self, loss: Tensor) -> Gradients:
+        """Gradients in memory of their own, in the order of the trained parameters."""
+        if not loss.requires_grad:
+            raise failure("model_invalid", "no trained parameter takes part in the output that the loss is taken of")
+        # backward() and not autograd.grad(): it gives each parameter a gradient that shares memory with no other.
+        loss.backward()
+        gradients = [parameter.grad for parameter in self.state.trained]
+        for parameter in self.state.trained:
+            parameter.grad = None
+        return gradients
+
+    def _measure(self, gradients: Gradients) -> tuple[list[Tensor], float]:
+        """Each gradient's norm, and the norm of all together."""
+        norms = list(self.state.lists.norm([gradient for gradient in gradients if gradient is not None]))
+        return norms, float(torch.linalg.vector_norm(torch.stack(norms)).item())
+
+    def _with_gradients(
+        self, outcome: StepOutcome, gradients: Gradients, norms: list[Tensor], options: StepOptions
+    ) -> StepOutcome:
+        """The outcome with the norms by name and, where asked for, copies of the gradients on the host."""
+        pairs = zip(self.state.model.trained, gradients, strict=True)
+        named = {name: gradient for name, gradient in pairs if gradient is not None}
+        by_name = dict(zip(named, torch.stack(norms).tolist(), strict=True))
+        copies = None
+        if options.return_gradients:
+            copies = {name: gradient.to("cpu", copy=True) for name, gradient in named.items()}
+        return replace(outcome, gradient_norms=by_name, gradients=copies)
+
+    def _update(self, gradients: Gradients, norm: float, options: StepOptions) -> float:
+        """Clips, then updates the parameters; the learning rate that was used. Uses the gradients up."""
+        rate = self.learning_rate if options.learning_rate is None else options.learning_rate
+        clip = options.gradient_clip_norm
+        self.intact = False
+        try:
+            if clip is not None and norm > clip:
+                self.state.lists.mul_([g for g in gradients if g is not None], clip / (norm + 1e-6))
+            self.state.updater.update(gradients, rate)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory("the update, which broke off half-way,", error) from error
+            raise
+        self.intact = True
+        return rate
+
+    def _refuse_nonfinite(self, what: str, value: float) -> None:
+        """Raises `nonfinite_loss` unless the session passes over such batches."""
+        if self.spec.on_nonfinite == "stop":
+            raise failure(
+                "nonfinite_loss",
+                f"step {self.step + 1}: the {what} is {value}; the session stays at step {self.step}. "
+                "Lower the learning rate, clip the gradients, or look at the batch",
+                detail={"step": self.step + 1, "what": what, "value": str(value), "last_good_step": self.step},
+            )
+
+
+def _out_of_memory(what: str, error: BaseException) -> OperationError:
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no memory"
+    return failure("out_of_memory", f"{what} ran out of device memory: {reason}; send smaller batches or free memory")

@@ -1,0 +1,63 @@
+"""What a model makes of inputs of given shapes, found out on the meta device: no memory, no arithmetic, no harm.
+
+A batch that does not fit is refused here with the model's own reason, before the device sees it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from device_operations.errors import OperationError, failure
+
+#: Shapes whose result is remembered.
+_REMEMBERED = 256
+
+_Key = tuple[bool, tuple[tuple[torch.Size, torch.dtype], ...]]
+
+
+class ShapeTrial:
+    """Runs batches through the model's module on the meta device, once for each combination of shapes and dtypes."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+        self._known: OrderedDict[_Key, list[Tensor] | None] = OrderedDict()
+
+    def outputs(self, inputs: Sequence[Tensor], training: bool) -> list[Tensor] | None:
+        """The outputs' shapes and dtypes, as meta tensors; None where only a real run can tell.
+
+        Raises `input_mismatch` when the model cannot take these inputs.
+        """
+        if self._module is None:
+            return None
+        key = (training, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
+        if key not in self._known:
+            self._known[key] = self._try(self._module, inputs, training)
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return self._known[key]
+
+    def _try(self, module: nn.Module, inputs: Sequence[Tensor], training: bool) -> list[Tensor] | None:
+        module.train(training)
+        try:
+            with torch.no_grad():
+                return as_list(module(*(torch.empty_like(tensor, device="meta") for tensor in inputs)))
+        except OperationError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            if "meta tensor" in str(error):  # a shape that depends on the inputs' elements
+                return None
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
+            place = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            reason = str(error).strip().splitlines()[0][:500]
+            raise failure(
+                "input_mismatch", f"the model cannot take inputs of shape {shapes}: {reason}{place}"
+            ) from error
+
+
+def as_list(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """A module's result as a list of its outputs."""
+    return [result] if isinstance(result, Tensor) else list(result)
