@@ -1,0 +1,1 @@
+"""Each figure beside its yardstick, in one run: `python -m benchmarks [NAME …] [--json FILE]`."""
