@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from api_gateway.webhooks import Webhooks
 from device_operations.jobs import CLAIMABLE, State
 from device_operations.settings import Settings
 from tasks import lifecycle, submit
@@ -52,6 +53,7 @@ class Reaper:
         self._publisher = publisher
         self._blobs = blobs
         self._settings = settings
+        self._webhooks = Webhooks(engine, settings)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._reap_until_stopped, name="reaper", daemon=True)
 
@@ -63,6 +65,7 @@ class Reaper:
         """Ends after the round in progress."""
         self._stopping.set()
         self._thread.join(timeout=10)
+        self._webhooks.stop()
 
     def _reap_until_stopped(self) -> None:
         while not self._stopping.is_set():
@@ -90,6 +93,7 @@ class Reaper:
             row(leadership, "SELECT 1")
             self._publish_due()
             self._expire()
+            self._webhooks.deliver_due()
             self._free_expired()
             self._expire_sessions()
             if time.monotonic() - reachable_since > self._settings.lease_seconds:

@@ -69,6 +69,8 @@ def new_job(
     """The job of a request on a device, with the options that came with it. `queue_full` where too many wait there."""
     options = request.job
     device_id = device["device_id"]
+    if options.webhook_url is not None and not options.webhook_url.startswith(("http://", "https://")):
+        raise failure("validation_failed", "job.webhook_url is an http or https address")
     waiting = context.directory.snapshot().queued(device_id)
     if waiting >= context.settings.queue.max_length and context.device_id is None:
         raise failure(
