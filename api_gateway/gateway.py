@@ -17,6 +17,7 @@ from tasks.database import open_engine
 from tasks.directory import Directory
 from tasks.plans.base import Context
 from tasks.publish import Publisher, connect
+from tasks.transients import Transients
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Gateway:
     publisher: Publisher
     directory: Directory
     blobs: BlobStore
+    transients: Transients
     waiters: Waiters
     submitter: Submitter
 
@@ -50,13 +52,15 @@ def build(settings: Settings) -> Gateway:
     engine = open_engine(settings.require_database_url(), pool_size=10, max_overflow=30)
     client = connect(settings.require_redis_url())
     publisher = Publisher(client)
+    blobs = BlobStore(str(settings.blobs.url))
     return Gateway(
         settings=settings,
         engine=engine,
         redis=client,
         publisher=publisher,
         directory=Directory(engine, settings),
-        blobs=BlobStore(str(settings.blobs.url)),
+        blobs=blobs,
+        transients=Transients(blobs),
         waiters=Waiters(settings.require_redis_url(), engine),
         submitter=Submitter(engine, publisher),
     )

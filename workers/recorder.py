@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,7 @@ class Recorder:
 
     def _record_until_stopped(self) -> None:
         while True:
-            items = [self._queue.get()]
-            while not self._queue.empty():
-                items.append(self._queue.get())
+            items = self._waiting()
             try:
                 self._record(items)
             except Exception:
@@ -107,6 +106,15 @@ class Recorder:
                 return
             if time.monotonic() - self._uses_written_at > 1.0:
                 self._write_uses()
+
+    def _waiting(self) -> list[Any]:
+        """What was handed over, all of it; nothing after a quiet second, so that counts are written in time."""
+        items = []
+        with suppress(queue.Empty):
+            items.append(self._queue.get(timeout=1.0))
+            while True:
+                items.append(self._queue.get_nowait())
+        return items
 
     def _record(self, items: list[Any]) -> None:
         """Takes the items in order; outcomes that stand together are written together."""

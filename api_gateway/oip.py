@@ -1,0 +1,197 @@
+"""The Open Inference Protocol, version 2: health, metadata, statistics and inference, as Triton's clients expect them.
+
+Errors are `{"error": …}` below /v2, FastAPI's own among them (`problems`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from api_gateway import oip_repository
+from api_gateway.auth import Known
+from api_gateway.gateway import Gateway, of
+from api_gateway.oip_infer import Lean, infer
+from api_gateway.oip_tensors import NAMES
+from api_gateway.submission import json_response
+from device_operations.errors import failure
+from tasks.store import models as store
+from tasks.store.connection import Row
+
+router = APIRouter(tags=["open inference protocol"])
+router.include_router(oip_repository.router)
+
+_INFER: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "example": {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1.0, 2.0]}]}
+            }
+        },
+    }
+}
+for _path in ("/v2/models/{model_name}/infer", "/v2/models/{model_name}/versions/{model_version}/infer"):
+    router.add_api_route(
+        _path, infer, methods=["POST"], route_class_override=Lean, openapi_extra=_INFER, response_class=Response
+    )
+
+
+@router.get("/v2")
+async def describe_server(request: Request) -> Response:
+    """The server's name, version and extensions."""
+    extensions = ["binary_tensor_data", "model_repository", "model_configuration", "statistics", "parameters"]
+    return json_response({"name": "device-operations", "version": request.app.version, "extensions": extensions})
+
+
+@router.get("/v2/health/live")
+async def live() -> Response:
+    """The process answers."""
+    return json_response({"live": True})
+
+
+@router.get("/v2/health/ready")
+async def ready(request: Request) -> Response:
+    """200 where at least one device takes jobs, else 503."""
+    snapshot = await run_in_threadpool(of(request).directory.snapshot)
+    online = any(device["state"] == "online" for device in snapshot.devices.values())
+    return json_response({"ready": online}, 200 if online else 503)
+
+
+@router.get("/v2/models/stats")
+async def all_statistics(request: Request, caller: Known) -> Response:
+    """Statistics of every loaded model."""
+    return json_response({"model_stats": await run_in_threadpool(_statistics, of(request), None, None)})
+
+
+@router.get("/v2/models/{model_name}")
+@router.get("/v2/models/{model_name}/versions/{model_version}")
+async def describe_model(
+    request: Request, caller: Known, model_name: str, model_version: str | None = None
+) -> Response:
+    """A model's inputs and outputs; -1 stands for an open dimension."""
+    model, versions = await run_in_threadpool(_find, of(request), model_name, model_version)
+    return json_response(
+        {
+            "name": model_name,
+            "versions": versions,
+            "platform": "onnxruntime_onnx",
+            "inputs": [_specification(spec) for spec in model["inputs"] or []],
+            "outputs": [_specification(spec) for spec in model["outputs"] or []],
+        }
+    )
+
+
+@router.get("/v2/models/{model_name}/ready")
+@router.get("/v2/models/{model_name}/versions/{model_version}/ready")
+async def model_ready(request: Request, caller: Known, model_name: str, model_version: str | None = None) -> Response:
+    """200 where the model can be run, 503 where it is still loading."""
+    gateway = of(request)
+    model, _ = await run_in_threadpool(_find, gateway, model_name, model_version)
+    device = gateway.directory.snapshot().devices.get(model["device_id"], {})
+    can_run = model["state"] == "loaded" and device.get("state") == "online"
+    return json_response({"name": model_name, "ready": can_run}, 200 if can_run else 503)
+
+
+@router.get("/v2/models/{model_name}/config")
+@router.get("/v2/models/{model_name}/versions/{model_version}/config")
+async def model_config(request: Request, caller: Known, model_name: str, model_version: str | None = None) -> Response:
+    """The model's configuration, as far as there is one."""
+    model, _ = await run_in_threadpool(_find, of(request), model_name, model_version)
+    options = model["options"]
+    return json_response(
+        {
+            "name": model_name,
+            "platform": "onnxruntime_onnx",
+            "backend": "onnxruntime",
+            # 0, since shapes are given whole, with their batch axis.
+            "max_batch_size": 0,
+            "input": [_configuration(spec) for spec in model["inputs"] or []],
+            "output": [_configuration(spec) for spec in model["outputs"] or []],
+            "dynamic_batching": {"max_queue_delay_microseconds": int(options.get("max_delay_ms", 0) * 1000)},
+            "parameters": {"device_operations": {"string_value": model["model_id"]}},
+        }
+    )
+
+
+@router.get("/v2/models/{model_name}/stats")
+@router.get("/v2/models/{model_name}/versions/{model_version}/stats")
+async def model_statistics(
+    request: Request, caller: Known, model_name: str, model_version: str | None = None
+) -> Response:
+    """How often the model ran, for how long, and in which batches."""
+    found = await run_in_threadpool(_statistics, of(request), model_name, model_version)
+    return json_response({"model_stats": found})
+
+
+def _find(gateway: Gateway, name: str, version: str | None) -> tuple[Row, list[str]]:
+    """The model of that name, the loaded one first, and the versions that there are of it."""
+    known = gateway.directory.models_named(name)
+    models = [model for model in known if version in (None, model["version"])] or (
+        gateway.directory.models_named(name, version) if version else []
+    )
+    if not models:
+        which = name if version is None else f"{name}, version {version},"
+        raise failure("model_not_found", f"no model {which} is loaded")
+    models.sort(key=lambda model: model["state"] != "loaded")
+    return models[0], sorted({model["version"] for model in known})
+
+
+def _statistics(gateway: Gateway, name: str | None, version: str | None) -> list[dict[str, Any]]:
+    if name is None:
+        ids = list(gateway.directory.refresh().models)
+    else:
+        _find(gateway, name, version)
+        ids = [model["model_id"] for model in gateway.directory.models_named(name, version)]
+    with gateway.engine.connect() as connection:
+        rows = [store.get(connection, model_id) for model_id in ids]
+    return [_counted(row) for row in rows if row is not None]
+
+
+def _counted(model: Row) -> dict[str, Any]:
+    counts = model["statistics"]
+
+    def duration(count: int, ns: float) -> dict[str, int]:
+        return {"count": int(count), "ns": int(ns)}
+
+    won, failed, device_ns = model["run_count"], model["failed_count"], counts.get("device_ns", 0)
+    queue_ns = counts.get("queue_ns", 0)
+    sizes = sorted(int(name[6:]) for name in counts if name.startswith("batch_") and name[6:].isdigit())
+    return {
+        "name": model["name"],
+        "version": model["version"],
+        "last_inference": int(model["last_used_at"].timestamp() * 1000) if won and model["last_used_at"] else 0,
+        "inference_count": won,
+        "execution_count": int(counts.get("executions", 0)),
+        "inference_stats": {
+            "success": duration(won, device_ns + queue_ns),
+            "fail": duration(failed, counts.get("failed_ns", 0)),
+            "queue": duration(won + failed, queue_ns),
+            "compute_input": duration(won, 0),
+            "compute_infer": duration(won, device_ns),
+            "compute_output": duration(won, 0),
+        },
+        "batch_stats": [
+            {
+                "batch_size": size,
+                "compute_infer": duration(counts[f"batch_{size}"], counts.get(f"batch_{size}_ns", 0)),
+            }
+            for size in sizes
+        ],
+    }
+
+
+def _specification(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
+
+
+def _configuration(spec: dict[str, Any]) -> dict[str, Any]:
+    name = NAMES[spec["dtype"]]
+    return {"name": spec["name"], "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}", "dims": _sides(spec)}
+
+
+def _sides(spec: dict[str, Any]) -> list[int]:
+    return [side if isinstance(side, int) else -1 for side in spec["shape"]]

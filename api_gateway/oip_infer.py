@@ -1,0 +1,255 @@
+"""Inference over the Open Inference Protocol: the one route whose every microsecond is paid a thousand times a second.
+
+read ─▶ plan ─▶ record and publish ─▶ wait for the end, or for the client to leave ─▶ answer
+
+The run is a job like any other. Its tensors above a few kilobytes go by transient files, never through JSON, a row or
+a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import orjson
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from api_gateway import jobs
+from api_gateway.auth import authenticate
+from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.oip_tensors import Asked, Raw, answer, read, stash, stashed
+from device_operations.errors import OperationError, failure, from_job_error
+from device_operations.jobs import State, new_id
+from device_operations.requests.base import JobOptions
+from tasks.database import unavailable
+from tasks.plans.inference import plan_stored_run
+from tasks.plans.residents import check_against_model, find_model, find_session, state_inputs
+from tasks.store.connection import Row
+from tasks.submit import Plan
+
+#: Bodies above this many bytes are read and answered on a thread, so that other requests are not held up.
+ON_THE_LOOP_BYTES = 65_536
+
+#: What a client gets that has left: nobody, in truth.
+CLIENT_CLOSED_REQUEST = 499
+
+
+class Lean(APIRoute):
+    """A route whose endpoint is called with the request and nothing else: no parameters solved, nothing validated."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The endpoint itself."""
+        return self.endpoint
+
+
+async def infer(request: Request) -> Response:
+    """Runs a model and answers with its outputs. A client that goes away cancels its run."""
+    gateway = of(request)
+    caller = authenticate(request)
+    body = await _body(request, gateway.settings.http.max_body_bytes)
+    heavy = len(body) > ON_THE_LOOP_BYTES
+    length = _header_length(request)
+    asked = await run_in_threadpool(read, body, length) if heavy else read(body, length)
+    name, version = request.path_params["model_name"], request.path_params.get("model_version")
+    job_id = new_id()
+    made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
+    left_behind = stashed(made.job.request["inputs"])
+    try:
+        job = await _performed(request, gateway, made, _patience(asked))
+        if job is None:
+            return Response(None, CLIENT_CLOSED_REQUEST)
+        told = job["result"]["outputs"]
+        left_behind += stashed(told)
+        header = {"model_name": name, "model_version": model["version"], "parameters": {"job_id": job_id}}
+        if asked.request_id is not None:
+            header["id"] = asked.request_id
+        big = left_behind or any(output.get("size_bytes") for output in told.values())
+        make = (request, asked, told, gateway, header)
+        return await run_in_threadpool(_answered, *make) if big else _answered(*make)
+    finally:
+        if left_behind:
+            await run_in_threadpool(gateway.transients.drop, left_behind)
+
+
+# ---- planning
+
+
+async def _planned(
+    gateway: Gateway, caller: Caller, asked: Asked, name: str, version: str | None, job_id: str, *, heavy: bool
+) -> tuple[Plan, Row]:
+    """The run's plan and its model: on the event loop where nothing is read, written or long."""
+    light = (
+        not heavy
+        and "sequence_id" not in asked.parameters
+        and gateway.directory.is_fresh()
+        and gateway.directory.snapshot().named(name, version)
+    )
+    try:
+        if light:
+            return _plan(gateway, caller, asked, name, version, job_id)
+        return await run_in_threadpool(_plan, gateway, caller, asked, name, version, job_id)
+    except Exception as error:
+        raise unavailable(error) from error
+
+
+def _plan(
+    gateway: Gateway, caller: Caller, asked: Asked, name: str, version: str | None, job_id: str
+) -> tuple[Plan, Row]:
+    context = gateway.context(caller)
+    session_id = asked.parameters.get("sequence_id")
+    if session_id and not isinstance(session_id, str):
+        raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
+    session = find_session(context, session_id) if session_id else None
+    model = find_model(context, session["model_id"] if session else None, name, version)
+    outputs = [output.name for output in asked.outputs]
+    check_against_model(model, asked.inputs, outputs, state_inputs(session))
+    inputs, _ = stash(asked, gateway.transients)
+    payload: dict[str, Any] = {"model_name": name, "inputs": inputs, "form": "transient"}
+    if outputs:
+        payload["outputs"] = outputs
+    if session:
+        payload["session_id"] = session_id
+    try:
+        return plan_stored_run(context, _options(asked), job_id, model, payload, session=session), model
+    except BaseException:
+        gateway.transients.drop(stashed(inputs))
+        raise
+
+
+def _options(asked: Asked) -> JobOptions:
+    """Priority and time limit as Triton has them: 1 is the highest priority, 0 the usual one; microseconds."""
+    options = JobOptions()
+    priority = asked.parameters.get("priority", 0)
+    if not isinstance(priority, int) or priority < 0:
+        raise failure("validation_failed", "priority is a whole number: 0 for the usual one, 1 for the highest, then 2")
+    if priority:
+        options.priority = max(0, 10 - priority)
+    patience = _patience(asked)
+    if patience is not None:
+        options.timeout_seconds = options.expires_in_seconds = patience
+    return options
+
+
+def _patience(asked: Asked) -> float | None:
+    """The seconds after which the client does not want the answer any more."""
+    timeout = asked.parameters.get("timeout")
+    if timeout is None or timeout == 0:
+        return None
+    if not isinstance(timeout, int) or timeout < 0:
+        raise failure("validation_failed", "timeout is a whole number of microseconds")
+    return timeout / 1e6
+
+
+# ---- waiting
+
+
+async def _performed(
+    request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
+) -> dict[str, Any] | None:
+    """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""
+    job_id = made.job.id
+    async with gateway.waiters.awaiting(job_id) as ended:
+        await gateway.submitter.submit([made], None, awaited=True)
+        gone = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait((ended, gone), timeout=patience_seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not ended.done():
+                with suppress(OperationError):
+                    await asyncio.shield(run_in_threadpool(jobs.cancel, gateway, job_id))
+        if not ended.done():
+            if not gone.done() or gone.cancelled():
+                raise failure("timeout", f"the run had not ended after {patience_seconds} s, and was cancelled")
+            return None
+    job: dict[str, Any] = orjson.loads(ended.result())
+    if job["state"] == State.SUCCEEDED:
+        return job
+    if job["state"] == State.EXPIRED:
+        raise failure("timeout", "the run had not started when its time was up")
+    raise from_job_error(job["error"])
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+# ---- bytes in and out
+
+
+async def _body(request: Request, limit: int) -> Raw:
+    """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(limit)
+    except ClientDisconnect:
+        raise failure("malformed_request", "the body was cut off") from None
+    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise failure("unsupported_media_type", f"Content-Encoding {encoding!r} is not supported; gzip and deflate are")
+    return await run_in_threadpool(_decompressed, body, encoding, limit)
+
+
+def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+    unpacker = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    try:
+        plain = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise failure("malformed_request", f"the body is not {encoding}: {error}") from error
+    if len(plain) > limit:
+        raise _too_large(limit)
+    if not unpacker.eof:
+        raise failure("malformed_request", f"the {encoding} body is cut off")
+    return plain
+
+
+def _answered(
+    request: Request, asked: Asked, told: dict[str, dict[str, Any]], gateway: Gateway, header: dict[str, Any]
+) -> Response:
+    parts, header_length = answer(asked, told, gateway.transients, header)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    headers = {}
+    media_type = "application/json"
+    if header_length is not None:
+        headers["Inference-Header-Content-Length"] = str(header_length)
+        media_type = "application/octet-stream"
+    # Only for who asks for one of them by name: most HTTP libraries accept both without being asked.
+    accepted = request.headers.get("accept-encoding", "").strip().lower()
+    if accepted in ("gzip", "deflate"):
+        headers["Content-Encoding"] = accepted
+        body = gzip.compress(body, 1, mtime=0) if accepted == "gzip" else zlib.compress(body, 1)
+    return Response(body, 200, headers, media_type)
+
+
+def _header_length(request: Request) -> int | None:
+    given = request.headers.get("inference-header-content-length")
+    if given is None:
+        return None
+    if not given.isdigit():
+        raise failure("malformed_request", "Inference-Header-Content-Length is not a number of bytes")
+    return int(given)
+
+
+def _too_large(limit: int) -> Exception:
+    return failure("payload_too_large", f"the body may have {limit} bytes (HTTP__MAX_BODY_BYTES)")
