@@ -63,6 +63,7 @@ class Lane:
         self._finishing: set[str] = set()
         self._remembered: OrderedDict[str, None] = OrderedDict()
         self._closed = False
+        self._woken = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,7 +108,8 @@ class Lane:
                         self._taken.add(entry.job_id)
                     return batch
                 remaining = None if deadline is None else deadline - time.monotonic()
-                if self._closed or (remaining is not None and remaining <= 0):
+                if self._closed or self._woken or (remaining is not None and remaining <= 0):
+                    self._woken = False
                     return []
                 self._ready.wait(remaining)
 
@@ -190,8 +192,9 @@ class Lane:
             return left
 
     def wake(self) -> None:
-        """Makes a waiting `take` look again."""
+        """Makes a waiting `take` come back with nothing, so that who takes can look at what else there is to do."""
         with self._lock:
+            self._woken = True
             self._ready.notify_all()
 
     # ---- all below under the lock

@@ -111,7 +111,7 @@ def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds
         row = store.lock(connection, device_id)
         burial = None
         if row is not None:
-            if row["alive"] and not _is_gone(row):
+            if row["alive"] and not is_gone(row):
                 raise failure(
                     "device_unavailable",
                     f"{device_id} is held by a worker that is alive: pid {row['pid']} on {row['host']}, epoch "
@@ -125,7 +125,7 @@ def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds
     return Lease(engine, device_id, epoch, lease_seconds), burial
 
 
-def _is_gone(row: Row) -> bool:
+def is_gone(row: Row) -> bool:
     """Whether the holder ran on this machine and is no longer there; a reused pid has another start time."""
     if row["host"] != socket.gethostname():
         return False

@@ -113,13 +113,14 @@ class Runner:
         while True:
             while self._inbox:
                 self._guarded(self._inbox.pop(0))
+            serving = self._resident.transfers is not None and self._resident.transfers.serve()
             if self._stopping.is_set() and not self._paused:
                 return
             if self._paused:
                 self._go_on()
             elif self._lease.safe and not self._lease.draining:
-                self._begin(self._lane.take(timeout_seconds=0.5))
-            else:
+                self._begin(self._lane.take(timeout_seconds=0 if serving else 0.5))
+            elif not serving:
                 time.sleep(0.05)
 
     def _go_on(self) -> None:

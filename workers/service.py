@@ -45,6 +45,7 @@ from workers.pool import LanePool
 from workers.recorder import Recorder
 from workers.resident import Resident
 from workers.runner import DEVICE_LOST_STATUS, Runner
+from workers.transfers import Transfers
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +103,9 @@ class Service:
             self._lane, self._lease, self.resident, self._recorder, self._engine,
             on_unclaimed=self._intake.unclaimed, on_device_lost=self._device_lost,
         )  # fmt: skip
+        self.resident.transfers = self._transfers = Transfers(
+            self.resident, self._publisher, settings.require_database_url(), self._lane.wake
+        )
         self._sweeper = threading.Thread(target=self._sweep_until_stopped, name="sweep", daemon=True)
 
     def run(self) -> int:
@@ -147,6 +151,7 @@ class Service:
         self._intake.stop()
         left = self._lane.close()
         self.runner.stop(cold=cold)
+        self._transfers.close()
         self._recorder.stop()
         log.info("worker stops", device_id=self.device_id, left_to_the_next=len(left))
         if not self._lease.lost.is_set():
@@ -170,6 +175,8 @@ class Service:
 
     def control(self, told: dict[str, Any]) -> None:
         """A wake-up: PostgreSQL already says so, this only makes it quick."""
+        if isinstance(told.get("send"), dict):
+            self._transfers.send(told["send"])
         job_id = str(told.get("cancel") or "")
         if job_id and not self.runner.cancel(job_id):
             entry = self._lane.discard(job_id)

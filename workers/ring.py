@@ -1,0 +1,218 @@
+"""A ring in shared memory: one process puts pieces in, another takes them out, and neither ever waits for the other.
+
+The taker makes the segment, names it after its device and epoch, touches every page of it, and removes the name as soon
+as the putter is attached: from then on nothing of it outlives the two processes, however they end. What a taker that
+died before that left behind is swept by its device's next epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+#: Pieces in the ring, and the bytes of each: together small enough to stay in the processor's own cache.
+SLOTS = 4
+SLOT_BYTES = 2 * 2**20
+
+#: The header: counters of 8 bytes first, then the length of each slot's piece, then an error as JSON.
+_HEADER_BYTES = 4096
+_ATTACHED, _PUT, _TAKEN, _CLOSED, _ERROR = range(5)
+_LENGTHS = 16
+_ERROR_AT = 1024
+
+_NAME = "devop"
+_untracked_lock = threading.Lock()
+
+
+class Ring:
+    """One end of a ring. `make` is the taker's, `attach` the putter's."""
+
+    def __init__(self, segment: shared_memory.SharedMemory, *, mine: bool) -> None:
+        self.name = segment.name
+        self._segment = segment
+        assert segment.buf is not None
+        self._bytes: memoryview = segment.buf
+        self._mine = mine
+        self._named = mine
+        self._words = np.frombuffer(self._bytes, np.int64, _HEADER_BYTES // 8)
+        self._fence = threading.Lock()
+
+    @classmethod
+    def make(cls, name: str) -> Ring:
+        """A new ring, every page of it held. Raises `OSError` where shared memory is too small, or not to be had."""
+        size = _HEADER_BYTES + SLOTS * SLOT_BYTES
+        with _untracked():
+            segment = shared_memory.SharedMemory(name, create=True, size=size)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                # Without it, a full /dev/shm shows only at the first touch, as a SIGBUS.
+                os.posix_fallocate(segment._fd, 0, size)  # type: ignore[attr-defined]
+            ring = cls(segment, mine=True)
+            np.frombuffer(ring._bytes, np.uint8, size).fill(0)
+        except OSError:
+            segment.close()
+            _unlink(segment)
+            raise
+        return ring
+
+    @classmethod
+    def attach(cls, name: str) -> Ring:
+        """The other end of a ring that is there. Raises `OSError` where it is not, or not on this machine."""
+        with _untracked():
+            ring = cls(shared_memory.SharedMemory(name), mine=False)
+        ring._words[_ATTACHED] = 1
+        return ring
+
+    # ---- the putter's end
+
+    def room(self) -> memoryview | None:
+        """The next free slot, to be filled and then `put`; None while all are full."""
+        if self._words[_PUT] - self._words[_TAKEN] >= SLOTS:
+            return None
+        return self._slot(int(self._words[_PUT]))
+
+    def put(self, size_bytes: int) -> None:
+        """Hands over the slot that `room` gave, with that many bytes in it."""
+        self._words[_LENGTHS + int(self._words[_PUT]) % SLOTS] = size_bytes
+        self._settle()
+        self._words[_PUT] += 1
+
+    def fail(self, error: dict[str, Any]) -> None:
+        """Tells the taker why nothing more comes."""
+        text = orjson.dumps(error)[: _HEADER_BYTES - _ERROR_AT]
+        self._bytes[_ERROR_AT : _ERROR_AT + len(text)] = text
+        self._settle()
+        self._words[_ERROR] = len(text)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the taker has given up."""
+        return bool(self._words[_CLOSED])
+
+    # ---- the taker's end
+
+    def piece(self) -> memoryview | None:
+        """The oldest piece, valid until `taken`; None while there is none."""
+        taken = int(self._words[_TAKEN])
+        if self._words[_PUT] <= taken:
+            return None
+        self._settle()
+        return self._slot(taken)[: int(self._words[_LENGTHS + taken % SLOTS])]
+
+    def taken(self) -> None:
+        """Gives the oldest piece's slot back."""
+        self._settle()
+        self._words[_TAKEN] += 1
+
+    @property
+    def attached(self) -> bool:
+        """Whether the putter is there."""
+        return bool(self._words[_ATTACHED])
+
+    def forget_name(self) -> None:
+        """Removes the segment's name: the putter is attached, so nobody needs it any more."""
+        if self._named:
+            self._named = False
+            _unlink(self._segment)
+
+    def error(self) -> dict[str, Any] | None:
+        """What the putter failed with."""
+        size = int(self._words[_ERROR])
+        if not size:
+            return None
+        self._settle()
+        told: dict[str, Any] = orjson.loads(bytes(self._bytes[_ERROR_AT : _ERROR_AT + size]))
+        return told
+
+    def close(self) -> None:
+        """Lets this end go; the taker's also tells the putter that nobody takes any more."""
+        if self._mine:
+            self._words[_CLOSED] = 1
+            self.forget_name()
+        del self._words
+        try:
+            self._segment.close()
+        except BufferError:
+            # A view of a slot is still held; the mapping goes with it.
+            return
+
+    def _slot(self, number: int) -> memoryview:
+        start = _HEADER_BYTES + number % SLOTS * SLOT_BYTES
+        return self._bytes[start : start + SLOT_BYTES]
+
+    def _settle(self) -> None:
+        """What was written before is seen before what is written after, on processors that reorder too: two locks
+        taken and given back are a full barrier.
+        """
+        with self._fence:
+            pass
+        with self._fence:
+            pass
+
+
+def segment_name(owner: str, epoch: int, number: int) -> str:
+    """The name of a device's segment under an epoch. `owner` tells this device from any other on the machine."""
+    return f"{_prefix(owner)}{epoch}-{number}"
+
+
+def sweep(owner: str, epoch: int) -> int:
+    """Removes the segments of a device's earlier epochs; gives how many there were. Only Linux can list them."""
+    folder = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
+    if not sys.platform.startswith("linux") or not folder.is_dir():
+        return 0
+    prefix = _prefix(owner)
+    found = 0
+    for path in folder.glob(f"{prefix}*"):
+        number = path.name.removeprefix(prefix).partition("-")[0]
+        if number.isdigit() and int(number) < epoch:
+            path.unlink(missing_ok=True)
+            found += 1
+    return found
+
+
+def _prefix(owner: str) -> str:
+    # Short: macOS allows 30 characters.
+    return f"{_NAME}-{hashlib.sha256(owner.encode()).hexdigest()[:10]}-"
+
+
+def _unlink(segment: shared_memory.SharedMemory) -> None:
+    with _untracked():
+        try:
+            segment.unlink()
+        except FileNotFoundError:
+            return
+
+
+@contextmanager
+def _untracked() -> Iterator[None]:
+    """Keeps Python's resource tracker out of it: until 3.13 it removes, at a process's end, segments of others too."""
+    if sys.platform == "win32":
+        yield
+        return
+    tracker = shared_memory.resource_tracker  # type: ignore[attr-defined]
+    with _untracked_lock:
+        shared_memory.resource_tracker = _NoTracker  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            shared_memory.resource_tracker = tracker  # type: ignore[attr-defined]
+
+
+class _NoTracker:
+    @staticmethod
+    def register(name: str, rtype: str) -> None:
+        """Nothing is noted."""
+
+    @staticmethod
+    def unregister(name: str, rtype: str) -> None:
+        """Nothing was noted."""
