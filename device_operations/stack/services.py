@@ -19,6 +19,9 @@ from device_operations.stack.supervisor import Service
 #: A worker finishes the step that runs when it is asked to stop; what waits goes to the next worker.
 WORKER_GRACE_SECONDS = 30
 
+#: A worker refuses a device whose lease a killed one has left; with their pauses, so many starts outlast it.
+WORKER_FAILED_STARTS = 6
+
 GATEWAY = ("-m", "api_gateway")
 MIGRATE = ("-m", "migrations", "upgrade")
 FLOWER = ("-m", "device_operations.stack.flower")
@@ -62,6 +65,7 @@ def worker(device_id: str, environment: Mapping[str, str], folder: Path | None =
     return Service(
         Command(f"worker-{device_id}", command, environment, folder, grace_seconds=WORKER_GRACE_SECONDS),
         remedy="run `device-operations doctor` to see what this machine's devices lack",
+        failed_starts=WORKER_FAILED_STARTS,
     )
 
 

@@ -30,9 +30,6 @@ from device_operations.stack.state import read_private, write_private
 LONGEST_BACKOFF_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 
-#: A child that ends so often before it was ever ready will not become so.
-FAILED_STARTS = 3
-
 #: The exit status of a program that refuses its settings: trying again does not help.
 REFUSED_STATUS = 2
 
@@ -61,6 +58,8 @@ class Service:
     url: str = ""
     remedy: str = ""
     ready_within_seconds: float = 60
+    #: Ended so often in a row before all is ready, it will not come up.
+    failed_starts: int = 3
 
 
 @dataclass(slots=True)
@@ -118,15 +117,15 @@ class Supervisor:
         began = time.monotonic()
         while waiting := [child for child in waiting if not self._is_ready(child)]:
             self.tick()
-            self.check(FAILED_STARTS)
+            self.check()
             for child in waiting:
                 if time.monotonic() - began > child.service.ready_within_seconds:
                     raise StackError(_never_ready(child))
 
-    def check(self, failed_starts: int) -> None:
+    def check(self) -> None:
         """Raises `StackError` for a child that has ended so often in a row, or refuses its settings."""
         for child in self.children:
-            if child.failures >= failed_starts or child.last_status == REFUSED_STATUS:
+            if child.failures >= child.service.failed_starts or child.last_status == REFUSED_STATUS:
                 raise StackError(_never_ready(child))
 
     def _is_ready(self, child: Child) -> bool:

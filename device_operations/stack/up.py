@@ -27,10 +27,6 @@ from device_operations.stack.supervisor import Service, Stopped, Supervisor
 #: From the start of the gateway until a device is online: a GPU's first contact takes many seconds.
 READY_WITHIN_SECONDS = 180
 
-#: A child that ends so often before the stack is ready will not come up. As many as it takes to outlast the lease
-#: that a killed worker has left on its device.
-FAILED_STARTS = 6
-
 #: A busy port that nobody asked for gives way to one of the next so many.
 PORTS_TRIED = 20
 
@@ -176,7 +172,7 @@ def _await_ready(http_url: str, supervisor: Supervisor) -> None:
         if time.monotonic() > deadline:
             raise StackError(f"{http_url}/readyz is not 200 after {READY_WITHIN_SECONDS} s; it last said: {said}")
         supervisor.tick()
-        supervisor.check(failed_starts=FAILED_STARTS)
+        supervisor.check()
 
 
 @contextlib.contextmanager
