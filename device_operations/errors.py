@@ -106,7 +106,8 @@ class OperationError(Exception):
         retry_after_seconds: int | None = None,
         errors: list[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(message)
+        # What Celery stores of an exception, and makes it of again on the other side.
+        super().__init__(code, message)
         known = CODES[code]
         self.code = code
         self.status = known.status
@@ -116,6 +117,9 @@ class OperationError(Exception):
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
         self.errors = errors
+
+    def __str__(self) -> str:
+        return self.message
 
     def as_job_error(self) -> dict[str, Any]:
         """The error as a failed job carries it: `{"code", "message", "retryable", "detail"}`."""

@@ -7,6 +7,7 @@ succeeded, failed or revoked when its outcome is recorded, so Flower and `celery
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -114,8 +115,8 @@ def exception_info(error: dict[str, Any]) -> Any:
     """A recorded error in the form in which Celery reports exceptions."""
     try:
         raise from_job_error(error)
-    except Exception as raised:  # noqa: BLE001 - caught to take its traceback along
-        return ExceptionInfo((type(raised), raised, None))
+    except Exception:  # noqa: BLE001 - caught to take its traceback along, which Celery cannot do without
+        return ExceptionInfo(sys.exc_info())
 
 
 def _brief(view: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import structlog
 from celery import Celery
 from sqlalchemy import Engine
 
-from device_operations.errors import failure
+from device_operations.errors import failure, from_job_error
 from device_operations.jobs import State
 from tasks import lifecycle
 from tasks.database import until_reachable
@@ -27,7 +27,7 @@ from tasks.store import jobs as store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
 from workers.lane import Lane
-from workers.pool import Handle, exception_info
+from workers.pool import Handle
 from workers.uses import Uses
 from workers.work import Work, named
 
@@ -211,8 +211,7 @@ class Recorder:
             if row["state"] == State.SUCCEEDED:
                 self._app.backend.mark_as_done(row["id"], row["result"])
             elif row["state"] == State.FAILED:
-                info = exception_info(row["error"])
-                self._app.backend.mark_as_failure(row["id"], info.exception, traceback=None)
+                self._app.backend.mark_as_failure(row["id"], from_job_error(row["error"]), traceback=None)
             else:
                 self._app.backend.mark_as_revoked(row["id"], reason=row["state"])
         except Exception as error:  # noqa: BLE001 - the record stands; a result backend that is away must not stop jobs

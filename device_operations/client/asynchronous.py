@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from device_operations.client import connection
-from device_operations.client.blobs import CHUNK_BYTES, Blobs
+from device_operations.client.blobs import Blobs
 from device_operations.client.calls import Call, Content, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
 from device_operations.client.exchange import Course, Policy
@@ -125,7 +125,7 @@ class _Driver:
         if response.status_code >= 400:
             await response.aread()
         else:
-            body = response.aiter_lines() if call.stream is str else response.aiter_bytes(CHUNK_BYTES)
+            body = response.aiter_lines() if call.stream is str else response.aiter_bytes()
             response.extensions[connection.PIECES] = body
         return response
 

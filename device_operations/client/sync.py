@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from device_operations.client import connection
-from device_operations.client.blobs import CHUNK_BYTES, Blobs
+from device_operations.client.blobs import Blobs
 from device_operations.client.calls import Call, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
 from device_operations.client.exchange import Course, Policy
@@ -134,6 +134,6 @@ class _Driver:
         if response.status_code >= 400:
             response.read()
         else:
-            body = response.iter_lines() if call.stream is str else response.iter_bytes(CHUNK_BYTES)
+            body = response.iter_lines() if call.stream is str else response.iter_bytes()
             response.extensions[connection.PIECES] = body
         return response
