@@ -23,6 +23,8 @@ def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> Array | Buffe
     dtype, shape = tensor["dtype"], tensor["shape"]
     what = f"input {name!r}"
     allocation_id = tensor.get("allocation_id")
+    if allocation_id and tensor.get("device_id") not in (None, resident.device_id):
+        return from_bytes(_fetched(resident, tensor), dtype, shape, what)
     if allocation_id:
         return view(resident, allocation_id, tensor.get("offset", 0), dtype, tuple(shape))
     if dtype == "string" and "data" not in tensor:
@@ -32,6 +34,19 @@ def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> Array | Buffe
     return decode(Tensor.model_construct(**tensor), what)
 
 
+def _fetched(resident: Resident, tensor: dict[str, Any]) -> bytearray:
+    """A tensor's bytes from another device's allocation."""
+    assert resident.transfers is not None
+    size = math.prod(tensor["shape"]) * FIXED_DTYPES[tensor["dtype"]]
+    return resident.transfers.fetch_now(tensor["device_id"], tensor["allocation_id"], tensor.get("offset", 0), size)
+
+
+def staged_bytes(inputs: dict[str, dict[str, Any]]) -> int:
+    """The bytes of a request's tensors that lie on another device than the job."""
+    elsewhere = [tensor for tensor in inputs.values() if tensor.get("device_id")]
+    return sum(math.prod(tensor["shape"]) * FIXED_DTYPES[tensor["dtype"]] for tensor in elsewhere)
+
+
 def view(
     resident: Resident, allocation_id: str, offset: int, dtype: str | None = None, shape: tuple[int, ...] | None = None
 ) -> BufferView:
@@ -39,6 +54,8 @@ def view(
     buffer = resident.allocations.get(allocation_id)
     if buffer is None:
         raise failure("allocation_not_found", f"{resident.device_id} holds no allocation {allocation_id!r}")
+    if dtype is None:  # an output goes there
+        resident.hashes.pop(allocation_id, None)
     return BufferView(buffer, offset, dtype, shape)
 
 

@@ -114,14 +114,14 @@ class Transfers:
             elif ring is not None:
                 ring.close()
 
-    def fetch_now(self, job_id: str, device_id: str, allocation_id: str, offset: int, size_bytes: int) -> bytearray:
+    def fetch_now(self, device_id: str, allocation_id: str, offset: int, size_bytes: int) -> bytearray:
         """The same at once, for work that cannot pause; what others ask of this device meanwhile goes on."""
         data = bytearray(size_bytes)
 
         def keep(start: int, piece: memoryview) -> None:
             data[start : start + len(piece)] = piece
 
-        for _ in self.fetch(job_id, device_id, allocation_id, offset, size_bytes, keep):
+        for _ in self.fetch(new_id(), device_id, allocation_id, offset, size_bytes, keep):
             self.serve()
         return data
 

@@ -65,13 +65,13 @@ def deallocated(
 
 def changed(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
     """A copy, clear, write or read ended: the hash of the bytes is what it told, or is no longer known."""
-    hashes: dict[str, str | None] = {}
+    hashes: dict[str, tuple[str | None, str]] = {}
     for job in sorted(jobs, key=lambda job: job["seq"]):
         told = facts.get(job["id"], {})
         if "sha256" in told:
-            hashes[job["resource_id"]] = told["sha256"]
+            hashes[job["resource_id"]] = (told["sha256"], job["id"])
         elif job["started_at"] is not None and job["kind"] != Kind.MEMORY_READ:
-            hashes[job["resource_id"]] = None
+            hashes[job["resource_id"]] = (None, job["id"])
     if hashes:
         allocations.set_sha256(connection, hashes)
     return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -12,6 +14,7 @@ from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, owner_of, place, store_tensors
+from tasks.plans.memory import forget_hashes
 from tasks.plans.models import content_of
 from tasks.plans.residents import (
     allocations_of,
@@ -86,14 +89,18 @@ def plan_run(context: Context, request: Run, job_id: str) -> Plan:
     if session and set(request.into or ()) & set(session["state_map"]):
         raise failure("validation_failed", "into names a state output; state stays with the session")
     allocations = allocations_of(request)
-    if allocations:
-        check_allocations(context, request, allocations, model["device_id"])
+    staged = check_allocations(context, request, model["device_id"]) if allocations else {}
     inputs, blob_ids = store_tensors(context, request.inputs, owner)
     payload = request.payload()
     payload["inputs"] = {name: tensor.model_dump(mode="json", exclude_unset=True) for name, tensor in inputs.items()}
-    return plan_stored_run(
+    for name, device_id in staged.items():
+        payload["inputs"][name]["device_id"] = device_id
+    made = plan_stored_run(
         context, request.job, job_id, model, payload, session=session, allocations=allocations, blob_ids=blob_ids
     )
+    written = {place.allocation_id for place in (request.into or {}).values()}
+    # What is written into an allocation has a hash that nobody knows.
+    return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
 
 
 def plan_stored_run(

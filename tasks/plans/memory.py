@@ -210,6 +210,11 @@ def check_allocations(context: Context, ranges: Iterable[Range]) -> dict[str, Ro
     return found
 
 
+def forget_hashes(connection: Connection, allocation_ids: Iterable[str]) -> None:
+    """Another noun's job is about to change these allocations' bytes."""
+    store.forget_sha256(connection, list(allocation_ids))
+
+
 def find(context: Context, allocation_id: str) -> Row:
     """A usable allocation of the caller's: pending or active."""
     return find_many(context, [allocation_id])[allocation_id]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +10,8 @@ from device_operations.requests.inference import Run
 from device_operations.tensors import FIXED_DTYPES
 from tasks.directory import Snapshot
 from tasks.plans.base import Context
-from tasks.store import allocations as allocation_store
+from tasks.plans.memory import Range
+from tasks.plans.memory import check_allocations as find_ranges
 from tasks.store import models as model_store
 from tasks.store.connection import Row
 
@@ -116,35 +116,31 @@ def allocations_of(request: Run) -> tuple[str, ...]:
     return tuple(sorted(named | {into.allocation_id for into in (request.into or {}).values()}))
 
 
-def check_allocations(context: Context, request: Run, allocation_ids: Sequence[str], device_id: str) -> None:
-    """Refuses allocations that are not the caller's, are gone, lie elsewhere, or end before the tensor does."""
-    with context.engine.connect() as connection:
-        known = allocation_store.get_many(connection, allocation_ids)
-    for allocation_id in allocation_ids:
-        row = known.get(allocation_id)
-        if row is None or not context.may_see(row["owner"]) or row["state"] in ("freed", "failed"):
-            raise failure("allocation_not_found", f"there is no allocation {allocation_id!r} that is active")
-        if row["state"] == "lost":
-            raise failure("allocation_lost", f"allocation {allocation_id} was lost with its worker; allocate it again")
-        if row["device_id"] != device_id:
-            raise failure(
-                "validation_failed",
-                f"allocation {allocation_id} is on {row['device_id']} and the model on {device_id}; copy it to an "
-                f"allocation on {device_id} first (POST /api/memory/copy)",
-            )
+def check_allocations(context: Context, request: Run, device_id: str) -> dict[str, str]:
+    """Refuses allocations that are not the caller's, are gone, or end before the tensor does.
+
+    Gives the inputs that lie on another device than the model, by name, with that device: they are staged. An output
+    cannot be written to another device.
+    """
+    ranges = {}
     for name, tensor in request.inputs.items():
         if tensor.allocation_id is None:
             continue
         if tensor.dtype not in FIXED_DTYPES:
             raise failure("dtype_unsupported", f"input {name!r}: {tensor.dtype} has no place in an allocation")
-        there = known[tensor.allocation_id]["size_bytes"]
-        needed = math.prod(tensor.shape) * FIXED_DTYPES[tensor.dtype]
-        if tensor.offset + needed > there:
+        ranges[name] = Range(tensor.allocation_id, tensor.offset, tensor.size_bytes)
+    places = [Range(place.allocation_id, place.offset, 1) for place in (request.into or {}).values()]
+    known = find_ranges(context, [*ranges.values(), *places])
+    for place in places:
+        there = known[place.allocation_id]["device_id"]
+        if there != device_id:
             raise failure(
-                "out_of_range",
-                f"input {name!r}: {tensor.dtype} {tensor.shape} takes {needed} bytes from offset {tensor.offset}, "
-                f"but allocation {tensor.allocation_id} has {there}",
+                "validation_failed",
+                f"into names allocation {place.allocation_id} on {there}, and the model is on {device_id}; write the "
+                f"output into an allocation on {device_id} and copy it (POST /api/memory/copy)",
             )
+    lying = {name: known[one.allocation_id]["device_id"] for name, one in ranges.items()}
+    return {name: there for name, there in lying.items() if there != device_id}
 
 
 def _no_model(model_id: str, gone: Row | None) -> Exception:

@@ -156,16 +156,34 @@ def being_freed(connection: Connection, device_id: str) -> list[Row]:
     )
 
 
-def set_sha256(connection: Connection, hashes: dict[str, str | None]) -> None:
-    """Notes the hash of all bytes of each allocation, or with None that it is not known."""
+def set_sha256(connection: Connection, hashes: dict[str, tuple[str | None, str]]) -> None:
+    """Notes the hash of all bytes of each allocation, and the job that found it out; None: it is not known.
+
+    Where a later job names the allocation already, that one may change it: then nothing is noted.
+    """
     execute(
         connection,
         f"""
-        UPDATE allocations SET sha256 = new.sha256
-        FROM unnest(%(ids)s::text[], %(hashes)s::text[]) AS new (id, sha256)
-        WHERE allocation_id = new.id AND {_LIVE} AND allocations.sha256 IS DISTINCT FROM new.sha256
+        UPDATE allocations SET sha256 = CASE WHEN o.last_job_id = new.job_id THEN new.sha256 END
+        FROM unnest(%(ids)s::text[], %(hashes)s::text[], %(jobs)s::text[]) AS new (id, sha256, job_id)
+            LEFT JOIN resource_order o ON o.resource_id = new.id
+        WHERE allocation_id = new.id AND {_LIVE}
+          AND (allocations.sha256 IS NOT NULL OR new.sha256 IS NOT NULL)
         """,
-        {"ids": list(hashes), "hashes": list(hashes.values())},
+        {
+            "ids": list(hashes),
+            "hashes": [sha256 for sha256, _ in hashes.values()],
+            "jobs": [job_id for _, job_id in hashes.values()],
+        },
+    )
+
+
+def forget_sha256(connection: Connection, allocation_ids: Collection[str]) -> None:
+    """These allocations' bytes are about to change."""
+    execute(
+        connection,
+        "UPDATE allocations SET sha256 = NULL WHERE allocation_id = ANY(%(ids)s) AND sha256 IS NOT NULL",
+        {"ids": list(allocation_ids)},
     )
 
 

@@ -20,7 +20,7 @@ from workers.devices.onnx_tensors import Feed, Kept
 from workers.models import close, facts, open_model, revive
 from workers.resident import Resident, ResidentModel
 from workers.sessions import fed_by, left_by, session_of
-from workers.tensors import feed, give, hand_over, view
+from workers.tensors import feed, give, hand_over, staged_bytes, view
 from workers.work import Work, named
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
     model = resident.models.get(works[0].request["model_id"])
     if model is None:
         missing = failure("model_not_found", f"{resident.device_id} does not hold model {works[0].request['model_id']}")
-        return [work.failed(missing) for work in works]
+        return [_failed(work, missing) for work in works]
     outcomes: dict[str, Outcome] = {}
     fed: list[tuple[Work, Feeds]] = []
     for work in works:
@@ -133,7 +133,8 @@ def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -
     device_ms = _since(began)
     told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
     told |= {name: outputs[name] for name in into}
-    outcome = _outcome(resident, work, told, 1, device_ms, executions=1, staged_bytes=model.onnx.staged_bytes)
+    staged = model.onnx.staged_bytes + staged_bytes(request["inputs"])
+    outcome = _outcome(resident, work, told, 1, device_ms, executions=1, staged_bytes=staged)
     if session is not None:
         # The state goes on only with a run whose result can be told.
         _encoded(outcome)
@@ -256,7 +257,11 @@ def _guarded(resident: Resident, work: Work, step: Callable[[], Any]) -> Any:
     try:
         return step()
     except Exception as error:  # noqa: BLE001 - any failure of one run is that run's outcome
-        return work.failed(_known(resident, error))
+        return _failed(work, _known(resident, error))
+
+
+def _failed(work: Work, error: OperationError) -> Outcome:
+    return work.failed(error, session_id=work.request.get("session_id"))
 
 
 def _known(resident: Resident, error: Exception) -> OperationError:
@@ -271,7 +276,7 @@ def _stopped(work: Work) -> Outcome:
     try:
         work.cancel.check()
     except OperationError as error:
-        return work.failed(error)
+        return _failed(work, error)
     raise AssertionError("the work was not stopped")
 
 
