@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -59,10 +59,13 @@ async def unload_model(
     back in no other way.
     """
     body = {"model_id": model_id, "force": force, "recycle": recycle}
-    answer = await submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body)
-    if force:
-        await run_in_threadpool(_wake_cancelled, of(request), model_id)
-    return answer
+    if not force:
+        return await submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body)
+    submitting = asyncio.ensure_future(submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body))
+    # The runs are marked in the unload's own transaction; workers see it within a second, or at once when told.
+    await asyncio.wait((submitting,), timeout=0.05)
+    await run_in_threadpool(_wake_cancelled, of(request), model_id)
+    return await submitting
 
 
 @router.post("/api/inference/sessions", status_code=201, openapi_extra=body_schema("open_session"))
@@ -75,6 +78,24 @@ async def open_session(request: Request, caller: Known) -> Response:
     except Exception as error:
         raise unavailable(error) from error
     return json_response(session_view(row), 201, {"Location": f"/api/inference/status/{row['session_id']}"})
+
+
+@router.get("/api/inference/sessions")
+async def list_sessions(
+    request: Request,
+    caller: Known,
+    state: Literal["active", "closed", "expired", "lost"] | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Response:
+    """The caller's inference sessions, newest first; an admin sees everybody's."""
+    gateway = of(request)
+    owner = None if caller.admin else caller.owner
+
+    def read() -> list[Row]:
+        with gateway.engine.connect() as connection:
+            return store.page_sessions(connection, owner=owner, state=state, limit=limit)
+
+    return json_response({"sessions": [session_view(row) for row in await run_in_threadpool(read)]})
 
 
 @router.get("/api/inference/status/{session_id}")

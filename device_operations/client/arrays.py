@@ -44,9 +44,9 @@ def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, Any]]
 def received(tensor: Mapping[str, Any], name: str) -> Flow[Any]:
     """The array of a tensor that a job gave back, downloaded where it is a blob.
 
-    What stayed on the device (`into`) is given as the object that says where.
+    What stayed on the device (`into`) is given as the object that says where, which is a tensor for the next run.
     """
-    if "into" in tensor or tensor.get("allocation_id") is not None:
+    if tensor.get("allocation_id") is not None:
         return dict(tensor)
     if tensor.get("blob_id") is not None:
         raw = yield from blobs.read(at("/api/blobs/{}", tensor["blob_id"]))

@@ -134,10 +134,16 @@ def read(path: str, start: int = 0, end: int | None = None) -> Flow[bytes]:
         return b""
     headers = {} if (start, end) == (0, None) else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
     response = yield Call("GET", path, headers=headers)
+    partial: bytes = response.content
+    return partial if response.status_code == 206 else checked(response)
+
+
+def checked(response: httpx.Response) -> bytes:
+    """The body, which must have the hash that was announced with it, if one was."""
     content: bytes = response.content
     expected = response.headers.get("x-content-sha256")
-    if not headers and expected:
-        _require_hash(path, hashlib.sha256(content).hexdigest(), expected)
+    if expected:
+        _require_hash(response.request.url.path, hashlib.sha256(content).hexdigest(), expected)
     return content
 
 

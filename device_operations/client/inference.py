@@ -147,10 +147,16 @@ class Inference(Noun[Mode]):
         return session
 
     @operation
-    def close_session(self, session_id: str) -> Flow[Any]:
-        """Closes a session and frees its state; answers what the gateway says."""
-        response = yield Call("DELETE", at("/api/inference/sessions/{}", session_id))
-        return response.json() if response.content else None
+    def sessions(self, *, state: str | None = None) -> Flow[list[dict[str, Any]]]:
+        """The newest sessions, at most 100; `state` is active, closed, expired or lost."""
+        answer = yield from get("/api/inference/sessions", state=state)
+        sessions: list[dict[str, Any]] = answer["sessions"]
+        return sessions
+
+    @operation
+    def close_session(self, session_id: str, **given: Unpack[Submission]) -> Flow[Job]:
+        """Closes a session after the runs that were submitted before, and frees its state."""
+        return (yield from submission(Kind.INFERENCE_CLOSE_SESSION, {"session_id": session_id}, given))
 
 
 def _run(

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import httpx
 
-from device_operations.client.calls import Call, Emit, Flow, Next, Sleep, at, get
+from device_operations.client.calls import Call, Content, Emit, Flow, Next, Sleep, at, get
 from device_operations.client.operations import Mode, Noun, emits, operation
 from device_operations.errors import failure, from_job_error
 from device_operations.jobs import Job, Kind, State
@@ -33,6 +33,7 @@ _ROUTES: dict[Kind, str] = {
     Kind.INFERENCE_LOAD_MODEL: "POST /api/inference/load-model",
     Kind.INFERENCE_RUN: "POST /api/inference/run",
     Kind.INFERENCE_UNLOAD_MODEL: "DELETE /api/inference/unload-model/{model_id}?force,recycle",
+    Kind.INFERENCE_CLOSE_SESSION: "DELETE /api/inference/sessions/{session_id}",
     Kind.TRAINING_INITIALIZE: "POST /api/training/initialize",
     Kind.TRAINING_STEP: "POST /api/training/step",
     Kind.TRAINING_CHECKPOINT: "POST /api/training/checkpoint",
@@ -197,9 +198,18 @@ def submission(kind: Kind | str, request: JobRequest | Mapping[str, Any], given:
     else:
         response = yield call
         job = Job.model_validate_json(response.content)
-    while not job.terminal and (left := deadline - time.monotonic()) > 0:
-        job = yield from read(job.job_id, left)
-    return job
+    return (yield from _until(job, deadline))
+
+
+def submission_of_bytes(path: str, params: Mapping[str, Any], content: Content, given: Submission) -> Flow[Job]:
+    """The same for a request whose body is raw bytes."""
+    wait = given.get("wait", 0)
+    deadline = time.monotonic() + wait
+    headers = _headers(given.get("idempotency_key"), wait)
+    response = yield Call(
+        "PUT", path, params, content=content, headers=headers, waits_seconds=min(wait, MAX_WAIT_SECONDS), keyed=True
+    )
+    return (yield from _until(Job.model_validate_json(response.content), deadline))
 
 
 def read(job_id: str, wait: float = 0) -> Flow[Job]:
@@ -281,19 +291,28 @@ def _call(kind: Kind, body: dict[str, Any], key: str | None, wait: float) -> Cal
         return None
     for name, value in named.items():
         path = at(path.replace(f"{{{name}}}", "{}"), value)
-    headers = {"Prefer": f"wait={min(wait, MAX_WAIT_SECONDS):g}"} if wait > 0 else {}
     return Call(
         method,
         path,
         params,
         json=None if method == "DELETE" else rest,
-        headers=headers | ({"Idempotency-Key": key} if key else {}),
+        headers=_headers(key, wait),
         waits_seconds=min(wait, MAX_WAIT_SECONDS),
         keyed=True,
     )
 
 
+def _until(job: Job, deadline: float) -> Flow[Job]:
+    while not job.terminal and (left := deadline - time.monotonic()) > 0:
+        job = yield from read(job.job_id, left)
+    return job
+
+
+def _headers(key: str | None, wait: float) -> dict[str, str]:
+    preferred = {"Prefer": f"wait={min(wait, MAX_WAIT_SECONDS):g}"} if wait > 0 else {}
+    return preferred | ({"Idempotency-Key": key} if key else {})
+
+
 def _bulk(entries: list[dict[str, Any]], key: str | None) -> Flow[list[Job]]:
-    headers = {"Idempotency-Key": key} if key else {}
-    response = yield Call("POST", "/api/jobs", json={"jobs": entries}, headers=headers, keyed=True)
+    response = yield Call("POST", "/api/jobs", json={"jobs": entries}, headers=_headers(key, 0), keyed=True)
     return [Job.model_validate(entry) for entry in response.json()["jobs"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from device_operations.client import arrays, blobs
 from device_operations.client.blobs import Body, Source
-from device_operations.client.calls import Call, Flow, at, get
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
-from device_operations.client.operations import Mode, Noun, operation
+from device_operations.client.calls import Call, Emit, Flow, at, get
+from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, submission_of_bytes, succeeded
+from device_operations.client.operations import Mode, Noun, emits, operation
 from device_operations.jobs import Job, Kind
 from device_operations.tensors import from_bytes
 
@@ -89,39 +90,20 @@ class Memory(Noun[Mode]):
         offset: int = 0,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
-        """Writes bytes, a file, or an array's elements into an allocation.
-
-        The bytes go into the blob store first, so that the write can be sent again safely.
-        """
+        """Writes bytes, a file, or an array's elements into an allocation."""
         source: Any = data
         if hasattr(source, "__array__"):
             source = arrays.raw_bytes(source)
+        if "job" not in given:
+            return (yield from submission_of_bytes(_data(allocation_id), {"offset": offset}, Body(source), given))
         blob = yield from blobs.upload(source)
         fields = {"allocation_id": allocation_id, "offset": offset, "blob_id": blob.blob_id, "sha256": blob.sha256}
         return (yield from submission(Kind.MEMORY_WRITE, fields, given))
 
     @operation
-    def put(self, allocation_id: str, data: Source, *, offset: int = 0) -> Flow[Job]:
-        """Writes in one request, and waits up to a minute for its end; not repeated when a connection breaks."""
-        response = yield Call(
-            "PUT",
-            _data(allocation_id),
-            {"offset": offset},
-            content=Body(data),
-            headers={"Prefer": f"wait={MAX_WAIT_SECONDS:g}"},
-            waits_seconds=MAX_WAIT_SECONDS,
-            repeatable=False,
-        )
-        return Job.model_validate_json(response.content)
-
-    @operation
     def read(self, allocation_id: str, *, offset: int = 0, size_bytes: int | None = None) -> Flow[bytes]:
         """The bytes of a range, as the jobs submitted before leave it."""
-        response = yield Call(
-            "GET", _data(allocation_id), {"offset": offset, "size_bytes": size_bytes}, waits_seconds=MAX_WAIT_SECONDS
-        )
-        content: bytes = response.content
-        return content
+        return (yield from _read(allocation_id, offset, size_bytes))
 
     @operation
     def read_array(
@@ -130,20 +112,18 @@ class Memory(Noun[Mode]):
         """The elements that lie in an allocation, as a read-only array."""
         import numpy as np
 
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        if size == 0:
-            return np.zeros(shape, dtype)
-        response = yield Call(
-            "GET", _data(allocation_id), {"offset": offset, "size_bytes": size}, waits_seconds=MAX_WAIT_SECONDS
-        )
-        return from_bytes(response.content, dtype, list(shape), allocation_id)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raw = (yield from _read(allocation_id, offset, size)) if size else b""
+        return from_bytes(raw, dtype, list(shape), allocation_id)
 
     @operation
     def download(self, allocation_id: str, path: str | os.PathLike[str]) -> Flow[Path]:
-        """Writes a whole allocation to a file, in pieces."""
+        """Writes a whole allocation to a file, which is there only once it is whole."""
         job = yield from submission(Kind.MEMORY_READ, {"allocation_id": allocation_id}, {})
         result = yield from succeeded(job, None)
-        return (yield from blobs.download(at("/api/blobs/{}", result["blob_id"]), Path(path)))
+        target = yield from blobs.download(at("/api/blobs/{}", result["blob_id"]), Path(path))
+        yield Call("DELETE", at("/api/blobs/{}", result["blob_id"]))
+        return target
 
     @operation
     def renew(self, allocation_id: str, ttl_seconds: float) -> Flow[dict[str, Any]]:
@@ -158,14 +138,26 @@ class Memory(Noun[Mode]):
         allocation: dict[str, Any] = yield from get(at("/api/memory/allocations/{}", allocation_id))
         return allocation
 
-    @operation
+    @emits(dict[str, Any])
     def allocations(
-        self, *, device_id: str | None = None, owner: str | None = None, state: str | None = None
-    ) -> Flow[list[dict[str, Any]]]:
-        """Allocations, newest first."""
-        answer = yield from get("/api/memory/allocations", device_id=device_id, owner=owner, state=state)
-        allocations: list[dict[str, Any]] = answer["allocations"]
-        return allocations
+        self,
+        *,
+        device_id: str | None = None,
+        owner: str | None = None,
+        state: str | None = None,
+        label: str | None = None,
+    ) -> Flow[None]:
+        """Allocations newest first, read page by page."""
+        cursor = None
+        while True:
+            page = yield from get(
+                "/api/memory/allocations", device_id=device_id, owner=owner, state=state, label=label, cursor=cursor
+            )
+            for allocation in page["allocations"]:
+                yield Emit(allocation)
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return
 
     @operation
     def status(self) -> Flow[list[dict[str, Any]]]:
@@ -179,6 +171,17 @@ class Memory(Noun[Mode]):
         """The memory of one device, and with `map` what lies on it."""
         device: dict[str, Any] = yield from get(at("/api/memory/device/{}", device_id), map=map or None)
         return device
+
+
+def _read(allocation_id: str, offset: int, size_bytes: int | None) -> Flow[bytes]:
+    """In one request where the device gets to it within a minute, else by the job's blob."""
+    response = yield Call(
+        "GET", _data(allocation_id), {"offset": offset, "size_bytes": size_bytes}, waits_seconds=MAX_WAIT_SECONDS
+    )
+    if response.status_code == 202:
+        result = yield from succeeded(Job.model_validate_json(response.content), None)
+        return (yield from blobs.read(at("/api/blobs/{}", result["blob_id"])))
+    return blobs.checked(response)
 
 
 def _data(allocation_id: str) -> str:

@@ -239,17 +239,28 @@ def open_session(connection: Connection, session: dict[str, Any], limit: int) ->
     )
 
 
+#: A session, with how many of its runs are open.
+_SESSION = """
+    SELECT s.*, (SELECT count(*) FROM jobs j WHERE j.device_id = s.device_id
+        AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
+        AND s.session_id = ANY(j.needs)) AS running
+    FROM inference_sessions s"""
+
+
 def get_session(connection: Connection, session_id: str) -> Row | None:
     """One inference session, with how many of its runs are open."""
-    return row(
+    return row(connection, f"{_SESSION} WHERE session_id = %(id)s", {"id": session_id})
+
+
+def page_sessions(connection: Connection, *, owner: str | None, state: str | None, limit: int) -> list[Row]:
+    """Inference sessions, newest first; `state` as it is recorded: active, closed, expired or lost."""
+    return rows(
         connection,
-        """
-        SELECT s.*, (SELECT count(*) FROM jobs j WHERE j.device_id = s.device_id
-            AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
-            AND s.session_id = ANY(j.needs)) AS running
-        FROM inference_sessions s WHERE session_id = %(id)s
+        f"""{_SESSION}
+        WHERE (%(owner)s::text IS NULL OR owner = %(owner)s) AND (%(state)s::text IS NULL OR state = %(state)s)
+        ORDER BY opened_at DESC LIMIT %(limit)s
         """,
-        {"id": session_id},
+        {"owner": owner, "state": state, "limit": limit},
     )
 
 
