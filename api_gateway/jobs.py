@@ -179,6 +179,7 @@ async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
 
     async with gateway.waiters.following(job_id) as told, gateway.waiters.awaiting(job_id) as ended:
         row = await read_row(gateway, job_id)
+        await run_in_threadpool(_follow, gateway, row)
         view = store.view(row)
         yield _event("state", view)
         if row["state"] in TERMINAL:
@@ -196,6 +197,13 @@ async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
                 yield b"event: done\ndata: " + ended.result() + b"\n\n"
                 return
             yield b": still here\n\n"
+            await run_in_threadpool(_follow, gateway, row)
+
+
+def _follow(gateway: Gateway, row: Row) -> None:
+    """Tells the job's worker that somebody follows it; said again while that is so."""
+    if row["device_id"] and row["state"] not in TERMINAL:
+        gateway.publisher.wake(row["device_id"], {"follow": row["id"]})
 
 
 def _event(name: str, data: Any) -> bytes:

@@ -9,6 +9,7 @@ there one message is taken at a time, as kombu does.
 from __future__ import annotations
 
 from queue import Empty
+from time import monotonic
 from typing import Any
 
 from kombu.transport import redis, virtual
@@ -56,8 +57,8 @@ class Channel(redis.Channel):
         if not queues:
             return
         keys = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
-        self._in_poll = self.client.connection
-        self._brpop_sent_at = redis.monotonic()
+        self._in_poll: Any = self.client.connection
+        self._brpop_sent_at: Any = monotonic()
         wait_seconds = timeout or self.brpop_timeout or 0
         self.client.connection.send_command("BLMPOP", wait_seconds, len(keys), *keys, "RIGHT", "COUNT", AT_ONCE)
 

@@ -36,6 +36,9 @@ log = structlog.get_logger(__name__)
 #: Seconds between two writes of one job's progress.
 PROGRESS_INTERVAL_SECONDS = 0.2
 
+#: Seconds for which a job counts as followed; whoever follows it says so again before that.
+FOLLOWED_SECONDS = 60.0
+
 #: Seconds before a job that failed retryably is tried again: doubled with each attempt.
 RETRY_SECONDS = 1.0
 
@@ -60,6 +63,8 @@ class Recorder:
         self._app = app
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._told_at: dict[str, float] = {}
+        self._running: dict[str, Work] = {}
+        self._followed: dict[str, float] = {}
         self._uses = Uses()
         self._uses_written_at = time.monotonic()
         self._stopping = threading.Event()
@@ -139,7 +144,27 @@ class Recorder:
         for work in works:
             if work.entry.handle is not None:
                 work.entry.handle.started()
-        self._publisher.progress((work.job_id, {"event": "state", "data": store.view(work.row)}) for work in works)
+            self._running[work.job_id] = work
+        self._tell_followers(works)
+
+    def follow(self, job_id: str) -> None:
+        """Somebody follows the job for the next minute: from now on its states and progress are announced."""
+
+        def note() -> None:
+            now = time.monotonic()
+            self._followed = {known: until for known, until in self._followed.items() if until > now}
+            self._followed[job_id] = now + FOLLOWED_SECONDS
+            if job_id in self._running:
+                self._tell_followers([self._running[job_id]])
+
+        self.call(note)
+
+    def _tell_followers(self, works: list[Work]) -> None:
+        """Announces that jobs run, if anybody follows them: most jobs nobody does."""
+        followed = [work for work in works if work.job_id in self._followed]
+        if followed:
+            told = ((work.job_id, {"event": "state", "data": store.view(work.row)}) for work in followed)
+            self._publisher.progress(told)
 
     def _tell_progress(self, work: Work, told: dict[str, Any]) -> None:
         def write() -> None:
@@ -147,7 +172,8 @@ class Recorder:
                 store.set_progress(connection, work.job_id, self._epoch, told)
 
         until_reachable(write, stop=self._stopping.is_set)
-        self._publisher.progress([(work.job_id, {"event": "progress", "data": {"job_id": work.job_id, **told}})])
+        if work.job_id in self._followed:
+            self._publisher.progress([(work.job_id, {"event": "progress", "data": {"job_id": work.job_id, **told}})])
 
     def _finish(self, finished: list[_Finished]) -> None:
         if not finished:
@@ -155,6 +181,7 @@ class Recorder:
         ending = []
         for one in finished:
             self._told_at.pop(one.work.job_id, None)
+            self._running.pop(one.work.job_id, None)
             self._tell_result(one)
             self._uses.add(one.work, one.outcome)
             if not self._retried(one):

@@ -177,6 +177,8 @@ class Service:
         """A wake-up: PostgreSQL already says so, this only makes it quick."""
         if isinstance(told.get("send"), dict):
             self._transfers.send(told["send"])
+        if told.get("follow"):
+            self._recorder.follow(str(told["follow"]))
         job_id = str(told.get("cancel") or "")
         if job_id and not self.runner.cancel(job_id):
             entry = self._lane.discard(job_id)

@@ -18,8 +18,8 @@ _OPEN = tuple(sorted(OPEN))
 
 #: The columns that a caller's view of a job is made of, and what decides its further way.
 COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type,
-    resource_id, needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at, timeout_seconds, device_ms,
-    epoch, cancel_requested, progress, result, error, wants_result, webhook_url"""
+    resource_id, needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at,
+    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, wants_result, webhook_url"""
 
 
 @dataclass(frozen=True, slots=True)

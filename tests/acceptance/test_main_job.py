@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,13 +151,16 @@ def test_a_job_waits_for_the_predecessors_that_its_caller_names(http: httpx.Clie
 
 def test_events_tell_states_and_end_with_the_job(http: httpx.Client) -> None:
     job_id = http.post("/api/inference/run", json=slow_run(2000)).json()["job_id"]
-    names = []
+    names, states = [], []
     with http.stream("GET", f"/api/jobs/{job_id}/events") as events:
         assert events.headers["content-type"].startswith("text/event-stream")
         for line in events.iter_lines():
             if line.startswith("event: "):
                 names.append(line[7:])
+            elif line.startswith("data: "):
+                states.append(json.loads(line[6:])["state"])
     assert names[0] == "state" and names[-1] == "done"
+    assert states[-2:] == ["running", "succeeded"]
 
 
 def test_the_queue_position_counts_what_goes_before(http: httpx.Client) -> None:
