@@ -5,6 +5,7 @@ Parts are started by `python -m`, never imported: this package stays free of wha
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Mapping
@@ -85,7 +86,13 @@ def gateway_url(environment: Mapping[str, str]) -> str:
 def answers(url: str, *, any_status: bool = False) -> bool:
     """Whether an HTTP server answers there: with 200, or with `any_status`."""
     try:
-        status = httpx.get(url, timeout=5, trust_env=False).status_code
+        status = local_http().get(url).status_code
     except httpx.HTTPError:
         return False
     return any_status or status == 200
+
+
+@functools.cache
+def local_http() -> httpx.Client:
+    """One client for all polling of this machine's own servers: making one costs more than the request."""
+    return httpx.Client(timeout=5, trust_env=False)

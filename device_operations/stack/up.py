@@ -163,7 +163,7 @@ def _await_ready(http_url: str, supervisor: Supervisor) -> None:
     deadline = time.monotonic() + READY_WITHIN_SECONDS
     while True:
         try:
-            answer = httpx.get(f"{http_url}/readyz", timeout=5, trust_env=False)
+            answer = services.local_http().get(f"{http_url}/readyz")
             if answer.status_code == 200:
                 return
             said = answer.text[:1000]

@@ -55,21 +55,26 @@ def url(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         assert not left, "it stops when it is asked to"
 
 
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client() as client:
+        yield client
+
+
 def test_the_list_of_pages_is_flowers_own() -> None:
     assert {"/", "/metrics", "/healthcheck", "/api/tasks", "/tasks", "/login", "/nowhere"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("/static")])
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_no_page_answers_without_the_password(url: str, page: str, method: str) -> None:
-    assert httpx.request(method, url + page).status_code == 401
-    assert httpx.request(method, url + page, auth=("admin", "wrong")).status_code == 401
-    assert httpx.request(method, url + page, auth=("a", "b")).status_code == 401
+def test_no_page_answers_without_the_password(url: str, page: str, http: httpx.Client) -> None:
+    for method in ("GET", "POST", "OPTIONS"):
+        for login in (None, ("admin", "wrong"), ("a", "b")):
+            assert http.request(method, url + page, auth=login).status_code == 401, (method, login)
 
 
 @pytest.mark.parametrize("page", ["/", "/metrics", "/healthcheck", "/api/workers", "/tasks"])
-def test_pages_answer_with_the_password(url: str, page: str) -> None:
-    assert httpx.get(url + page, auth=("admin", PASSWORD)).status_code == 200
+def test_pages_answer_with_the_password(url: str, page: str, http: httpx.Client) -> None:
+    assert http.get(url + page, auth=("admin", PASSWORD)).status_code == 200
 
 
 def test_it_does_not_start_without_a_password(redis_url: str, tmp_path: Path) -> None:
