@@ -121,6 +121,9 @@ class OperationError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.code!r}, {self.message!r})"
+
     def as_job_error(self) -> dict[str, Any]:
         """The error as a failed job carries it: `{"code", "message", "retryable", "detail"}`."""
         return {"code": self.code, "message": self.message, "retryable": self.retryable, "detail": self.detail}

@@ -7,12 +7,11 @@ succeeded, failed or revoked when its outcome is recorded, so Flower and `celery
 
 from __future__ import annotations
 
-import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from billiard.einfo import ExceptionInfo
 from celery.concurrency.base import BasePool
 
 from device_operations.errors import from_job_error
@@ -92,7 +91,7 @@ class Handle:
         if view["state"] == "succeeded":
             self._request.on_success((0, _brief(view), runtime))
         elif view["state"] == "failed":
-            self._request.on_success((1, exception_info(view["error"]), runtime))
+            self._request.on_success((1, Failure(from_job_error(view["error"])), runtime))
         else:
             self._request.send_event("task-revoked", terminated=False, signum=None, expired=view["state"] == "expired")
             self._forget()
@@ -111,12 +110,12 @@ class Handle:
             log.warning("Celery could not be told", job_id=self.job_id, error=f"{type(error).__name__}: {error}")
 
 
-def exception_info(error: dict[str, Any]) -> Any:
-    """A recorded error in the form in which Celery reports exceptions."""
-    try:
-        raise from_job_error(error)
-    except Exception:  # noqa: BLE001 - caught to take its traceback along, which Celery cannot do without
-        return ExceptionInfo(sys.exc_info())
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A recorded error as Celery's request reports it. Its own `ExceptionInfo` would hide the code in Flower."""
+
+    exception: BaseException
+    traceback: str = ""
 
 
 def _brief(view: dict[str, Any]) -> str:

@@ -1,0 +1,83 @@
+"""Celery's own tools on our worker: Flower shows each job's true outcome, `inspect` answers, broadcasts are heard."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from device_operations.stack import processes, services
+from device_operations.stack.state import free_port
+from tests.support import graphs
+from tests.support.stack import REPOSITORY, RunningStack, eventually
+
+LOGIN = ("admin", "open-sesame")
+SECRET = "a-long-label-that-nobody-needs-to-see-in-flower" * 40
+
+
+@pytest.fixture(scope="module")
+def flower(stack: RunningStack) -> Iterator[httpx.Client]:
+    """A real Flower on the stack's Redis."""
+    port = free_port()
+    environment = services.environment({"FLOWER__PORT": port, "FLOWER__PASSWORD": LOGIN[1]}, base=stack.environment)
+    service = services.flower(environment, f"http://127.0.0.1:{port}", REPOSITORY)
+    process = processes.start(service.command, stack.folder / "flower.log")
+    try:
+        eventually(service.is_ready, 40)
+        with httpx.Client(base_url=service.url, auth=LOGIN, trust_env=False, timeout=20) as client:
+            eventually(lambda: "cpu_0" in client.get("/api/workers", params={"refresh": 1}).text, 40)
+            yield client
+    finally:
+        processes.end_tree(process)
+
+
+def test_flower_shows_each_job_by_its_task_name_with_its_true_outcome(
+    stack: RunningStack, flower: httpx.Client
+) -> None:
+    graphs.tiny(stack.folder / "models" / "tiny.onnx")
+    (stack.folder / "models" / "bad.onnx").write_bytes(b"no model")
+    wait = {"Prefer": "wait=30"}
+
+    def submit(path: str, body: dict) -> str:
+        return stack.client.post(path, json=body, headers=wait).json()["job_id"]
+
+    load = submit("/api/inference/load-model", {"name": "tiny", "source": {"path": "tiny.onnx"}})
+    bad = submit("/api/inference/load-model", {"name": "bad", "source": {"path": "bad.onnx"}})
+    many = graphs.tensor(np.ones((2000, 4), np.float32))
+    run = submit(
+        "/api/inference/run", {"model_name": "tiny", "inputs": {"x": many}, "job": {"labels": {"k": SECRET[:200]}}}
+    )
+
+    def seen(job_id: str) -> dict | None:
+        answer = flower.get(f"/api/task/info/{job_id}")
+        task = answer.json() if answer.status_code == 200 else {}
+        return task if task.get("state") in ("SUCCESS", "FAILURE") else None
+
+    loaded, failed, ran = (eventually(lambda job_id=job_id: seen(job_id), 20) for job_id in (load, bad, run))
+    assert (loaded["name"], loaded["state"]) == ("device_operations.inference.load_model", "SUCCESS")
+    assert (failed["name"], failed["state"]) == ("device_operations.inference.load_model", "FAILURE")
+    assert "model_invalid" in failed["exception"]
+    assert (ran["name"], ran["state"]) == ("device_operations.inference.run", "SUCCESS")
+    assert "tiny" in ran["kwargs"]
+    assert len(ran["kwargs"]) <= 160
+    assert "1.0" not in ran["kwargs"]
+
+
+def test_celery_inspect_answers_while_jobs_run(stack: RunningStack) -> None:
+    def celery(*arguments: str) -> dict:
+        command = [sys.executable, "-m", "celery", "-A", "tasks.app", *arguments, "--json"]
+        ran = subprocess.run(command, env=stack.environment, cwd=REPOSITORY, capture_output=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    (name,) = celery("inspect", "ping")
+    assert name.startswith("cpu_0@")
+    stats = celery("inspect", "stats")[name]
+    assert stats["pool"]["lane"]["device_id"] == "cpu_0"
+    assert "device_operations.training.step" in celery("inspect", "registered")[name]
+    assert [queue["name"] for queue in celery("inspect", "active_queues")[name]] == ["device.cpu_0"]
