@@ -22,6 +22,7 @@ from tasks.plans.residents import (
     check_allocations,
     find_model,
     find_session,
+    no_model,
     state_inputs,
 )
 from tasks.store import jobs as job_store
@@ -135,10 +136,11 @@ def plan_stored_run(
 
 def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
     """Unloads a model once the runs submitted before have ended; `force` cancels them, and closes its sessions."""
-    model = find_model(context, request.model_id, None)
-    model_id = model["model_id"]
-    device = context.directory.device(model["device_id"])
+    model_id = request.model_id
     with context.engine.connect() as connection:
+        model = model_store.get(connection, model_id)
+        if model is None or model["state"] not in ("loading", "loaded", "lost"):
+            raise no_model(model_id, model)
         before = job_store.open_ids_needing(connection, model_id)
         sessions = model_store.open_sessions(connection, model_id)
     if sessions and not request.force:
@@ -148,6 +150,7 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
             f"{', …' if len(sessions) > 3 else ''}; close them, or unload with force=true",
             detail={"sessions": sessions},
         )
+    device = context.directory.device(model["device_id"])
     job = new_job(
         context, Kind.INFERENCE_UNLOAD_MODEL, request, job_id, device,
         resource_type="model", resource_id=model_id, needs=[model_id], after=before,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from device_operations.requests.inference import Run
 from device_operations.tensors import FIXED_DTYPES
 from tasks.directory import Snapshot
@@ -32,7 +32,7 @@ def find_model(context: Context, model_id: str | None, name: str | None, version
         if found is None:
             with context.engine.connect() as connection:
                 gone = model_store.get(connection, model_id)
-            raise _no_model(model_id, gone)
+            raise no_model(model_id, gone)
         return found
     assert name is not None
     named = context.directory.models_named(name, version)
@@ -48,6 +48,18 @@ def find_model(context: Context, model_id: str | None, name: str | None, version
     snapshot = context.directory.snapshot()
     newest = [model for model in named if model["version"] == named[0]["version"]]
     return min(newest, key=lambda model: _readiness(model, snapshot))
+
+
+def no_model(model_id: str, gone: Row | None) -> OperationError:
+    """Why a model cannot be run: it was never there, failed to load, or has left its device."""
+    if gone is None:
+        return failure("model_not_found", f"there is no model {model_id!r}")
+    error = gone["error"]
+    if gone["state"] == "failed" and error:
+        return failure(
+            "model_not_found", f"model {model_id} failed to load: {error['message']}", detail={"error": error}
+        )
+    return failure("model_not_found", f"model {model_id} is {gone['state']}; load it again")
 
 
 def find_session(context: Context, session_id: str) -> Row:
@@ -141,17 +153,6 @@ def check_allocations(context: Context, request: Run, device_id: str) -> dict[st
             )
     lying = {name: known[one.allocation_id]["device_id"] for name, one in ranges.items()}
     return {name: there for name, there in lying.items() if there != device_id}
-
-
-def _no_model(model_id: str, gone: Row | None) -> Exception:
-    if gone is None:
-        return failure("model_not_found", f"there is no model {model_id!r}")
-    error = gone["error"]
-    if gone["state"] == "failed" and error:
-        return failure(
-            "model_not_found", f"model {model_id} failed to load: {error['message']}", detail={"error": error}
-        )
-    return failure("model_not_found", f"model {model_id} is {gone['state']}; load it again")
 
 
 def _readiness(model: Row, snapshot: Snapshot) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from onnx import TensorProto, helper
 
@@ -97,7 +99,7 @@ def busy(steps: int = 60, width: int = 192) -> bytes:
     """Some tens of milliseconds of matrix products on rows that do not touch each other."""
     names = ["x", *(f"v{n}" for n in range(steps - 1)), "y"]
     return build(
-        [node("MatMul", f"{a} w", b) for a, b in zip(names, names[1:], strict=False)],
+        [node("MatMul", f"{a} w", b) for a, b in itertools.pairwise(names)],
         [("x", FLOAT, ["n", width, width])],
         [("y", FLOAT, ["n", width, width])],
         [weight("w", width, width, scale=0.05)],

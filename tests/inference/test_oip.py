@@ -91,7 +91,9 @@ def test_text_half_precision_and_truth_values(api: Api, client: Any, binary: boo
             given("half", half, "FP16", binary=binary),
             given("flag", flag, "BOOL", binary=binary),
         ],
-        outputs=[triton.InferRequestedOutput(name, binary_data=binary) for name in ("text_out", "half_out", "flag_out")],
+        outputs=[
+            triton.InferRequestedOutput(name, binary_data=binary) for name in ("text_out", "half_out", "flag_out")
+        ],
     )
     back = [item.decode() if isinstance(item, bytes) else item for item in answer.as_numpy("text_out")]
     assert back == list(text)
@@ -287,9 +289,7 @@ def test_a_timeout_stops_the_run(api: Api, client: Any) -> None:
 
 def test_a_client_that_goes_away_cancels_its_run(api: Api, client: Any) -> None:
     api.load(graphs.slow(2000), "slower")
-    body = json.dumps(
-        {"inputs": [{"name": "x", "shape": [512, 512], "datatype": "FP32", "data": [0.0] * (512 * 512)}]}
-    )
+    body = json.dumps({"inputs": [{"name": "x", "shape": [512, 512], "datatype": "FP32", "data": [0.0] * (512 * 512)}]})
     with pytest.raises(httpx.TimeoutException):
         httpx.post(f"{api.stack.http_url}/v2/models/slower/infer", content=body, timeout=httpx.Timeout(10, read=0.7))
 

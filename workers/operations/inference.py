@@ -14,6 +14,7 @@ import structlog
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind
 from tasks.lifecycle import Outcome
+from tasks.plans.residents import no_model
 from tasks.store import models as store
 from workers.devices.base import BufferView
 from workers.devices.onnx_tensors import Feed, Kept
@@ -53,7 +54,7 @@ def unload_model(resident: Resident, work: Work) -> Outcome:
     model_id = work.request["model_id"]
     model = resident.models.pop(model_id, None)
     if model is None:
-        raise failure("model_not_found", f"{resident.device_id} does not hold model {model_id}")
+        raise _missing(resident, model_id)
     freed = close(resident, model)
     gc.collect()
     returns = bool(resident.device.describe().capabilities.get("returns_memory", True))
@@ -85,7 +86,7 @@ def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
     """
     model = resident.models.get(works[0].request["model_id"])
     if model is None:
-        missing = failure("model_not_found", f"{resident.device_id} does not hold model {works[0].request['model_id']}")
+        missing = _missing(resident, works[0].request["model_id"])
         return [_failed(work, missing) for work in works]
     outcomes: dict[str, Outcome] = {}
     fed: list[tuple[Work, Feeds]] = []
@@ -270,6 +271,15 @@ def _known(resident: Resident, error: Exception) -> OperationError:
     if known.code == "device_lost":
         raise known from error
     return known
+
+
+def _missing(resident: Resident, model_id: str) -> OperationError:
+    """Why the device does not hold a model, as its record tells."""
+    with resident.engine.connect() as connection:
+        row = store.get(connection, model_id)
+    if row is not None and row["device_id"] == resident.device_id and row["state"] in ("loading", "loaded", "lost"):
+        return failure("model_not_found", f"{resident.device_id} does not hold model {model_id}: it is {row['state']}")
+    return no_model(model_id, row)
 
 
 def _stopped(work: Work) -> Outcome:
