@@ -26,6 +26,7 @@ COMMANDS = {
     "migrate": "device_operations.cli.services:migrate",
     "flower": "device_operations.cli.services:flower",
     "devices": "device_operations.cli.devices:devices",
+    "doctor": "device_operations.cli.services:doctor",
     "settings": "device_operations.cli.settings:settings",
     "jobs": "device_operations.cli.jobs:jobs",
     "submit": "device_operations.cli.jobs:submit",

@@ -43,6 +43,14 @@ def flower() -> None:
     _become(*services.FLOWER)
 
 
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report for machines.")
+@click.option("--report", type=click.Path(dir_okay=False), help="Where the report is written.")
+def doctor(as_json: bool, report: str | None) -> None:
+    """Try this machine: its services, and a tiny job of each kind on each device."""
+    _become("-m", "workers.doctor", *(["--json"] if as_json else []), *(["--report", report] if report else []))
+
+
 def _become(*arguments: str) -> None:
     """Turns this process into the service, so that signals reach it; on Windows, which cannot, waits for it."""
     command = services.python(*arguments)
