@@ -60,17 +60,17 @@ def linear() -> bytes:
     )
 
 
-def convnet() -> bytes:
+def convnet(takes: str = "x") -> bytes:
     return build(
         [
-            node("Conv", "x w b", "c", pads=[1, 1, 1, 1]),
+            node("Conv", f"{takes} w b", "c", pads=[1, 1, 1, 1]),
             node("Relu", "c", "r"),
             node("MaxPool", "r", "m", kernel_shape=[2, 2], strides=[2, 2]),
             node("Flatten", "m", "f"),
             node("Gemm", "f v", "g"),
             node("Softmax", "g", "y", axis=1),
         ],
-        [("x", FLOAT, [2, 3, 8, 8])],
+        [(takes, FLOAT, [2, 3, 8, 8])],
         [("y", FLOAT, [2, 5])],
         [weight("w", 4, 3, 3, 3), weight("b", 4), weight("v", 64, 5)],
     )

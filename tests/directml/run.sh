@@ -44,4 +44,7 @@ inside devices "$devices/test_models.py" "$devices/test_model_files.py" "$device
 inside directml "$directml/test_adapters.py" "$directml/test_errors.py"
 inside directml "$directml/test_sessions.py"
 inside directml "$directml/test_training.py"
+
+echo "== a whole worker as win32, driven from Linux"
+(cd "$project" && RIG=$rig RIG_DIR=$root "$python" -m pytest tests/directml/test_worker.py -p no:cacheprovider -q) || failed=1
 exit $failed
