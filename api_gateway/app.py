@@ -12,7 +12,20 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from api_gateway import blobs, devices, documents, gateway, health, inference, jobs, memory, oip, problems
+from api_gateway import (
+    blobs,
+    devices,
+    documents,
+    gateway,
+    health,
+    inference,
+    jobs,
+    memory,
+    oip,
+    pages,
+    problems,
+    training,
+)
 from api_gateway.reaper import Reaper
 from device_operations.settings import Settings
 
@@ -33,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     problems.install(app)
     documents.install(app)
-    for part in (health, jobs, devices, memory, inference, oip, blobs):
+    for part in (health, jobs, devices, memory, inference, training, oip, blobs, pages):
         app.include_router(part.router)
     return app
 
