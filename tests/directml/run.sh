@@ -6,6 +6,7 @@
 # Runs the conformance suite of tests/devices and the tests of this folder as sys.platform == 'win32', in several
 # processes, because there a session's memory comes back only when its process ends; then the tests that drive a whole
 # Windows worker from Linux. Exit status 0 if all passed. Needs root and Debian, as the rig does.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 project=$(cd "$here/../.." && pwd)

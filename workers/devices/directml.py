@@ -88,6 +88,8 @@ class DirectMLDevice(TorchDevice):
                 "training": installed("torch_directml"),
                 "foreach": False,
                 "returns_memory": False,
+                # ONNX Runtime 1.24 holds the interpreter while it makes a session: no other thread runs meanwhile.
+                "load_holds_interpreter": True,
                 "largest_allocation_bytes": LARGEST_ALLOCATION_BYTES,
                 "luid": f"{self._adapter.luid & 0xFFFFFFFFFFFFFFFF:016x}",
             },
