@@ -24,7 +24,6 @@ from api_gateway import (
     oip,
     pages,
     problems,
-    training,
 )
 from api_gateway.reaper import Reaper
 from device_operations.settings import Settings
@@ -46,7 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     problems.install(app)
     documents.install(app)
-    for part in (health, jobs, devices, memory, inference, training, oip, blobs, pages):
+    for part in (health, jobs, devices, memory, inference, oip, blobs, pages):
         app.include_router(part.router)
     return app
 
