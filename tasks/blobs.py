@@ -7,8 +7,10 @@ completes the upload), so a cut-off upload leaves nothing behind; what a killed 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import mmap
+import os
 import threading
 import time
 import urllib.parse
@@ -96,6 +98,23 @@ class BlobStore:
         """Stores a stream of chunks as a new blob, holding one chunk at a time."""
         with self.writer(blob_id) as writer:
             for chunk in chunks:
+                writer.write(chunk)
+            return writer.finish()
+
+    def adopt(self, path: Path, blob_id: str, sha256: str) -> Stored:
+        """Makes a whole file a blob. Where the store is a folder on the same file system it is moved, not copied."""
+        size = path.stat().st_size
+        if self.folder is not None:
+            target = self.folder / _key(blob_id)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.replace(path, target)
+                return Stored(blob_id, sha256, size)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        with path.open("rb") as file, self.writer(blob_id, sha256=sha256) as writer:
+            while chunk := file.read(CHUNK_BYTES):
                 writer.write(chunk)
             return writer.finish()
 

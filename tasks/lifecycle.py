@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -29,7 +30,10 @@ POISON_DEATHS = 3
 
 #: Kinds that may simply be run again when their worker died in the middle.
 SAFE_TO_REPEAT = frozenset({Kind.INFERENCE_LOAD_MODEL, Kind.INFERENCE_RUN, Kind.INFERENCE_UNLOAD_MODEL,
-                            Kind.INFERENCE_CLOSE_SESSION, Kind.MEMORY_DEALLOCATE})  # fmt: skip
+                            Kind.INFERENCE_CLOSE_SESSION, Kind.MEMORY_DEALLOCATE,
+                            # Fenced and sequenced: what was applied is not applied again.
+                            Kind.TRAINING_INITIALIZE, Kind.TRAINING_STEP, Kind.TRAINING_CHECKPOINT,
+                            Kind.TRAINING_VALIDATE, Kind.TRAINING_END_SESSION})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -77,8 +81,8 @@ def settle(
     while ended:
         lost = effects.apply(connection, ended, facts or {}, epoch)
         ended = []
-        for resource_id, error in lost:
-            ended += fail_needing(connection, [resource_id], error)
+        for error, together in groupby(lost, key=lambda one: one[1]):
+            ended += fail_needing(connection, [resource_id for resource_id, _ in together], error)
         fallen += ended
     return fallen
 

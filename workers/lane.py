@@ -62,6 +62,7 @@ class Lane:
         self._taken: set[str] = set()
         self._finishing: set[str] = set()
         self._remembered: OrderedDict[str, None] = OrderedDict()
+        self._passed: dict[str, str] = {}
         self._closed = False
         self._woken = False
 
@@ -76,7 +77,11 @@ class Lane:
         with self._lock:
             if self._closed or entry.job_id in self._entries or entry.job_id in self._taken:
                 return False
-            entry.after = {job_id for job_id in entry.after if job_id not in self._remembered}
+            entry.after = {
+                job_id
+                for job_id in entry.after
+                if job_id not in self._remembered and self._passed.get(job_id) not in entry.needs
+            }
             self._entries[entry.job_id] = entry
             for job_id in entry.after:
                 self._waiting_for.setdefault(job_id, set()).add(entry.job_id)
@@ -143,6 +148,7 @@ class Lane:
             for job_id in job_ids:
                 self._taken.discard(job_id)
                 self._finishing.discard(job_id)
+                self._passed.pop(job_id, None)
                 self._forget_oldest()
                 self._remembered[job_id] = None
                 gone = self._entries.get(job_id)
@@ -156,12 +162,27 @@ class Lane:
                             self._make_eligible(entry)
             self._ready.notify_all()
 
+    def pass_by(self, job_id: str, resource_id: str) -> None:
+        """A running job is done with `resource_id` and goes on without it: what waited its turn there need not wait."""
+        with self._lock:
+            self._passed[job_id] = resource_id
+            waiting = self._waiting_for.get(job_id, set())
+            for waiter in list(waiting):
+                entry = self._entries.get(waiter)
+                if entry is not None and resource_id in entry.needs:
+                    waiting.discard(waiter)
+                    entry.after.discard(job_id)
+                    if not entry.after:
+                        self._make_eligible(entry)
+
     def put_back(self, job_ids: Iterable[str]) -> None:
         """Jobs that were taken did not run and did not end: they may be admitted again."""
         with self._lock:
             gone = set(job_ids)
             self._taken -= gone
             self._finishing -= gone
+            for job_id in gone:
+                self._passed.pop(job_id, None)
             self._ready.notify_all()
 
     def discard(self, job_id: str) -> Entry | None:

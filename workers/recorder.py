@@ -95,6 +95,24 @@ class Recorder:
         """Jobs have their outcomes."""
         self._queue.put([_Finished(work, outcome) for work, outcome in zip(works, outcomes, strict=True)])
 
+    def note(self, write: Callable[[], None]) -> None:
+        """Runs `write` on the recorder's thread, again while the database is away; its failure costs no job."""
+
+        def step() -> None:
+            try:
+                until_reachable(write, stop=self._stopping.is_set)
+            except Exception:
+                log.exception("a note was not written")
+
+        self._queue.put(step)
+
+    def announce(self, rows: list[Row]) -> None:
+        """Tells everybody of jobs that ended without having run here."""
+        self._lane.ended(row["id"] for row in rows)
+        lifecycle.announce(self._publisher, rows)
+        for row in rows:
+            self.tell_celery(row, None)
+
     def call(self, step: Callable[[], None]) -> None:
         """Runs `step` on the recorder's thread, after what was handed over before."""
         self._queue.put(step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from sqlalchemy import Engine
 
 from device_operations.settings import Settings
 from tasks.blobs import BlobStore
+from tasks.store.connection import Row
 from tasks.transients import Transients
 from workers.batching import Batching
 from workers.devices.base import Buffer, Device
@@ -95,6 +97,12 @@ class Resident:
     training: dict[str, Any] = field(default_factory=dict)
     #: Whether the process is to end once it is idle, because its backend gives memory back in no other way.
     recycle: bool = False
+    #: Threads for what a job, or the device, need not wait for: writing checkpoints.
+    aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="aside"))
+    #: Writes something to the records on the recorder's thread, after what was handed over to be recorded before.
+    record: Callable[[Callable[[], None]], None] = lambda step: step()
+    #: Tells everybody of jobs that this worker ended without having run them.
+    announce: Callable[[list[Row]], None] = lambda rows: None
     transients: Transients = field(init=False)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS, Steps
 from workers.recorder import Recorder
 from workers.resident import Resident
-from workers.work import Progress, Work, named
+from workers.work import Detached, Progress, Work, named
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +82,7 @@ class Runner:
                 work.cancel.trip("cancelled")
         self._lane.wake()
         self._thread.join()
+        self._resident.aside.shutdown()
 
     def call(self, step: Callable[[], None]) -> None:
         """Runs `step` on the device's thread before the next job."""
@@ -197,24 +198,48 @@ class Runner:
             self._paused.append(paused)
             self._advance(paused)
         else:
+            self._made(work, made)
+
+    def _made(self, work: Work, made: Outcome | Detached) -> None:
+        """A job is done with the device: it has its outcome, or gets it on a thread beside."""
+        if not isinstance(made, Detached):
             self._finish([work], [made])
+            return
+        self._lane.pass_by(work.job_id, made.resource_id)
+
+        def finish() -> None:
+            try:
+                outcome = made.finish()
+            except BaseException as error:  # noqa: BLE001 - whatever a job raises is its outcome, on any thread
+                outcome = work.failed(self._noted(error))
+            self._finish([work], [outcome])
+
+        self._resident.aside.submit(finish)
 
     def _advance(self, paused: _Paused) -> None:
         work = paused.work
         began = time.perf_counter()
         try:
-            work.cancel.check()
-            told = next(paused.steps)
+            told = self._next(paused)
             if isinstance(told, Progress) and told.told is not None:
                 self._recorder.progressed(work, told.told)
         except StopIteration as stop:
             self._paused.remove(paused)
-            self._finish([work], [stop.value])
+            self._made(work, stop.value)
         except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
             self._paused.remove(paused)
             self._close(paused)
             self._finish([work], [work.failed(self._noted(error))])
         self.busy_seconds += time.perf_counter() - began
+
+    @staticmethod
+    def _next(paused: _Paused) -> Any:
+        """The next step; a job that was told to stop hears of it where it paused, and may say how far it came."""
+        try:
+            paused.work.cancel.check()
+        except OperationError as error:
+            return paused.steps.throw(error)
+        return next(paused.steps)
 
     def _close(self, paused: _Paused) -> None:
         """Lets a generator that will not go on run its `finally`."""

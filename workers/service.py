@@ -37,6 +37,7 @@ from tasks.store import devices as device_store
 from tasks.store import jobs as store
 from tasks.store.connection import transaction
 from workers import lease as leases
+from workers import training_sessions as training
 from workers.devices import open_device
 from workers.intake import Intake
 from workers.lane import Lane
@@ -133,7 +134,9 @@ class Service:
     def start(self, app: Celery) -> None:
         """Celery's worker is up: what the last epoch had loaded comes back first, then jobs."""
         self._recorder.start()
+        self.resident.record, self.resident.announce = self._recorder.note, self._recorder.announce
         self.runner.call(lambda: bring_back(self.resident))
+        self.runner.call(lambda: training.bring_back(self.resident))
         self.runner.start()
         self._intake.start()
         self._sweeper.start()
@@ -212,6 +215,7 @@ class Service:
             if now - looked_at >= look_seconds:
                 looked_at = now
                 self.runner.call(lambda: look_after(self.resident))
+                self.runner.call(lambda: training.look_after(self.resident))
                 self._recycle_if_asked()
             if now - swept_at < SWEEP_SECONDS:
                 continue

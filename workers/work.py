@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,17 @@ class Progress:
     """What a long job yields between two steps: the lane may run something more urgent before it goes on."""
 
     told: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """What a job that goes on without the device returns: `finish` gives its outcome, on a thread beside.
+
+    Jobs that wait their turn on `resource_id` may begin meanwhile.
+    """
+
+    finish: Callable[[], Outcome]
+    resource_id: str
 
 
 def named(error: BaseException) -> OperationError:

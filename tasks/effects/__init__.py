@@ -15,14 +15,14 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.jobs import Kind
-from tasks.effects import inference, memory
+from tasks.effects import inference, memory, training
 from tasks.store.connection import Row
 
 #: Resources that fell, each with the error that the jobs needing it fail with.
 Fallen = list[tuple[str, dict[str, Any]]]
 Effect = Callable[[Connection, Row, dict[str, Any], int | None], Fallen]
 
-EFFECTS: dict[str, Effect] = {**inference.EFFECTS}
+EFFECTS: dict[str, Effect] = {**inference.EFFECTS, **training.EFFECTS}
 TOGETHER: dict[str, Callable[[Connection, list[Row], dict[str, dict[str, Any]], int | None], Fallen]] = {
     **memory.TOGETHER
 }
@@ -87,6 +87,7 @@ def may_repeat(connection: Connection, job: Row, safe: Collection[str]) -> bool:
 
 def lose(connection: Connection, device_id: str, epoch: int) -> Lost:
     """A worker died: what its epochs up to `epoch` held on the device is lost, in every noun's records."""
+    training.lose(connection, device_id, epoch)
     return Lost(
         allocations=memory.lose(connection, device_id, epoch),
         models=inference.lose_models(connection, device_id),

@@ -11,11 +11,11 @@ from typing import Any
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
 from device_operations.requests.base import JobRequest
-from tasks.plans import inference, memory
+from tasks.plans import inference, memory, training
 from tasks.plans.base import Context
 from tasks.submit import Plan
 
-PLANNERS: dict[Kind, Any] = {**inference.PLANNERS, **memory.PLANNERS}
+PLANNERS: dict[Kind, Any] = {**inference.PLANNERS, **memory.PLANNERS, **training.PLANNERS}
 
 
 def plan(context: Context, kind: Kind, request: JobRequest, job_id: str | None = None) -> Plan:

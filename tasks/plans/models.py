@@ -50,6 +50,11 @@ def model_file(folder: Path, path: str) -> Path:
     return resolved
 
 
+def file_hash(path: Path) -> str:
+    """The file's sha256, remembered until its size or time changes."""
+    return _sha256(path, *_stamp(path))
+
+
 def entry_file(folder: Path) -> Path:
     """The graph in a folder of model files: `model.onnx`, or the only `.onnx` file."""
     named = folder / "model.onnx"

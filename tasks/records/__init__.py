@@ -6,10 +6,12 @@ from tasks.records.devices import device_budgets, device_samples, devices
 from tasks.records.inference import inference_sessions, models
 from tasks.records.jobs import idempotency, jobs, resource_order
 from tasks.records.memory import allocations
+from tasks.records.training import checkpoints, training_history, training_sessions, training_steps
 
 __all__ = [
     "allocations",
     "blobs",
+    "checkpoints",
     "device_budgets",
     "device_samples",
     "devices",
@@ -19,4 +21,7 @@ __all__ = [
     "metadata",
     "models",
     "resource_order",
+    "training_history",
+    "training_sessions",
+    "training_steps",
 ]

@@ -33,12 +33,18 @@ def get_many(connection: Connection, blob_ids: list[str]) -> dict[str, Row]:
     return {blob["blob_id"]: blob for blob in found}
 
 
-#: A blob is in use while an open job, a model that is not gone, or an open session refers to it.
+#: A blob is in use while an open job, a model that is not gone, an open session, a step that may
+#: have to be made again, or a checkpoint refers to it.
 _IN_USE = """
     EXISTS (SELECT 1 FROM jobs j WHERE j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
         AND b.blob_id = ANY(j.blob_ids))
     OR EXISTS (SELECT 1 FROM models m WHERE m.state IN ('loading', 'loaded', 'lost') AND b.blob_id = ANY(m.blob_ids))
     OR EXISTS (SELECT 1 FROM inference_sessions s WHERE s.state = 'active' AND b.blob_id = ANY(s.blob_ids))
+    OR EXISTS (SELECT 1 FROM training_sessions t WHERE t.state IN ('initializing', 'ready', 'restored')
+        AND b.blob_id = ANY(t.blob_ids))
+    OR EXISTS (SELECT 1 FROM training_steps l WHERE l.blob_ids <> '{}'::text[] AND l.blob_ids @> ARRAY[b.blob_id])
+    OR EXISTS (SELECT 1 FROM checkpoints c WHERE c.blob_id = b.blob_id)
+    OR EXISTS (SELECT 1 FROM checkpoints c WHERE c.onnx_blob_id = b.blob_id)
 """
 
 

@@ -382,12 +382,16 @@ def totals(connection: Connection) -> list[Row]:
 
 
 def forget(connection: Connection, older_than_days: float, limit: int) -> int:
-    """Deletes jobs that ended longer ago than the retention, with the idempotency keys that promise them."""
+    """Deletes jobs that ended longer ago than the retention, with the idempotency keys that promise them.
+
+    Training steps that may have to be made again keep their jobs.
+    """
     gone = rows(
         connection,
         """
         DELETE FROM jobs WHERE id IN (SELECT id FROM jobs
-            WHERE finished_at < clock_timestamp() - make_interval(secs => %(seconds)s) LIMIT %(limit)s)
+            WHERE finished_at < clock_timestamp() - make_interval(secs => %(seconds)s)
+              AND NOT EXISTS (SELECT 1 FROM training_steps s WHERE s.job_id = jobs.id AND s.kept) LIMIT %(limit)s)
         RETURNING id
         """,
         {"seconds": older_than_days * 86400, "limit": limit},

@@ -1,0 +1,141 @@
+"""What ended jobs do to training sessions: a step and its number commit with the job, or not at all.
+
+step applied     the number, loss and history move on; guarded by the number before and the epoch (fencing)
+step unapplied   its number is free again, and queued steps with higher numbers fail with `sequence_gap`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+
+from device_operations.errors import failure
+from device_operations.jobs import Kind, State
+from tasks.store import checkpoints, devices
+from tasks.store import training as store
+from tasks.store.connection import Row
+
+#: The error of jobs that were submitted for a session after what ended it.
+SESSION_CLOSED = {
+    "code": "session_closed",
+    "message": "The training session was ended by a job submitted before; initialize a new one.",
+    "retryable": False,
+    "detail": None,
+}
+
+#: The error of steps whose predecessor ended without being applied.
+SEQUENCE_GAP = {
+    "code": "sequence_gap",
+    "message": "A step before this one ended without being applied, and its number is free again; send both again.",
+    "retryable": False,
+    "detail": None,
+}
+
+
+def number_of(session_id: str, sequence: int) -> str:
+    """What a step needs of its predecessor, as a resource that falls when that one ends unapplied."""
+    return f"{session_id}#{sequence}"
+
+
+def initialized(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """A `training.initialize` ended: the session is ready as measured, or failed and its reservation given back."""
+    session_id = job["resource_id"]
+    if job["state"] == State.SUCCEEDED:
+        assert epoch is not None
+        settled(connection, session_id, epoch, facts["session"])
+        return []
+    error = job["error"] or {"code": job["state"], "message": f"The session's initialization was {job['state']}."}
+    return over(connection, session_id, "failed", error)
+
+
+def settled(connection: Connection, session_id: str, epoch: int, facts: dict[str, Any]) -> None:
+    """A session is on its device: what was reserved for it becomes what was measured.
+
+    Raises `session_closed` where it has ended meanwhile, or the device has another epoch.
+    """
+    before = store.settle(connection, session_id, epoch, facts)
+    if before is None:
+        raise failure("session_closed", f"training session {session_id} is no longer this worker's to hold")
+    devices.adjust_reservation(connection, before["device_id"], facts["memory_bytes"] - before["before"])
+
+
+def over(connection: Connection, session_id: str, state: str, error: dict[str, Any] | None) -> list[Any]:
+    """A session is over: its reservation is free again, and jobs that need it fail with `error`."""
+    gone = store.end(connection, session_id, state, error=error if state != "ended" else None)
+    if gone is None:
+        return []
+    devices.adjust_reservation(connection, gone["device_id"], -gone["before"])
+    return [(session_id, error)] if error else []
+
+
+def stepped(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """A `training.step` ended. One that was cut short counts as applied with the steps that it made."""
+    session_id, applied = job["resource_id"], facts.get("applied")
+    if applied is not None:
+        assert epoch is not None
+        if not store.apply(connection, session_id, job["id"], epoch, applied):
+            # Rolls back the job's end too: who held the session before has nothing to say about it any more.
+            raise failure("internal_error", f"step {applied['sequence']} of session {session_id} is not the next one")
+        return []
+    sequence = _sequence_of(job)
+    if job["state"] == State.SUCCEEDED or sequence is None:
+        store.touch(connection, session_id)
+        return []
+    checkpoints.delete_of_run(connection, session_id, job["id"])
+    freed = store.free_numbers(connection, session_id, sequence, job["id"])
+    return [(number_of(session_id, number), SEQUENCE_GAP) for number in freed]
+
+
+def checkpointed(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """A `training.checkpoint` ended: the checkpoint is recorded with the job's end, or is not there."""
+    if job["state"] == State.SUCCEEDED:
+        kept(connection, facts["checkpoint"])
+        store.touch(connection, facts["checkpoint"]["session_id"])
+    return []
+
+
+def kept(connection: Connection, checkpoint: dict[str, Any], epoch: int | None = None) -> bool:
+    """Records a whole checkpoint, and lets go of older ones and of the log behind it; False unless `epoch` holds it."""
+    if not checkpoints.insert(connection, checkpoint, epoch):
+        return False
+    session_id = checkpoint["session_id"]
+    checkpoints.shorten_log(connection, session_id)
+    if checkpoint["keep_last"]:
+        checkpoints.retire(connection, session_id, checkpoint["keep_last"], automatic_only=checkpoint["job_id"] is None)
+    return True
+
+
+def ended(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """A `training.end_session` ended: what was submitted for the session after it fails."""
+    if job["state"] != State.SUCCEEDED:
+        return []
+    if facts.get("checkpoint"):
+        kept(connection, facts["checkpoint"])
+    return over(connection, job["needs"][0], "ended", SESSION_CLOSED)
+
+
+def validated(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+    """A `training.validate` ended: the session was used."""
+    store.touch(connection, job["needs"][0])
+    return []
+
+
+def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
+    """A worker died: its sessions are brought back by the next epoch, and their jobs wait for that."""
+    return store.lose(connection, device_id, epoch)
+
+
+def _sequence_of(job: Row) -> int | None:
+    """The number that a step was given, which it tells by what it needs of its predecessor."""
+    numbers = [need.rpartition("#")[2] for need in job["needs"] if "#" in need]
+    return int(numbers[0]) + 1 if numbers else None
+
+
+EFFECTS = {
+    Kind.TRAINING_INITIALIZE.value: initialized,
+    Kind.TRAINING_STEP.value: stepped,
+    Kind.TRAINING_CHECKPOINT.value: checkpointed,
+    Kind.TRAINING_VALIDATE.value: validated,
+    Kind.TRAINING_END_SESSION.value: ended,
+}

@@ -1,0 +1,139 @@
+"""Checkpoints as recorded. A row is there only once its file is whole; the bytes are `tasks.blobs`' business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from tasks.database import dumps
+from tasks.store.connection import Row, execute, row, rows
+
+
+def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None = None) -> bool:
+    """Records a whole checkpoint and its blobs, which do not expire. With `epoch`, only while it holds the session."""
+    stored = {"checkpoint_id": checkpoint["checkpoint_id"], "epoch": epoch, **checkpoint}
+    return bool(
+        execute(
+            connection,
+            """
+            WITH held AS (SELECT session_id FROM training_sessions WHERE session_id = %(session_id)s
+                AND (%(epoch)s::int IS NULL OR epoch = %(epoch)s)),
+            stored AS (
+                INSERT INTO blobs (blob_id, sha256, size_bytes, owner)
+                SELECT b.blob_id, b.sha256, b.size_bytes, %(owner)s
+                FROM jsonb_to_recordset(%(blobs)s::jsonb) AS b (blob_id text, sha256 text, size_bytes bigint), held)
+            INSERT INTO checkpoints (checkpoint_id, session_id, owner, name, job_id, step, sequence, run_job_id,
+                sha256, size_bytes, blob_id, onnx_blob_id)
+            SELECT %(checkpoint_id)s, %(session_id)s, %(owner)s, %(name)s, %(job_id)s, %(step)s, %(sequence)s,
+                %(run_job_id)s, %(sha256)s, %(size_bytes)s, %(blob_id)s, %(onnx_blob_id)s FROM held
+            """,
+            {**stored, "blobs": dumps(checkpoint["blobs"])},
+        )
+    )
+
+
+def get(connection: Connection, checkpoint_id: str) -> Row | None:
+    """One checkpoint, or None."""
+    return row(connection, "SELECT * FROM checkpoints WHERE checkpoint_id = %(id)s", {"id": checkpoint_id})
+
+
+def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
+    """The open job that makes a checkpoint, with its request; None where there is none."""
+    return row(
+        connection,
+        "SELECT id, owner, device_id, request FROM jobs WHERE resource_type = 'checkpoint' AND resource_id = %(id)s "
+        "AND state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')",
+        {"id": checkpoint_id},
+    )
+
+
+def page(connection: Connection, session_id: str | None, owner: str | None, limit: int) -> list[Row]:
+    """Checkpoints newest first, of one session or owner where given."""
+    return rows(
+        connection,
+        """
+        SELECT * FROM checkpoints WHERE (%(session)s::text IS NULL OR session_id = %(session)s)
+          AND (%(owner)s::text IS NULL OR owner = %(owner)s)
+        ORDER BY created_at DESC, sequence DESC, step DESC LIMIT %(limit)s
+        """,
+        {"session": session_id, "owner": owner, "limit": limit},
+    )
+
+
+def to_restore(connection: Connection, session_id: str, applied_sequence: int) -> list[Row]:
+    """The checkpoints that a session may be brought back from, the furthest first: none ahead of what is recorded."""
+    return rows(
+        connection,
+        """
+        SELECT * FROM checkpoints WHERE session_id = %(id)s AND sequence <= %(applied)s
+        ORDER BY sequence DESC, step DESC, created_at DESC
+        """,
+        {"id": session_id, "applied": applied_sequence},
+    )
+
+
+def shorten_log(connection: Connection, session_id: str) -> None:
+    """Lets go of what no replay needs: steps up to the last but one checkpoint, so that one may turn out damaged."""
+    execute(
+        connection,
+        """
+        UPDATE training_steps SET kept = false, spooled = NULL, blob_ids = '{}'
+        WHERE session_id = %(id)s AND kept AND applied AND sequence <= (
+            SELECT sequence FROM checkpoints WHERE session_id = %(id)s AND damage IS NULL
+            ORDER BY sequence DESC, step DESC OFFSET 1 LIMIT 1)
+        """,
+        {"id": session_id},
+    )
+
+
+def retire(connection: Connection, session_id: str, keep_last: int, *, automatic_only: bool) -> list[str]:
+    """Deletes all but the last `keep_last` checkpoints of a session (or of its automatic ones): their ids."""
+    return _delete(
+        connection,
+        """
+        SELECT checkpoint_id FROM checkpoints WHERE session_id = %(id)s AND (job_id IS NULL OR NOT %(automatic)s)
+        ORDER BY sequence DESC, step DESC, created_at DESC OFFSET %(keep)s
+        """,
+        {"id": session_id, "automatic": automatic_only, "keep": keep_last},
+    )
+
+
+def delete(connection: Connection, checkpoint_id: str) -> bool:
+    """Whether the checkpoint was there; it is gone now, and its files go as soon as nothing uses them."""
+    return bool(_delete(connection, "SELECT %(id)s::text AS checkpoint_id", {"id": checkpoint_id}))
+
+
+def delete_of_run(connection: Connection, session_id: str, job_id: str) -> Sequence[str]:
+    """Deletes checkpoints taken in the middle of a job that ended unapplied."""
+    return _delete(
+        connection,
+        "SELECT checkpoint_id FROM checkpoints WHERE session_id = %(id)s AND run_job_id = %(job)s",
+        {"id": session_id, "job": job_id},
+    )
+
+
+def mark_damaged(connection: Connection, checkpoint_id: str, damage: dict[str, Any]) -> None:
+    """Notes why a checkpoint could not be read."""
+    execute(
+        connection,
+        "UPDATE checkpoints SET damage = %(damage)s::jsonb WHERE checkpoint_id = %(id)s",
+        {"id": checkpoint_id, "damage": dumps(damage)},
+    )
+
+
+def _delete(connection: Connection, chosen: str, parameters: dict[str, Any]) -> list[str]:
+    """Deletes the chosen checkpoints; their blobs expire at once, and are swept when nothing open refers to them."""
+    found = rows(
+        connection,
+        f"""
+        WITH gone AS (DELETE FROM checkpoints WHERE checkpoint_id IN ({chosen})
+            RETURNING checkpoint_id, blob_id, onnx_blob_id),
+        let_go AS (UPDATE blobs SET expires_at = clock_timestamp() FROM gone
+            WHERE blobs.blob_id IN (gone.blob_id, gone.onnx_blob_id))
+        SELECT checkpoint_id FROM gone
+        """,
+        parameters,
+    )
+    return [checkpoint["checkpoint_id"] for checkpoint in found]
