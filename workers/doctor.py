@@ -93,12 +93,15 @@ def check_services() -> Iterator[Finding]:
         return
     yield Finding("settings", "read", True, f"data folder {settings.data_dir}")
     yield _tried(
+        "blob store", "can be listed", lambda: _blobs(settings), "check BLOBS__URL, its credentials and rights"
+    )
+    if settings.database_url is None and settings.redis_url is None:
+        yield Finding("servers", "set", True, "no URLs are set and no stack runs: `device-operations up` runs its own")
+        return
+    yield _tried(
         "postgresql", "answers", lambda: _postgresql(settings), "start it, or set DATABASE_URL; `up` runs its own"
     )
     yield _tried("redis", "answers", lambda: _redis(settings), "start it, or set REDIS_URL; `up` runs its own")
-    yield _tried(
-        "blob store", "can be listed", lambda: _blobs(settings), "check BLOBS__URL, its credentials and rights"
-    )
 
 
 def check_devices() -> Iterator[Finding]:

@@ -70,7 +70,8 @@ class Lease:
     def release(self) -> None:
         """Stops renewing and gives the device back in order: nobody needs to wait for the lease to run out."""
         self._stop.set()
-        self._thread.join(timeout=5)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
         if not self.lost.is_set():
             with transaction(self._engine) as connection:
                 row = store.lock(connection, self.device_id)

@@ -10,6 +10,7 @@ the device.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import structlog
 from celery import Celery, bootsteps
+from celery.worker import state
 from celery.worker import state as celery_state
 from kombu.entity import Queue
 from kombu.messaging import Consumer
@@ -72,6 +74,7 @@ class Service:
         self._redis = connect(settings.require_redis_url())
         self._publisher = Publisher(self._redis)
         self._status = 0
+        self._started = False
         self._stopping = threading.Event()
         self._stopped = threading.Lock()
         device = open_device(named.backend, named.ordinal)
@@ -111,6 +114,14 @@ class Service:
 
     def run(self) -> int:
         """Runs until told to stop, and gives the exit status."""
+        try:
+            self._serve()
+        finally:
+            self.stop()
+        return self._status
+
+    def _serve(self) -> None:
+        stop_early_on_signals()
         log.info("worker starts", device_id=self.device_id, epoch=self._lease.epoch, pid=os.getpid())
         self._lease.keep(
             free_bytes=lambda: self.resident.device.memory().free_bytes,
@@ -126,13 +137,12 @@ class Service:
             pool_cls="workers.pool:LanePool", concurrency=PREFETCH, queues=[device_queue(self.device_id)],
             without_gossip=True, without_mingle=True, task_events=True, loglevel="WARNING", quiet=True,
         ).start()  # fmt: skip
-        self.stop()
-        return self._status
 
     # ---- called by the pool
 
     def start(self, app: Celery) -> None:
         """Celery's worker is up: what the last epoch had loaded comes back first, then jobs."""
+        self._started = True
         self._recorder.start()
         self.resident.record, self.resident.announce = self._recorder.note, self._recorder.announce
         self.runner.call(lambda: bring_back(self.resident))
@@ -153,9 +163,10 @@ class Service:
             self._stopping.set()
         self._intake.stop()
         left = self._lane.close()
-        self.runner.stop(cold=cold)
-        self._transfers.close()
-        self._recorder.stop()
+        if self._started:
+            self.runner.stop(cold=cold)
+            self._transfers.close()
+            self._recorder.stop()
         log.info("worker stops", device_id=self.device_id, left_to_the_next=len(left))
         if not self._lease.lost.is_set():
             try:
@@ -276,6 +287,21 @@ class Service:
 
         # The device's own thread may be the caller, and a driver that lost its device may never let Celery stop.
         threading.Thread(target=leave, name="leave", daemon=False).start()
+
+
+def stop_early_on_signals() -> None:
+    """Stops in order also before Celery listens to signals itself; on Windows, where it never hears Ctrl-Break, after."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(0)
+
+    def stop_warm(*_: Any) -> None:
+        state.should_stop = 0
+
+    for name in ("SIGTERM", "SIGINT"):
+        signal.signal(getattr(signal, name), leave)
+    if hasattr(signal, "SIGBREAK"):
+        signal.signal(signal.SIGBREAK, stop_warm)
 
 
 def control_step(service: Service) -> type[bootsteps.ConsumerStep]:

@@ -202,3 +202,18 @@ def assert_highest_eligible_went_next(jobs: list[dict], order: list[str]) -> Non
         best = max(effective[one] for one in eligible)
         assert effective[job_id] == best, f"priority {effective[job_id]} went before {best}"
         del left[job_id]
+
+
+def test_a_worker_stopped_at_any_moment_of_its_start_gives_its_device_back(start_stack: Start) -> None:
+    import signal
+    import time
+
+    stack = start_stack(LEASE_SECONDS=30)
+    for wait_seconds in (0.3, 0.9, 1.5, 2.2, 3.0):
+        stack.stop("cpu_0")
+        stack.start("cpu_0")
+        time.sleep(wait_seconds)
+        process = stack.process("cpu_0")
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+        eventually(lambda: stack.client.get("/api/devices/cpu_0").json()["state"] == "offline", 5)
