@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,14 +149,33 @@ def picky() -> bytes:
     )
 
 
-def slow(steps: int = 400, width: int = 512) -> bytes:
-    """Seconds of matrix products on one core, each a node at which a run can stop."""
-    names = ["x", *(f"v{n}" for n in range(steps - 1)), "y"]
+def slow(rounds: int = 10_000_000, width: int = 512) -> bytes:
+    """A loop of matrix products, each a node at which a run can stop.
+
+    The loop looks at its condition on the processor, so a graphics device cannot be given all rounds at once.
+    """
+    body = helper.make_graph(
+        [node("MatMul", "state w", "next"), node("Identity", "going", "still")],
+        "body",
+        [
+            helper.make_tensor_value_info("i", INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", FLOAT, [width, width]),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", FLOAT, [width, width]),
+        ],
+    )
     return build(
-        [node("MatMul", f"{a} w", b) for a, b in itertools.pairwise(names)],
+        [helper.make_node("Loop", ["rounds", "true", "x"], ["y"], body=body)],
         [("x", FLOAT, [width, width])],
         [("y", FLOAT, [width, width])],
-        [weight("w", width, width, scale=0.04)],
+        [
+            weight("w", width, width, scale=0.04),
+            numpy_helper.from_array(np.array(rounds), "rounds"),
+            numpy_helper.from_array(np.array(True), "true"),
+        ],
     )
 
 

@@ -310,7 +310,7 @@ def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_u
     assert ended["code"] == "cancelled"
     assert float(ended["at"]) - tripped < 0.1
     assert tripped - started >= 0.3
-    small = device.open_model(save(graphs.slow(steps=3), "small.onnx"))
+    small = device.open_model(save(graphs.slow(rounds=3), "small.onnx"))
     assert small.run({"x": x}, cancel=Cancel())["y"].shape == (512, 512)
     with pytest.raises(OperationError):
         model.run({"x": x}, cancel=cancel)

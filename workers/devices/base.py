@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: More bytes than this no library's size holds; what would come back is an error about its type.
+MAX_BYTES = 2**63 - 1
+
 #: An array of any dtype.
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -174,6 +177,8 @@ class Device(ABC):
         """A new buffer of zeroed bytes. Raises `out_of_memory`, which names the device and what it has."""
         if size_bytes < 1:
             raise failure("out_of_range", f"An allocation has at least 1 byte; {size_bytes} was asked of {self}.")
+        if size_bytes > MAX_BYTES:
+            raise failure("out_of_memory", f"{self} cannot hold {size_bytes} bytes. {self._standing()}")
         storage = self._guard(lambda: self._allocate(size_bytes), f"allocate {size_bytes} bytes")
         with self._counting:
             self._allocated_bytes += size_bytes
