@@ -34,9 +34,13 @@ from tasks.plans.inference import plan_stored_run
 from tasks.plans.residents import check_against_model, find_model, find_session, state_inputs
 from tasks.store.connection import Row
 from tasks.submit import Plan
+from tasks.transients import TRANSIENT_BYTES
 
-#: Bodies above this many bytes are read and answered on a thread, so that other requests are not held up.
+#: JSON above this many bytes is read and written on a thread, so that other requests are not held up.
 ON_THE_LOOP_BYTES = 65_536
+
+#: The same for raw bytes, which are only copied; a thread costs about as much as copying this.
+RAW_ON_THE_LOOP_BYTES = 262_144
 
 #: What a client gets that has left: nobody, in truth.
 CLIENT_CLOSED_REQUEST = 499
@@ -55,28 +59,41 @@ async def infer(request: Request) -> Response:
     gateway = of(request)
     caller = authenticate(request)
     body = await _body(request, gateway.settings.http.max_body_bytes)
-    heavy = len(body) > ON_THE_LOOP_BYTES
     length = _header_length(request)
-    asked = await run_in_threadpool(read, body, length) if heavy else read(body, length)
+    long_json = (len(body) if length is None else length) > ON_THE_LOOP_BYTES
+    asked = await run_in_threadpool(read, body, length) if long_json else read(body, length)
     name, version = request.path_params["model_name"], request.path_params.get("model_version")
     job_id = new_id()
+    heavy = len(body) > RAW_ON_THE_LOOP_BYTES or (len(body) > TRANSIENT_BYTES and not gateway.transients.is_local)
     made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
     left_behind = stashed(made.job.request["inputs"])
+    told: dict[str, dict[str, Any]] = {}
     try:
         job = await _performed(request, gateway, made, _patience(asked))
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
         told = job["result"]["outputs"]
-        left_behind += stashed(told)
         header = {"model_name": name, "model_version": model["version"], "parameters": {"job_id": job_id}}
         if asked.request_id is not None:
             header["id"] = asked.request_id
-        big = left_behind or any(output.get("size_bytes") for output in told.values())
-        make = (request, asked, told, gateway, header)
-        return await run_in_threadpool(_answered, *make) if big else _answered(*make)
+        if _is_quick(asked, told, gateway):
+            return _answered(request, asked, told, gateway, header)
+        return await run_in_threadpool(_answered, request, asked, told, gateway, header)
     finally:
-        if left_behind:
+        left_behind += stashed(told)
+        if left_behind and gateway.transients.is_local:
+            gateway.transients.drop(left_behind)
+        elif left_behind:
             await run_in_threadpool(gateway.transients.drop, left_behind)
+
+
+def _is_quick(asked: Asked, told: dict[str, dict[str, Any]], gateway: Gateway) -> bool:
+    """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
+    apart = sum(tensor.get("size_bytes", 0) for tensor in told.values())
+    if not apart:
+        return True
+    raw = all(output.binary for output in asked.outputs) if asked.outputs else asked.binary
+    return raw and gateway.transients.is_local and apart <= RAW_ON_THE_LOOP_BYTES
 
 
 # ---- planning

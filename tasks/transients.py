@@ -35,6 +35,11 @@ class Transients:
             self._folder = blobs.folder / "transient"
             self._folder.mkdir(exist_ok=True)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether a few kilobytes are here sooner than another thread is."""
+        return self._folder is not None
+
     def put(self, parts: Sequence[bytes | bytearray | memoryview]) -> str:
         """Stores the parts one after the other, and gives the id of the whole."""
         transient_id = new_id()

@@ -12,6 +12,7 @@ from device_operations.jobs import Kind, State
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
 from device_operations.tensors import INLINE_BYTES, Tensor, decode, to_bytes
+from device_operations.texts import pack_texts
 from tasks.blobs import BlobStore
 from tasks.directory import Directory
 from tasks.queues import device_queue
@@ -112,12 +113,15 @@ def store_tensors(context: Context, tensors: dict[str, Tensor], owner: str) -> t
             kept[name] = tensor
             continue
         array = decode(tensor, f"input {name!r}")
-        if tensor.dtype == "string" or tensor.size_bytes <= INLINE_BYTES:
+        text = tensor.dtype == "string"
+        raw = pack_texts(array.reshape(-1)) if text else memoryview(b"")
+        if max(tensor.size_bytes, len(raw)) <= INLINE_BYTES:
             kept[name] = tensor
             continue
-        blob_id = keep_bytes(context, to_bytes(array), owner)
+        blob_id = keep_bytes(context, raw if text else to_bytes(array), owner)
         named.append(blob_id)
-        kept[name] = Tensor(dtype=tensor.dtype, shape=tensor.shape, blob_id=blob_id)
+        # Callers give text as data only; here it is as many bytes as anything else.
+        kept[name] = Tensor.model_construct(dtype=tensor.dtype, shape=tensor.shape, blob_id=blob_id)
     return kept, named
 
 

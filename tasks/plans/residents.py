@@ -16,6 +16,10 @@ from tasks.store import models as model_store
 from tasks.store.connection import Row
 
 
+#: How old what is known of a model may be while it loads, in seconds.
+LOADING_SECONDS = 0.05
+
+
 class Shaped(Protocol):
     """What a tensor says of itself before anybody reads its elements."""
 
@@ -33,6 +37,9 @@ def find_model(context: Context, model_id: str | None, name: str | None, version
             with context.engine.connect() as connection:
                 gone = model_store.get(connection, model_id)
             raise no_model(model_id, gone)
+        if found["state"] == "loading":
+            # By now it may be there, with inputs to be held to: a run that does not fit is refused, not failed later.
+            found = context.directory.snapshot(LOADING_SECONDS).models.get(model_id, found)
         return found
     assert name is not None
     named = context.directory.models_named(name, version)

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import celery
+import celery.result
 import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
+from device_operations.texts import unpack_texts
 from tests.inference import graphs
-from tests.inference.conftest import Api
+from tests.inference.conftest import Api, as_tensor
 from tests.support.stack import REPOSITORY, eventually
 
 ROW = np.arange(4, dtype=np.float32).reshape(1, 4)
@@ -50,6 +53,17 @@ def test_tensors_come_back_in_the_form_asked_for(api: Api) -> None:
         assert np.array_equal(api.arrays(job)["y"], x + 1)
     small = api.load(graphs.affine())["model_id"]
     assert "data" in api.run(small, {"x": ROW})["result"]["outputs"]["y"]
+
+
+def test_much_text_travels_as_bytes(api: Api) -> None:
+    model_id = api.load(graphs.everything())["model_id"]
+    text = np.array(["ä" * 40_000, "", "z" * 40_000], object)
+    inputs = {"text": text, "half": np.zeros((3, 2), np.float16), "flag": np.zeros(3, bool)}
+    job = api.run(model_id, inputs, form="data")
+    assert job["result"]["outputs"]["text_out"]["data"] == list(text)
+    apart = api.run(model_id, inputs)["result"]["outputs"]["text_out"]
+    raw = api.http.get(f"/api/blobs/{apart['blob_id']}").content
+    assert unpack_texts(raw, 3) == list(text)
 
 
 def test_the_same_content_is_one_model_under_every_name(api: Api) -> None:
@@ -267,6 +281,27 @@ def test_two_devices_each_hold_their_models_and_share_the_work(start_api: Callab
     ended = [api.job(job["job_id"]) for job in jobs]
     assert all(job["state"] == "succeeded" for job in ended)
     assert {job["device_id"] for job in ended} == {"cpu_0", "cpu_1"}
+
+
+def test_work_for_any_device_is_shared_and_goes_where_its_model_is(start_api: Callable[..., Api]) -> None:
+    api = start_api(devices="cpu:2")
+    content = graphs.busy(60, 192)
+    for name in ("cpu_0", "cpu_1"):
+        api.load(content, "both", device_id=name)
+    api.load(graphs.affine(33.0), "one", device_id="cpu_1")
+    client = celery.Celery(broker=api.stack.redis_url, backend=api.stack.redis_url)
+
+    def send(name: str, x: np.ndarray) -> celery.result.AsyncResult:
+        body = {"model_name": name, "inputs": {"x": as_tensor(x)}}
+        kwargs = {"request": body}
+        return client.send_task("device_operations.inference.run", kwargs=kwargs, queue="device.any")
+
+    shared = [send("both", np.zeros((1, 192, 192), np.float32)) for _ in range(30)]
+    apart = [send("one", ROW) for _ in range(10)]
+    for task in [*shared, *apart]:
+        assert task.get(timeout=40)["outputs"]["y"]
+    assert {api.job(task.id)["device_id"] for task in shared} == {"cpu_0", "cpu_1"}
+    assert {api.job(task.id)["device_id"] for task in apart} == {"cpu_1"}
 
 
 def test_a_worker_recycles_itself_where_memory_comes_back_in_no_other_way(start_api: Callable[..., Api]) -> None:
