@@ -24,8 +24,9 @@ from workers.work import Progress, Work, named
 
 Steps = Generator[Progress, None, Outcome]
 
-#: Bytes copied or filled between two looks at the lane: a few hundredths of a second on the slowest device.
-STEP_BYTES = 128 * 2**20
+#: Bytes copied or filled between two looks at the lane: a few hundredths of a second. The C library copies larger
+#: pieces in a way of its own that is an eighth faster than for pieces of 128 MiB.
+STEP_BYTES = 512 * 2**20
 
 #: Allocations up to this size are made many at a time.
 SMALL_BYTES = 2**20
