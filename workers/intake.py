@@ -180,7 +180,7 @@ class Intake:
             given = [*(["positional arguments"] if args else []), *sorted(map(str, kwargs))]
             raise failure(
                 "validation_failed",
-                f"a task takes kwargs={{'request': {{…}}}} and optionally 'job', both objects; given: {given or 'none'}",
+                f"a task takes kwargs={{'request': {{…}}}} and maybe 'job', both objects; given: {given or 'none'}",
             )
         body = dict(kwargs["request"])
         options = kwargs.get("job", body.pop("job", None)) or {}
@@ -200,7 +200,11 @@ class Intake:
 
     def _record(self, made: submit.Plan) -> list[Row]:
         with transaction(self._engine) as connection:
-            return submit.record(connection, [made])
+            rows = submit.record(connection, [made])
+            if rows[0]["id"] != made.job.id:
+                # Over HTTP the caller is given the earlier job; a task has an id and a result of its own.
+                raise failure("allocation_exists", f"job {rows[0]['id']} does this already; wait for that one")
+            return rows
 
     def _refuse(self, kind: Kind, handle: Handle, error: OperationError) -> None:
         """A direct caller's request that does not fit is a failed job, not a lost one."""
