@@ -119,7 +119,7 @@ def pinned(url: str, *, allow_private: bool) -> tuple[str, str]:
                 f"webhook_url: {parts.hostname} is {address}, which is not public; "
                 "the service's operator may allow that with WEBHOOK__ALLOW_PRIVATE",
             )
-    address = str(sorted(map(str, found))[0])
+    address = min(map(str, found))
     place = f"[{address}]" if ":" in address else address
     return parts._replace(netloc=f"{place}:{port}").geturl(), parts.netloc
 

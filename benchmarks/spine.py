@@ -53,7 +53,7 @@ def run() -> list[Figure]:
                     lambda: echo_round_trips(app),
                     "bare Celery echo, 64 threads",
                     at_most=3.0,
-                )  # fmt: skip
+                )
             )
         finally:
             worker.terminate()

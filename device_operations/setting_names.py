@@ -1,4 +1,4 @@
-"""The names of settings in the environment, and what is said of a wrong one: its name, value (masked) and what is allowed.
+"""The names of settings in the environment, and what is said of a wrong one: name, value (masked) and what is allowed.
 
 It knows pydantic's models and errors, and none of our settings.
 """

@@ -1,4 +1,4 @@
-"""`python -m migrations upgrade|downgrade|current|check [REVISION]`: brings the database of the settings to a revision."""
+"""`python -m migrations upgrade|downgrade|current|check [REVISION]`: brings the database to a revision."""
 
 from __future__ import annotations
 

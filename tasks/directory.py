@@ -35,11 +35,7 @@ class Snapshot:
 
     def named(self, name: str, version: str | None = None) -> list[Row]:
         """The models of that name, newest first."""
-        return [
-            model
-            for model in self.models.values()
-            if _is_called(model, name, version)
-        ]
+        return [model for model in self.models.values() if _is_called(model, name, version)]
 
     def queued(self, device_id: str) -> int:
         """How many jobs wait for the device."""

@@ -124,7 +124,7 @@ def _brief(view: dict[str, Any]) -> str:
     return str({key: value for key, value in result.items() if isinstance(value, (int, float, str, bool))})[:200]
 
 
-class LanePool(BasePool):  # type: ignore[misc]
+class LanePool(BasePool):
     """A pool without processes or threads of its own."""
 
     body_can_be_buffer = True

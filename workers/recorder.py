@@ -219,7 +219,7 @@ class Recorder:
                 handle.dropped()
 
     def _write(self, ending: list[_Finished], kinds: dict[str, str]) -> list[Row]:
-        """Writes outcomes together; if the database will not have them, each alone, and what it will not have as failed.
+        """Writes outcomes together; if the database will not have them, each alone, and what it refuses as failed.
 
         A job whose outcome cannot be written must not stand as running for ever.
         """

@@ -290,7 +290,7 @@ class Service:
 
 
 def stop_early_on_signals() -> None:
-    """Stops in order also before Celery listens to signals itself; on Windows, where it never hears Ctrl-Break, after."""
+    """Stops in order also before Celery listens to signals itself; and on Windows, which sends Ctrl-Break, after."""
 
     def leave(*_: Any) -> None:
         raise SystemExit(0)

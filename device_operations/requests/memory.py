@@ -52,7 +52,8 @@ class Allocate(JobRequest):
         """The size in bytes, however it was said."""
         if self.size_bytes is not None:
             return self.size_bytes
-        assert self.shape is not None and self.dtype is not None
+        assert self.shape is not None
+        assert self.dtype is not None
         return math.prod(self.shape) * FIXED_DTYPES[self.dtype]
 
 

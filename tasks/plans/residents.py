@@ -15,7 +15,6 @@ from tasks.plans.memory import check_allocations as find_ranges
 from tasks.store import models as model_store
 from tasks.store.connection import Row
 
-
 #: How old what is known of a model may be while it loads, in seconds.
 LOADING_SECONDS = 0.05
 

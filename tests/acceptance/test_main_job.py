@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,7 +17,7 @@ WAIT = {"Prefer": "wait=30"}
 
 
 @pytest.fixture(scope="module")
-def http(stack: RunningStack) -> Iterator[httpx.Client]:
+def http(stack: RunningStack) -> httpx.Client:
     graphs.tiny(stack.folder / "models" / "tiny" / "model.onnx")
     graphs.slow(stack.folder / "models" / "slow.onnx")
     for name, path in (("tiny", "tiny/model.onnx"), ("slow", "slow.onnx")):
@@ -26,7 +25,7 @@ def http(stack: RunningStack) -> Iterator[httpx.Client]:
             "/api/inference/load-model", json={"name": name, "source": {"path": path}}, headers=WAIT
         )
         assert answer.json()["state"] == "succeeded", answer.text
-    yield stack.client
+    return stack.client
 
 
 def tiny_run(**job: object) -> dict:

@@ -117,11 +117,13 @@ class OnnxModel:
     def _call(self, names: list[str], feeds: Mapping[str, Any], cancel: Cancel | None) -> Sequence[Any]:
         session = self._live()
         lock = self._provider.lock
+        outputs: Sequence[Any]
         if cancel is None and lock is None:
-            return session.run(names, feeds)  # type: ignore[no-any-return]
+            outputs = session.run(names, feeds)
+            return outputs
         options = ort.RunOptions()
         with lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
-            outputs: Sequence[Any] = session.run(names, feeds, options)
+            outputs = session.run(names, feeds, options)
         return outputs
 
     def _run_with_buffers(
