@@ -24,6 +24,7 @@ from api_gateway import (
     oip,
     pages,
     problems,
+    training,
 )
 from api_gateway.reaper import Reaper
 from device_operations.settings import Settings
@@ -45,8 +46,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     problems.install(app)
     documents.install(app)
-    for part in (health, jobs, devices, memory, inference, oip, blobs, pages):
+    for part in (health, jobs, devices, memory, inference, training, blobs, pages):
         app.include_router(part.router)
+    oip.install(app)
     return app
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from api_gateway import oip_repository
 from api_gateway.auth import Known
 from api_gateway.gateway import Gateway, of
-from api_gateway.oip_infer import Lean, infer
+from api_gateway.oip_infer import InferLane, infer
 from api_gateway.oip_tensors import NAMES
 from api_gateway.submission import json_response
 from device_operations.errors import failure
@@ -34,10 +34,15 @@ _INFER: dict[str, Any] = {
         },
     }
 }
+# `InferLane` answers these before they are routed; here they stand for the API's description.
 for _path in ("/v2/models/{model_name}/infer", "/v2/models/{model_name}/versions/{model_version}/infer"):
-    router.add_api_route(
-        _path, infer, methods=["POST"], route_class_override=Lean, openapi_extra=_INFER, response_class=Response
-    )
+    router.add_api_route(_path, infer, methods=["POST"], openapi_extra=_INFER)
+
+
+def install(app: FastAPI) -> None:
+    """Adds the protocol's routes, and the short way to the one that matters."""
+    app.include_router(router)
+    app.add_middleware(InferLane)
 
 
 @router.get("/v2")

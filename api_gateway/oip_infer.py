@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 import zlib
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
 import orjson
 from fastapi import Request
-from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api_gateway import jobs
+from api_gateway import jobs, problems
 from api_gateway.auth import authenticate
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip_tensors import Asked, Raw, answer, read, stash, stashed
@@ -46,12 +46,33 @@ RAW_ON_THE_LOOP_BYTES = 262_144
 CLIENT_CLOSED_REQUEST = 499
 
 
-class Lean(APIRoute):
-    """A route whose endpoint is called with the request and nothing else: no parameters solved, nothing validated."""
+class InferLane:
+    """The way to `infer` past the framework's own: no routing, no parameters solved, one response sent.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The endpoint itself."""
-        return self.endpoint
+    Everything else, and every error that is not a refusal, goes the usual way.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers an inference request, or hands on."""
+        address = None
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/infer"):
+            address = _ADDRESS.fullmatch(scope["path"])
+        if address is None:
+            await self._app(scope, receive, send)
+            return
+        scope["path_params"] = address.groupdict()
+        request = Request(scope, receive)
+        try:
+            response = await infer(request)
+        except OperationError as error:
+            response = problems.shape(request, error)
+        await response(scope, receive, send)
+
+
+_ADDRESS = re.compile(r"/v2/models/(?P<model_name>[^/]+)(?:/versions/(?P<model_version>[^/]+))?/infer")
 
 
 async def infer(request: Request) -> Response:
@@ -141,8 +162,13 @@ def _plan(
         raise
 
 
+_USUAL = JobOptions()
+
+
 def _options(asked: Asked) -> JobOptions:
     """Priority and time limit as Triton has them: 1 is the highest priority, 0 the usual one; microseconds."""
+    if not asked.parameters.keys() & {"priority", "timeout"}:
+        return _USUAL
     options = JobOptions()
     priority = asked.parameters.get("priority", 0)
     if not isinstance(priority, int) or priority < 0:

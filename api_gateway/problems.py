@@ -52,7 +52,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(OperationError)
     async def _refused(request: Request, error: OperationError) -> Response:
-        return _shape(request, error)
+        return shape(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
@@ -62,29 +62,30 @@ def install(app: FastAPI) -> None:
         ]
         first = problems[0]
         message = f"{'.'.join(first['loc'])}: {first['message']}"
-        return _shape(request, failure("validation_failed", message, errors=problems))
+        return shape(request, failure("validation_failed", message, errors=problems))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         code = _BY_STATUS.get(error.status_code, "internal_error")
-        return _shape(request, failure(code, f"{request.method} {request.url.path}: {error.detail}"))
+        return shape(request, failure(code, f"{request.method} {request.url.path}: {error.detail}"))
 
     @app.exception_handler(DBAPIError)
     async def _database(request: Request, error: DBAPIError) -> Response:
         known = unavailable(error)
         if isinstance(known, OperationError):
-            return _shape(request, known)
+            return shape(request, known)
         return await _unexpected(request, error)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
         log.error("request failed", path=request.url.path, exc_info=error)
-        return _shape(
+        return shape(
             request, failure("internal_error", f"{type(error).__name__} inside the gateway; its log says more")
         )
 
 
-def _shape(request: Request, error: OperationError) -> Response:
+def shape(request: Request, error: OperationError) -> Response:
+    """The answer to a request that failed with `error`: a problem, or the Open Inference Protocol's form below /v2."""
     if request.url.path.startswith("/v2"):
         headers = {"Retry-After": str(error.retry_after_seconds or 1)} if error.status in (429, 503) else {}
         return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")

@@ -39,6 +39,7 @@ LEADER_LOCK = 7_235_002
 
 #: Seconds between two rounds, and between two rounds of what is not urgent.
 ROUND_SECONDS = 0.25
+SESSION_SECONDS = 1.0
 SLOW_SECONDS = 10.0
 
 #: How much one round does at most of each thing.
@@ -88,7 +89,7 @@ class Reaper:
                 break
             self._stopping.wait(2.0)
         reachable_since = time.monotonic()
-        slow_at = 0.0
+        slow_at = expired_at = 0.0
         while not self._stopping.wait(ROUND_SECONDS):
             row(leadership, "SELECT 1")
             self._publish_due()

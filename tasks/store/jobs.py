@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -80,7 +80,7 @@ def insert(connection: Connection, jobs: Iterable[NewJob]) -> list[Row]:
         ON CONFLICT (id) DO NOTHING
         RETURNING {COLUMNS}
         """,
-        {"jobs": dumps([asdict(job) for job in jobs])},
+        {"jobs": dumps(list(jobs))},
     )
 
 
@@ -189,7 +189,7 @@ def _end(connection: Connection, endings: Sequence[Ending], guard: str, paramete
         WHERE jobs.id = ended.id AND {guard}
         RETURNING {columns}
         """,
-        {"endings": dumps([asdict(ending) for ending in endings]), **parameters},
+        {"endings": dumps(list(endings)), **parameters},
     )
 
 
