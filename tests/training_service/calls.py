@@ -60,9 +60,10 @@ class Training:
 
     def initialize(self, **fields: Any) -> str:
         """The id of a session that is ready."""
-        job = self.submit("initialize", described(**fields))
-        self.done(job)
-        return str(job["resource"]["id"])
+        return str(self.done(self.initialize_job(**fields))["resource"]["id"])
+
+    def initialize_job(self, **fields: Any) -> dict[str, Any]:
+        return self.submit("initialize", described(**fields))
 
     def step(self, session_id: str, number: int | None = None, **fields: Any) -> dict[str, Any]:
         content = {} if fields.get("mode") == "apply" or "dataset" in fields else batch(number or 1)

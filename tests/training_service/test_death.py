@@ -1,0 +1,101 @@
+"""Workers killed at random moments: a session ends bit for bit where it would have ended, and no step is missing."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from safetensors.numpy import save
+
+from tests.support.stack import eventually
+from tests.training_service.calls import Training, arrays, batch, described
+
+Start = Callable[..., Training]
+
+
+def jobs_of(session_id: str, updates: int, dataset_id: str, long_steps: int) -> list[dict[str, Any]]:
+    """The requests that make `updates` updates: batches, accumulated gradients, and jobs over a dataset."""
+    bodies: list[dict[str, Any]] = []
+
+    def add(**fields: Any) -> None:
+        bodies.append({"session_id": session_id, "sequence": len(bodies) + 1, **fields})
+
+    made = 0
+    while made < updates:
+        number = len(bodies) + 1
+        if number % 37 == 0 and updates - made >= long_steps:
+            add(dataset={"blob_id": dataset_id, "batch_size": 8, "steps": long_steps})
+            made += long_steps
+            continue
+        if number % 11 == 0:
+            add(mode="gradients", **batch(number))
+            add(mode="apply", gradient_clip_norm=0.5)
+        else:
+            add(**batch(number), **({"learning_rate": 0.003} if number % 7 == 0 else {}))
+        made += 1
+    return bodies
+
+
+def dataset(count: int = 64) -> bytes:
+    inputs, targets = arrays(1000, count)
+    return save({"input": inputs, "targets": targets})
+
+
+def standing(training: Training, session_id: str) -> tuple[int, int]:
+    status = training.status(session_id)
+    return status["applied_sequence"], status["step"]
+
+
+def kill_at_random_moments(training: Training, session_id: str, last: int, kills: int, seed: int) -> None:
+    """Kills the worker at random moments of its stepping, `kills` times, spread over the session's way to `last`."""
+    chosen = random.Random(seed)
+    stack, before = training.stack, 0
+    for number in range(1, kills + 1):
+        mark = max(before + 1, int(last * (number - chosen.random()) / (kills + 1)))
+        eventually(lambda mark=mark: standing(training, session_id)[0] >= mark, 90, 0.002)
+        time.sleep(chosen.uniform(0, 0.01))
+        stack.kill("cpu_0")
+        before = standing(training, session_id)[0]
+        assert before < last, "the session was through before the last kill"
+        stack.start("cpu_0")
+        if number == 2:
+            # Once more, while the new worker starts or brings the session back.
+            time.sleep(chosen.uniform(0.5, 2.5))
+            stack.kill("cpu_0")
+            stack.start("cpu_0")
+
+
+def prove(training: Training, updates: int, kills: int, long_steps: int) -> None:
+    fields = {"checkpoint_every_steps": 40, "schedule": {"type": "cosine", "warmup_steps": 9, "total_steps": updates}}
+    dataset_id = training.upload(dataset())
+    plain = training.initialize(**fields)
+    jobs = training.submit_all("training.step", jobs_of(plain, updates, dataset_id, long_steps))
+    training.done(jobs[-1])
+    wanted, history = training.state(plain), training.losses(plain)
+    assert [one[0] for one in history] == list(range(1, updates + 1))
+    training.end(plain)
+
+    session_id = training.initialize(**fields)
+    bodies = jobs_of(session_id, updates, dataset_id, long_steps)
+    submitted = training.submit_all("training.step", bodies)
+    kill_at_random_moments(training, session_id, len(bodies), kills, seed=updates)
+    for job in submitted:
+        training.done(job)
+    assert standing(training, session_id) == (len(bodies), updates)
+    assert training.losses(session_id) == history
+    ended = training.state(session_id)
+    assert set(ended) == set(wanted)
+    assert [name for name in wanted if ended[name] != wanted[name]] == []
+    assert training.client.get("/api/devices/cpu_0").json()["epoch"] > kills
+
+
+def test_a_session_comes_back_by_itself_and_goes_on_bit_for_bit(start_training: Start) -> None:
+    prove(start_training(LEASE_SECONDS=3), updates=80, kills=3, long_steps=20)
+
+
+@pytest.mark.slow
+def test_four_hundred_steps_under_fifteen_kills_end_bit_for_bit_where_they_end_without(start_training: Start) -> None:
+    prove(start_training(LEASE_SECONDS=3), updates=400, kills=15, long_steps=40)
