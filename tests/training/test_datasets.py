@@ -80,6 +80,24 @@ def test_a_file_and_the_tensors_in_it_train_alike(tmp_path: Path) -> None:
     assert digest(sessions[0]) == digest(sessions[1])
 
 
+def test_narrow_whole_numbers_are_widened_in_every_batch() -> None:
+    layers = [
+        {"type": "embedding", "num_embeddings": 9, "embedding_dim": 4},
+        {"type": "flatten"},
+        {"type": "linear", "in_features": 12, "out_features": 4},
+    ]
+    random = np.random.RandomState(0)
+    ids, labels = random.randint(0, 9, (20, 3)), random.randint(0, 4, 20)
+    wide, narrow = (start(model={"kind": "layers", "layers": layers}) for _ in range(2))
+    for session, dataset in (
+        (wide, Dataset({"input": ids}, labels)),
+        (narrow, Dataset({"input": ids.astype(np.int16)}, labels.astype(np.int16))),
+    ):
+        run = session.run(dataset, Plan(8, epochs=2), StepOptions(), 1)
+        assert len(list(run)) == 6
+    assert digest(wide) == digest(narrow)
+
+
 def test_a_file_is_mapped_and_not_read(tmp_path: Path) -> None:
     resident = Path("/proc/self/statm")
     if not resident.exists():

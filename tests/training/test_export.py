@@ -78,6 +78,9 @@ def test_before_the_first_batch_the_exporter_has_no_shape_to_go_by() -> None:
     with pytest.raises(OperationError, match="make or evaluate one step first") as caught:
         onnx_bytes(session.definition, session.spec, session.snapshot())
     assert caught.value.code == "validation_failed"
+    one = batch(1)
+    exported = onnx_bytes(session.definition, session.spec, session.snapshot(), one.inputs)
+    assert compare(session, one.inputs, one.targets, served_by(exported, dict(one.inputs))).largest_difference < 1e-5
 
 
 def test_a_program_exports_as_layers_do(tmp_path: Path) -> None:

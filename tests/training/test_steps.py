@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +318,51 @@ def test_a_program_is_refused_unless_programs_are_trusted(tmp_path: Path) -> Non
     with pytest.raises(OperationError) as caught:
         start(Sources(model=path), trusted, model=model)
     assert caught.value.code == "model_invalid"
+
+
+class Put(torch.nn.Module):
+    """Writes to places by number, which torch does not do deterministically."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return y + torch.zeros_like(y).put_(torch.zeros(2, dtype=torch.int64), torch.ones(2))
+
+
+def test_an_operator_without_a_deterministic_kernel_is_named_unless_the_request_lets_it_in(tmp_path: Path) -> None:
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.script(Put()), str(path))
+    trusted = Limits(memory_bytes=2**30, max_batch_size=32, trust_programs=True)
+    model = {"kind": "torchscript", "blob_id": "program"}
+    one = Batch({"x": batch(1).inputs["input"]}, batch(1).targets)
+    with pytest.raises(
+        OperationError, match=r'put_ has no deterministic kernel on cpu.*"deterministic": false'
+    ) as caught:
+        start(Sources(model=path), trusted, model=model).perform(one, StepOptions(), 1)
+    assert caught.value.code == "run_failed"
+    start(Sources(model=path), trusted, model=model, deterministic=False).perform(one, StepOptions(), 1)
+
+
+@pytest.mark.parametrize("kind", ["layers", "onnx"])
+def test_a_session_that_is_let_go_gives_its_memory_back_at_once(kind: str, models_dir: Path) -> None:
+    if kind == "layers":
+        session = start()
+        train(session, 2)
+    else:
+        path = models_dir / "rapidocr" / "ch_ppocr_mobile_v2.0_cls_infer.onnx"
+        session = start(Sources(model=path), model={"kind": "onnx", "blob_id": "cls"}, loss="mse")
+        x = np.zeros((2, 3, 48, 96), np.float32)
+        session.perform(Batch({"x": x}, np.zeros((2, 2), np.float32)), StepOptions(), 1)
+    held = [weakref.ref(tensor) for tensor in (*session.state.trained, *session.state.updater.tensors())]
+    gc.disable()
+    try:
+        del session
+        assert [reference for reference in held if reference() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_weights_from_a_file_are_what_the_session_starts_with(tmp_path: Path) -> None:

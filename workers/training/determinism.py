@@ -36,7 +36,8 @@ def seed_device(device: torch.device, seed: int) -> None:
 def use_deterministic(wanted: bool) -> None:
     """Makes torch choose deterministic kernels, or raise where an operator has none; cheap to call before each step."""
     if torch.are_deterministic_algorithms_enabled() != wanted:
-        torch.use_deterministic_algorithms(wanted)
+        # Not use_deterministic_algorithms, which does the same and first imports torch's compiler, for two seconds.
+        torch.set_deterministic_debug_mode("error" if wanted else "default")
         # Filling memory that is about to be overwritten would cost a pass over every new tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.deterministic = wanted

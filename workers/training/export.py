@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from device_operations.requests.training import Initialize
 from workers.training.checkpoints import Snapshot, WrittenFile, write_bytes
 from workers.training.definition import Definition, OnnxDefinition
 from workers.training.lora import merge_adapters
+from workers.training.ports import Array, name_of, take_inputs
 
 #: Old enough for every runtime in use, new enough for LayerNormalization as one operator.
 OPSET = 17
@@ -29,17 +30,26 @@ OPSET = 17
 _MAX_BYTES = 2**31 - 1
 
 
-def export_onnx(definition: Definition, spec: Initialize, snapshot: Snapshot, path: Path) -> WrittenFile:
+def export_onnx(
+    definition: Definition,
+    spec: Initialize,
+    snapshot: Snapshot,
+    path: Path,
+    example: Mapping[str, Array] | None = None,
+) -> WrittenFile:
     """Writes the model of `snapshot` to `path`, whole or not at all.
 
     The first axis of inputs and outputs is open. torch's exporter changes state of the process, so for models that did
     not come as ONNX call this on the thread that steps; with ONNX any thread will do. Raises `model_invalid` where the
-    model cannot be exported, `validation_failed` before the first step (no inputs have been seen), `storage_full`.
+    model cannot be exported, `validation_failed` before the first step where there is no `example` of the inputs
+    either, `storage_full`.
     """
-    return write_bytes(onnx_bytes(definition, spec, snapshot), path)
+    return write_bytes(onnx_bytes(definition, spec, snapshot, example), path)
 
 
-def onnx_bytes(definition: Definition, spec: Initialize, snapshot: Snapshot) -> bytes:
+def onnx_bytes(
+    definition: Definition, spec: Initialize, snapshot: Snapshot, example: Mapping[str, Array] | None = None
+) -> bytes:
     """The same as bytes, for a runtime in this process."""
     tensors = merge_adapters({**snapshot.part("parameter/"), **snapshot.part("buffer/")}, spec.lora)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -47,18 +57,20 @@ def onnx_bytes(definition: Definition, spec: Initialize, snapshot: Snapshot) -> 
         raise failure("model_invalid", f"the model's {size} bytes of weights exceed what one ONNX file holds, 2 GiB")
     if isinstance(definition, OnnxDefinition):
         return bytes(definition.written_back(tensors).SerializeToString())
-    return _export_traced(definition, spec, snapshot, tensors)
-
-
-def _export_traced(definition: Definition, spec: Initialize, snapshot: Snapshot, tensors: dict[str, Tensor]) -> bytes:
     shapes = snapshot.state["last_inputs"]
+    if example is not None:
+        taken = zip(definition.inputs, take_inputs(definition.inputs, example), strict=True)
+        shapes = {port.name: (name_of(tensor.dtype), list(tensor.shape[1:])) for port, tensor in taken}
     if shapes is None:
         raise failure("validation_failed", "the export needs the shape of an input: make or evaluate one step first")
     module = definition.build(spec.seed)
     module.load_state_dict(tensors)
-    module.eval()
+    return _traced(definition, module, shapes)
+
+
+def _traced(definition: Definition, module: nn.Module, shapes: Mapping[str, tuple[str, list[int]]]) -> bytes:
     names = [port.name for port in definition.inputs]
-    # Two samples: with one, exporters take the batch for a constant. Zeros are valid indices too.
+    # Two samples, so that the batch is no axis of 1 that operators spread. Zeros are valid indices too.
     examples = [torch.zeros(2, *shapes[name][1], dtype=getattr(torch, shapes[name][0])) for name in names]
     buffer = io.BytesIO()
     axes = {name: {0: "batch"} for name in (*names, *definition.output_names)}
@@ -74,8 +86,8 @@ def _export_traced(definition: Definition, spec: Initialize, snapshot: Snapshot,
 def _export(
     module: nn.Module, examples: tuple[Tensor, ...], file: io.BytesIO, inputs: list[str], outputs: list[str], axes: Any
 ) -> None:
-    # The exporter that traces: it needs no further package, takes milliseconds where the newer one takes seconds, and
-    # is in every torch from 2.4 on.
+    # The exporter that traces, in evaluation mode: it needs no further package, takes milliseconds where the newer one
+    # takes seconds, and is in every torch from 2.4 on.
     torch.onnx.export(
         module,
         examples,

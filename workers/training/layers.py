@@ -21,7 +21,7 @@ class Residual(nn.Sequential):
     """x + layers(x); the layers must keep the shape."""
 
     def forward(self, x: Tensor) -> Tensor:
-        inner: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        inner: Tensor = super().forward(x)
         if inner.shape != x.shape:
             raise ValueError(f"residual: its layers turn shape {list(x.shape)} into {list(inner.shape)}")
         return x + inner

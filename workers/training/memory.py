@@ -1,4 +1,4 @@
-"""What a training session takes of a device's memory, and how running out of it looks in torch."""
+"""What a training session takes of a device's memory, and how torch says what a device cannot do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _TEXTS)
+
+
+def is_nondeterministic(error: BaseException) -> bool:
+    """Whether torch refuses with `error` an operator that has no deterministic kernel on the device."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from device_operations.errors import failure
 from workers.training.graph import Graph
 from workers.training.operators import OPERATORS, Node, Operator
-from workers.training.operators.node import DTYPES
+from workers.training.operators.node import DTYPES, Mode
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class OnnxModule(nn.Module):
         super().__init__()
         self.input_names = tuple(port.name for port in graph.inputs)
         self.output_names = tuple(port.name for port in graph.outputs)
+        self._mode = Mode()
         self._host: dict[str, Tensor] = {}
         self._adapters: dict[str, float] = {}
         self._take_tensors(graph, meta)
@@ -88,7 +89,7 @@ class OnnxModule(nn.Module):
                 {a.name: _attribute(a) for a in proto.attribute},
                 graph.opset,
                 constants,
-                self,
+                self._mode,
             )
             release = {name for name in proto.input if name and last_use[name] == index and name not in kept}
             try:
@@ -114,6 +115,12 @@ class OnnxModule(nn.Module):
                     if weight is not None and weight.dim() == 2:
                         found[name] = (weight.shape[0], weight.shape[1])
         return found
+
+    def train(self, mode: bool = True) -> OnnxModule:
+        super().train(mode)
+        # Operators hold this and not the module: a cycle would keep its memory until Python collects.
+        self._mode.training = mode
+        return self
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values: dict[str, Any] = {**self._host, **self._buffers, **self._parameters}

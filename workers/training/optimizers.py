@@ -40,7 +40,6 @@ class Lists:
         fused = device.type in ("cpu", "cuda")
         self.mul_: Callable[..., None] = torch._foreach_mul_ if fused else _loop("mul_")
         self.add_: Callable[..., None] = torch._foreach_add_ if fused else _loop("add_")
-        self.div_: Callable[..., None] = torch._foreach_div_ if fused else _loop("div_")
         self.sqrt_: Callable[..., None] = torch._foreach_sqrt_ if fused else _loop("sqrt_")
         self.copy_: Callable[..., None] = torch._foreach_copy_ if fused else _loop("copy_")
         self.addcmul_: Callable[..., None] = torch._foreach_addcmul_ if fused else _loop("addcmul_", "value")
@@ -118,12 +117,13 @@ class Updater:
         lists.add_(averages, gradients, alpha=1 - beta1)
         lists.mul_(squares, beta2)
         lists.addcmul_(squares, gradients, gradients, 1 - beta2)
-        # The gradients have done their part: their memory takes the denominator.
+        # The gradients have done their part: their memory takes the denominator. The correction of its bias is drawn
+        # out of the root, into epsilon and the rate: one pass over memory less than torch's order of operations.
+        unbiased = math.sqrt(1 - beta2**self.steps)
         lists.copy_(gradients, squares)
         lists.sqrt_(gradients)
-        lists.div_(gradients, math.sqrt(1 - beta2**self.steps))
-        lists.add_(gradients, spec.eps)
-        lists.addcdiv_(parameters, averages, gradients, -learning_rate / (1 - beta1**self.steps))
+        lists.add_(gradients, spec.eps * unbiased)
+        lists.addcdiv_(parameters, averages, gradients, -learning_rate * unbiased / (1 - beta1**self.steps))
 
 
 def _loop(name: str, third: str | None = None) -> Callable[..., None]:

@@ -37,6 +37,21 @@ class Batch:
     targets: Array
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A batch on the device, checked; its targets are not where only a real run can tell the output's shape."""
+
+    inputs: list[Tensor]
+    targets: Array
+    checked: bool
+    #: Dtype and shape of one sample of each input, by name.
+    shapes: dict[str, tuple[str, list[int]]]
+
+    @property
+    def size(self) -> int:
+        return self.inputs[0].shape[0]
+
+
 def as_tensor(value: Array, name: str) -> Tensor:
     """The tensor of an array, without a copy where NumPy allows it; `input_mismatch` for dtypes torch lacks."""
     if isinstance(value, Tensor):

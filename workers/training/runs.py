@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from device_operations.errors import failure
-from workers.training.dataset import Dataset, Order, Plan
+from workers.training.dataset import TARGETS, Dataset, Order, Plan
 from workers.training.losses import check_target_values
 from workers.training.outcomes import StepOptions, StepOutcome
-from workers.training.ports import check_row_numbers
+from workers.training.ports import Taken, as_tensor, check_row_numbers
 
 if TYPE_CHECKING:
     from workers.training.session import TrainingSession
@@ -36,6 +38,8 @@ class DatasetRun:
         unfinished = session.state.unfinished_run
         self.steps_done = unfinished[1] if unfinished is not None and unfinished[0] == sequence else 0
         self._checked = self._check_values()
+        #: The first batch of each size, checked in full; others of that size are then of the same shapes and dtypes.
+        self._like: dict[int, Taken] = {}
 
     def __iter__(self) -> DatasetRun:
         return self
@@ -43,8 +47,7 @@ class DatasetRun:
     def __next__(self) -> StepOutcome:
         if self.steps_done >= self.steps_total:
             raise StopIteration
-        batch = self._dataset.take(self._order.rows(self.steps_done))
-        outcome = self._session.advance(batch, self._options, values_checked=self._checked)
+        outcome = self._session.step_on(self._take(self._order.rows(self.steps_done)), self._options)
         self.steps_done += 1
         self._session.state.unfinished_run = (self.sequence, self.steps_done)
         return outcome
@@ -52,6 +55,20 @@ class DatasetRun:
     def finish(self) -> None:
         """Marks the job's sequence number as applied, with as many steps as were done."""
         self._session.state.sequence, self._session.state.unfinished_run = self.sequence, None
+
+    def _take(self, rows: Tensor | slice) -> Taken:
+        batch, session = self._dataset.take(rows), self._session
+        size = len(batch.targets)
+        like = self._like.get(size)
+        if like is None or not isinstance(like.targets, Tensor):
+            taken = session.take(batch, self._options, values_checked=self._checked)
+            if taken.checked:
+                self._like[size] = taken
+            return taken
+        ports = zip(session.definition.inputs, like.inputs, strict=True)
+        inputs = [as_tensor(batch.inputs[port.name], port.name).to(first.device, first.dtype) for port, first in ports]
+        targets = as_tensor(batch.targets, TARGETS).to(like.targets.device, like.targets.dtype)
+        return Taken(inputs, targets, True, like.shapes)
 
     def _check_values(self) -> bool:
         """Looks at every index and target once, so that no step needs to; False where only a real run tells shapes."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from workers.training.dataset import Dataset, Plan
 from workers.training.definition import Definition, Sources, define
 from workers.training.determinism import derive_seed, seed_device, use_deterministic
 from workers.training.losses import LOSSES, count_correct, take_targets
-from workers.training.memory import is_out_of_memory
+from workers.training.memory import is_nondeterministic, is_out_of_memory
 from workers.training.outcomes import StepOptions, StepOutcome, StepRecord
-from workers.training.ports import Array, Batch, name_of, take_inputs
+from workers.training.ports import Array, Batch, Taken, name_of, take_inputs
 from workers.training.resident import ResidentModel, estimate_bytes, make_resident
 from workers.training.runs import DatasetRun
 from workers.training.schedules import learning_rate_at
@@ -41,21 +41,6 @@ class Limits:
     memory_bytes: int | None
     max_batch_size: int
     trust_programs: bool = False
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A batch on the device. `targets` are checked unless only a real run can tell the output's shape."""
-
-    inputs: list[Tensor]
-    targets: Array
-    checked: bool
-    #: Dtype and shape of one sample of each input, by name.
-    shapes: dict[str, tuple[str, list[int]]]
-
-    @property
-    def size(self) -> int:
-        return self.inputs[0].shape[0]
 
 
 def build_session(spec: Initialize, sources: Sources, device: torch.device, limits: Limits) -> TrainingSession:
@@ -189,23 +174,27 @@ class TrainingSession:
         """The trained output's shape for `inputs`, as a meta tensor; None where only a real run can tell."""
         return self._expected(take_inputs(self.definition.inputs, inputs), training)
 
-    def advance(self, batch: Batch | None, options: StepOptions, *, values_checked: bool = False) -> StepOutcome:
-        """The step itself, without its number; `values_checked` where every index and target was looked at before."""
+    def advance(self, batch: Batch | None, options: StepOptions) -> StepOutcome:
+        """A step as `perform` makes it, without a number."""
+        return self.step_on(None if batch is None else self.take(batch, options), options)
+
+    def step_on(self, taken: Taken | None, options: StepOptions) -> StepOutcome:
+        """The step itself, on a batch that `take` has checked."""
         if not self.intact:
-            raise failure(
-                "session_lost", "an update broke off half-way: the session must be restored from a checkpoint"
-            )
+            broken = "an update broke off half-way: the session must be restored from a checkpoint"
+            raise failure("session_lost", broken)
         use_deterministic(self.spec.deterministic)
         if options.mode == "apply":
             return self._apply(options)
-        if batch is None:
+        if taken is None:
             raise failure("validation_failed", f"mode {options.mode} needs inputs and targets")
-        taken = self._take(batch, options.mode != "evaluate", values_checked)
         outcome = self._evaluate(taken) if options.mode == "evaluate" else self._train(taken, options)
         self.state.last_inputs = taken.shapes
         return outcome
 
-    def _take(self, batch: Batch, training: bool, values_checked: bool) -> _Taken:
+    def take(self, batch: Batch, options: StepOptions, *, values_checked: bool = False) -> Taken:
+        """The batch, checked and on the device; `values_checked` where every index and target was looked at before."""
+        training = options.mode != "evaluate"
         inputs = take_inputs(self.definition.inputs, batch.inputs, check_rows=not values_checked)
         counts = {port.name: tensor.shape[0] for port, tensor in zip(self.definition.inputs, inputs, strict=True)}
         size = batch.targets.shape[0] if len(batch.targets.shape) else 0
@@ -217,13 +206,13 @@ class TrainingSession:
             targets = take_targets(self.spec.loss, expected, targets, check_values=not values_checked).to(self.device)
         shapes = [(name_of(tensor.dtype), list(tensor.shape[1:])) for tensor in inputs]
         on_device = [tensor.to(self.device) for tensor in inputs]
-        return _Taken(on_device, targets, expected is not None, dict(zip(counts, shapes, strict=True)))
+        return Taken(on_device, targets, expected is not None, dict(zip(counts, shapes, strict=True)))
 
     def _expected(self, inputs: list[Tensor], training: bool) -> Tensor | None:
         outputs = self._trial.outputs(inputs, training)
         return None if outputs is None else outputs[self.definition.trained_output]
 
-    def _evaluate(self, taken: _Taken) -> StepOutcome:
+    def _evaluate(self, taken: Taken) -> StepOutcome:
         self._set_mode(training=False)
         with self._unchanged_on_failure(), torch.no_grad():
             loss, output, targets = self._forward(taken)
@@ -234,7 +223,7 @@ class TrainingSession:
             return StepOutcome(self.step, "evaluate", samples=taken.size, skipped=True)
         return StepOutcome(self.step, "evaluate", value, samples=taken.size, correct=correct, elements=elements)
 
-    def _train(self, taken: _Taken, options: StepOptions) -> StepOutcome:
+    def _train(self, taken: Taken, options: StepOptions) -> StepOutcome:
         """Modes `train` and `gradients`. With gradients accumulated, `train` adds its own and applies both."""
         state = self.state
         self._set_mode(training=True)
@@ -254,19 +243,27 @@ class TrainingSession:
                 self._refuse_nonfinite(*(("gradient norm", norm) if math.isfinite(value) else ("loss", value)))
                 state.put_back_buffers()
                 return StepOutcome(self.step, options.mode, samples=taken.size, skipped=True)
-            outcome = StepOutcome(self.step, options.mode, value, norm, samples=taken.size)
-            if options.mode == "gradients":
-                outcome = self._with_gradients(outcome, gradients, norms, options)
+            by_name, copies = self._report(gradients, norms, options) if options.mode == "gradients" else (None, None)
+        rate = None
         if options.mode == "train":
             rate = self._update(gradients, norm, options)
             state.drop_accumulated()
-            outcome = replace(outcome, step=self.step, learning_rate=rate)
         elif options.accumulate:
             state.accumulate(gradients)
         else:
             state.put_back_buffers()
         state.samples_seen += taken.size
-        return replace(outcome, accumulated_batches=state.accumulated_batches)
+        return StepOutcome(
+            self.step,
+            options.mode,
+            value,
+            norm,
+            rate,
+            taken.size,
+            accumulated_batches=state.accumulated_batches,
+            gradient_norms=by_name,
+            gradients=copies,
+        )
 
     def _apply(self, options: StepOptions) -> StepOutcome:
         gradients = self.state.accumulated
@@ -296,11 +293,16 @@ class TrainingSession:
                 parameter.grad = None
             if self._training:
                 self.state.put_back_buffers()
-            if not isinstance(error, OperationError) and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise _out_of_memory("the step", error) from error
+            if is_nondeterministic(error):
+                reason = str(error).split(" does not have", 1)[0]
+                remedy = 'use another layer, or "deterministic": false at the cost of bitwise resume'
+                what = f"{reason} has no deterministic kernel on {self.device.type}; {remedy}"
+                raise failure("run_failed", what) from error
             raise
 
-    def _forward(self, taken: _Taken) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, taken: Taken) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, output, targets) of the module in its present mode."""
         output = as_list(self._module(*taken.inputs))[self.definition.trained_output]
         targets = taken.targets
@@ -324,17 +326,16 @@ class TrainingSession:
         norms = list(self.state.lists.norm([gradient for gradient in gradients if gradient is not None]))
         return norms, float(torch.linalg.vector_norm(torch.stack(norms)).item())
 
-    def _with_gradients(
-        self, outcome: StepOutcome, gradients: Gradients, norms: list[Tensor], options: StepOptions
-    ) -> StepOutcome:
-        """The outcome with the norms by name and, where asked for, copies of the gradients on the host."""
+    def _report(
+        self, gradients: Gradients, norms: list[Tensor], options: StepOptions
+    ) -> tuple[dict[str, float], dict[str, Tensor] | None]:
+        """The norms by name and, where asked for, copies of the gradients on the host."""
         pairs = zip(self.state.model.trained, gradients, strict=True)
         named = {name: gradient for name, gradient in pairs if gradient is not None}
         by_name = dict(zip(named, torch.stack(norms).tolist(), strict=True))
-        copies = None
-        if options.return_gradients:
-            copies = {name: gradient.to("cpu", copy=True) for name, gradient in named.items()}
-        return replace(outcome, gradient_norms=by_name, gradients=copies)
+        if not options.return_gradients:
+            return by_name, None
+        return by_name, {name: gradient.to("cpu", copy=True) for name, gradient in named.items()}
 
     def _update(self, gradients: Gradients, norm: float, options: StepOptions) -> float:
         """Clips, then updates the parameters; the learning rate that was used. Uses the gradients up."""

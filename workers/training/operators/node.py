@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from device_operations.errors import OperationError, failure
 Operator = Callable[..., "Tensor | Sequence[Tensor]"]
 
 
-class Mode(Protocol):
-    """The part of a torch module that operators look at: whether it is being trained."""
+@dataclass
+class Mode:
+    """Whether the graph is being trained: one for all operators of a module, which do not know the module itself."""
 
-    training: bool
+    training: bool = True
 
 
 @dataclass(frozen=True)
