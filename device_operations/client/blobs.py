@@ -123,9 +123,7 @@ class Body:
             return Path(source).stat().st_size
         if not self.repeatable:
             return None
-        end = source.seek(0, os.SEEK_END)
-        source.seek(self._start)
-        return end - self._start
+        return source.seek(0, os.SEEK_END) - self._start
 
 
 def read(path: str, start: int = 0, end: int | None = None) -> Flow[bytes]:

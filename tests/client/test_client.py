@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -164,12 +163,14 @@ def test_the_result_of_a_cancelled_job_raises_and_names_the_job(client: Client) 
 
 def test_events_tell_a_job_from_its_start_to_its_end(client: Client) -> None:
     job = slow(client)
-    states: list[str] = []
+    names, states = [], []
     for event in client.events(job):
+        names.append(event.name)
         states += [event.data["state"]] if event.name in ("state", "done") else []
-        if states[-1] == "running" and event.name == "state":
-            threading.Thread(target=client.cancel, args=(job,)).start()
-    assert event.name == "done" and states[-1] == "cancelled"
+        if states.count("running") == 1:
+            client.cancel(job)
+            states.append("cancel asked for")
+    assert names[0] == "state" and names[-1] == "done" and states[-1] == "cancelled"
 
 
 def test_the_same_idempotency_key_is_the_same_job(client: Client) -> None:

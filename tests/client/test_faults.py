@@ -105,7 +105,7 @@ def test_without_a_key_a_submission_whose_answer_was_lost_is_not_sent_again() ->
 
 
 def test_a_refusal_is_raised_by_its_code_and_not_sent_again() -> None:
-    with server(problem(422, "out_of_range")) as (url, seen), Client(url) as client:
+    with server(problem(422, "out_of_range", Retry_After="0")) as (url, seen), Client(url) as client:
         with pytest.raises(OperationError, match="as told") as caught:
             client.memory.clear("a")
         assert (caught.value.code, caught.value.status, len(seen)) == ("out_of_range", 422, 1)
