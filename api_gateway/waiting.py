@@ -110,10 +110,11 @@ class Waiters:
 
     def _hand_over(self, channel: bytes, data: bytes) -> None:
         if channel == _DONE:
-            job_id, _, text = data.partition(b" ")
-            for future in self._awaited.get(job_id, ()):
-                if not future.done():
-                    future.set_result(text)
+            for line in data.split(b"\n"):
+                job_id, _, text = line.partition(b" ")
+                for future in self._awaited.get(job_id, ()):
+                    if not future.done():
+                        future.set_result(text)
             return
         for follower in self._followers.get(channel, ()):
             follower.put_nowait(orjson.loads(data))

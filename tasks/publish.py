@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -15,6 +15,9 @@ from tasks.queues import DONE_CHANNEL, control_queue, job_channel, message, redi
 from tasks.store.connection import Row
 
 log = structlog.get_logger(__name__)
+
+#: Announcements travel together up to this many bytes: a message costs every gateway more than a line does.
+DONE_BYTES = 1 << 20
 
 
 def connect(url: str) -> redis.Redis:
@@ -46,18 +49,11 @@ class Publisher:
         return True
 
     def done(self, views: Iterable[dict[str, Any]]) -> None:
-        """Announces ended jobs to all gateways: the id, a space, and the job as callers see it, in JSON."""
-        packed = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
-        if not packed:
-            return
+        """Announces ended jobs to all gateways: of each a line with its id, a space, and the job as callers see it."""
+        lines = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
         try:
-            if len(packed) == 1:
-                self._client.publish(DONE_CHANNEL, packed[0])
-                return
-            with self._client.pipeline(transaction=False) as pipe:
-                for text in packed:
-                    pipe.publish(DONE_CHANNEL, text)
-                pipe.execute()
+            for together in _chunks(lines, DONE_BYTES):
+                self._client.publish(DONE_CHANNEL, b"\n".join(together))
         except redis.RedisError as error:
             log.warning("announcing failed; waiters read the records at their next look", error=str(error))
 
@@ -94,3 +90,17 @@ class Publisher:
                 pipe.execute()
         except redis.RedisError as error:
             log.warning("waking the worker failed; it looks by itself within a second", error=str(error))
+
+
+def _chunks(lines: list[bytes], limit_bytes: int) -> Iterator[list[bytes]]:
+    """The lines in order, together up to the limit; a longer line goes alone."""
+    together: list[bytes] = []
+    size = 0
+    for line in lines:
+        if together and size + len(line) > limit_bytes:
+            yield together
+            together, size = [], 0
+        together.append(line)
+        size += len(line)
+    if together:
+        yield together

@@ -12,9 +12,9 @@ from queue import Empty
 from time import monotonic
 from typing import Any
 
+import orjson
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import loads
 
 #: Messages taken in one round trip at most. The lane holds many more, so this only bounds one turn of the event loop.
 AT_ONCE = 32
@@ -86,7 +86,7 @@ class Channel(redis.Channel):
         """Delivers in order. What a failing delivery leaves over goes back to where it was taken from."""
         for number, item in enumerate(items):
             try:
-                self.connection._deliver(loads(bytes_to_str(item)), queue)
+                self.connection._deliver(orjson.loads(item), queue)
             except BaseException:
                 left = items[number + 1 :]
                 if left:

@@ -41,6 +41,7 @@ from tasks.store.connection import transaction
 from workers import lease as leases
 from workers import training_sessions as training
 from workers.devices import open_device
+from workers.events import EventsInTurns
 from workers.intake import Intake
 from workers.lane import Lane
 from workers.models import bring_back, look_after
@@ -132,6 +133,7 @@ class Service:
         restore_unacked(self.app, self._redis)
         LanePool.intake = self
         self.app.steps["consumer"].add(control_step(self))
+        self.app.steps["consumer"].add(EventsInTurns)
         self.app.Worker(
             hostname=f"{self.device_id}@{socket.gethostname()}",
             pool_cls="workers.pool:LanePool", concurrency=PREFETCH, queues=[device_queue(self.device_id)],
