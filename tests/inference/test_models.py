@@ -123,10 +123,15 @@ def test_unloading_gives_the_memory_back_and_says_how_much(api: Api) -> None:
 def test_a_load_behind_an_unload_of_the_same_content_loads_it_again(api: Api) -> None:
     content = graphs.affine(24.0)
     model_id = api.load(content, "to-and-fro")["model_id"]
+    slow_id = api.load(graphs.slow(600), "slow")["model_id"]
+    # The device is busy, so that the unload is still waiting when the load is submitted.
+    api.run(slow_id, {"x": np.zeros((512, 512), np.float32)}, wait=0)
     unloading = api.http.delete(f"/api/inference/unload-model/{model_id}").json()
     again = api.load(content, "to-and-fro")
     assert api.job(unloading["job_id"])["state"] == "succeeded"
-    assert np.array_equal(api.outputs(again["model_id"], {"x": ROW})["y"], ROW * 24 + 1)
+    assert again["model_id"] == model_id
+    assert api.model(model_id)["state"] == "loaded"
+    assert np.array_equal(api.outputs(model_id, {"x": ROW})["y"], ROW * 24 + 1)
 
 
 def test_warm_up_and_free_dimensions(api: Api) -> None:
