@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support.stack import eventually
-from tests.training_service.calls import Training, arrays, batch, described
+from tests.training_service.calls import Training, arrays, batch
 
 Start = Callable[..., Training]
 
