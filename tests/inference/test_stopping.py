@@ -89,7 +89,8 @@ def test_a_run_that_waits_past_its_expiry_never_starts(api: Api, slow_id: str) -
 
 def test_an_urgent_run_starts_next_in_a_flood(api: Api) -> None:
     model_id = api.load(graphs.busy(60, 192), options={"max_batch_size": 1})["model_id"]
-    x = as_tensor(np.zeros((1, 192, 192), np.float32))
+    zeros = api.http.post("/api/blobs", content=bytes(192 * 192 * 4)).json()["blob_id"]
+    x = {"dtype": "float32", "shape": [1, 192, 192], "blob_id": zeros}
     body = {"model_id": model_id, "inputs": {"x": x}, "job": {"priority": 1}}
     flood = api.http.post("/api/jobs", json={"jobs": [{"kind": "inference.run", "request": body}] * 500}).json()["jobs"]
     eventually(lambda: api.job(flood[0]["job_id"], wait=0)["started_at"])
