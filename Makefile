@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .cache/peers-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training up test lint format bench soak test-directml lock
+.PHONY: help install demo demo-training up test lint format bench soak test-directml lock peers
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
@@ -54,8 +55,17 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(PEERS)
 	@$(BIN)/python -m benchmarks
+
+$(PEERS): requirements/peers.lock
+	@echo "installing the model servers to compare with into .cache/peers-venv (once; a minute or two)"
+	@$(PYTHON) -m venv .cache/peers-venv 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip .cache/peers-venv \
+		&& $(PYTHON) -m pip --python .cache/peers-venv/bin/python install --quiet pip; }
+	@.cache/peers-venv/bin/python -m pip install --quiet --requirement requirements/peers.lock
+	@touch $@
+
+peers: $(PEERS)
 
 soak: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.soak

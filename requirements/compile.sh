@@ -6,6 +6,7 @@
 #   cuda.lock        Linux with CUDA
 #   directml.lock    Windows with DirectML (torch-directml included)
 #   windowsml.lock   Windows with the maintained build of the same provider (inference only)
+#   peers.lock       the model servers that benchmarks compare with, for a Python environment of their own
 #
 # Versions that a lock already has are kept; `./compile.sh --upgrade` takes new ones. Needs uv (`pip install uv`).
 set -eu
@@ -34,3 +35,7 @@ compile cpu --universal --extra cpu --extra local -c requirements/dev.lock $with
 compile cuda --python-platform linux --extra cuda --extra local -c requirements/dev.lock "$@"
 compile directml --python-platform windows --extra directml --extra local "$@"
 compile windowsml --python-platform windows --extra windowsml --extra local -c requirements/dev.lock "$@"
+
+# Not ours: what benchmarks compare with. PyTriton has wheels for Linux with glibc 2.35 and later only.
+uv pip compile requirements/peers.in --python-version 3.11 --python-platform x86_64-manylinux_2_35 --no-emit-index-url --no-header \
+    --no-annotate --quiet "$@" --output-file requirements/peers.lock

@@ -75,7 +75,7 @@ def all_cases(folder: Path) -> dict[str, Case]:
         Case(
             "tiny", "y = 2x + 1 on 4 numbers", graphs.tiny(folder / "tiny.onnx"),
             {"x": ("float32", (4,))}, ["y"],
-            batch=8, as_json=True, tolerance=1e-6, tolerance_in_batches=1e-6,
+            batch=32, as_json=True, tolerance=1e-6, tolerance_in_batches=1e-6,
         ),
     ]  # fmt: skip
     return {case.name: case for case in cases}
