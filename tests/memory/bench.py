@@ -73,14 +73,14 @@ class Bench:
             return None, error
 
     def run(self, limit: int = 1000) -> list[Row]:
-        """Runs what is queued and eligible, oldest first, as the lane does; gives the rows that ended."""
+        """Runs what is queued and eligible, the newest first, so that only its predecessors keep a job in its place."""
         ended: list[Row] = []
         while len(ended) < limit:
             with self.engine.connect() as connection:
                 waiting = job_store.waiting(connection, "cpu_0", -1, 500)
                 states = job_store.states(connection, {one for row in waiting for one in row["after"]})
                 ready = [row for row in waiting if all(states[one] in TERMINAL for one in row["after"])]
-                rows = job_store.claim(connection, [row["id"] for row in ready[:1]], "cpu_0", self.lease.epoch)
+                rows = job_store.claim(connection, [row["id"] for row in ready[-1:]], "cpu_0", self.lease.epoch)
             if not rows:
                 return ended
             outcome = self._perform(rows[0])

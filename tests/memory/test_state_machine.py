@@ -150,6 +150,19 @@ class Machine(RuleBasedStateMachine):
         if row:
             self.reads[row["id"]] = bytes(self.content[allocation][offset : offset + count])
 
+    @rule(allocation=allocations, value=st.integers(0, 255))
+    def write_and_read_all(self, allocation: str, value: int) -> None:
+        """Whole allocations have hashes that are remembered, and must be forgotten with the next change."""
+        content = bytes([value]) * len(self.content[allocation])
+        self.submit(Kind.MEMORY_WRITE, allocation_id=allocation, blob_id=self.bench.blob(content))
+        self.content[allocation][:] = content
+        self.read_all(allocation)
+
+    @rule(allocation=allocations)
+    def read_all(self, allocation: str) -> None:
+        row = self.submit(Kind.MEMORY_READ, allocation_id=allocation)
+        self.reads[row["id"]] = bytes(self.content[allocation])
+
     def accepted(self, fits: bool, kind: Kind, **request: Any) -> dict[str, Any] | None:
         """The job where the range lies inside; where it does not, that is what is said."""
         rows, refusal = self.bench.attempt([(kind, request)])
