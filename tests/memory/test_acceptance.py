@@ -74,6 +74,23 @@ def test_ranges_are_read_with_their_digest_and_only_ranges_that_lie_inside(memor
     memory.deallocate(allocation)
 
 
+@pytest.mark.parametrize("change", ["clear", "write", "copy"])
+def test_a_digest_that_was_known_is_never_told_of_bytes_that_changed(memory: Memory, change: str) -> None:
+    allocation, other = memory.made(size_bytes=5000), memory.made(size_bytes=5000, fill=1)
+    memory.done(memory.write(allocation, noise(5000)))
+    if change == "clear":
+        memory.clear(allocation, offset=1, size_bytes=1, value=9)
+    elif change == "write":
+        memory.write(allocation, b"other", offset=7)
+    else:
+        memory.copy(other, allocation, 10)
+    answer = memory.client.get(f"/api/memory/data/{allocation}")
+    assert answer.headers["x-content-sha256"] == hashlib.sha256(answer.content).hexdigest()
+    assert memory.allocation(allocation)["sha256"] == answer.headers["x-content-sha256"]
+    for one in (allocation, other):
+        memory.done(memory.deallocate(one))
+
+
 def test_overlapping_copies_within_one_allocation_are_as_memmove(memory: Memory) -> None:
     data = noise(1000)
     allocation = memory.made(size_bytes=1000)
