@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import structlog
 from sqlalchemy import Connection, Engine
 
+from device_operations.errors import OperationError
 from device_operations.jobs import Kind, State
 from tasks import effects
 from tasks.publish import Publisher
@@ -24,6 +26,8 @@ from tasks.store import devices as device_store
 from tasks.store import jobs as store
 from tasks.store.connection import Row, transaction
 from tasks.store.jobs import Ending
+
+log = structlog.get_logger(__name__)
 
 #: Deaths of a worker on one job after which the job itself is suspected.
 POISON_DEATHS = 3
@@ -63,10 +67,30 @@ def finish(engine: Engine, outcomes: Sequence[Outcome], kinds: dict[str, str], e
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
         with engine.connect() as connection:
             return store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch)
+    alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
+    if alone:
+        rest = [outcome for outcome in outcomes if outcome not in alone]
+        return _finish_each(engine, alone, kinds, epoch) + (finish(engine, rest, kinds, epoch) if rest else [])
     with transaction(engine) as connection:
         rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch)
         facts = {outcome.job_id: outcome.facts for outcome in outcomes}
         return rows + settle(connection, rows, facts, epoch)
+
+
+def _finish_each(engine: Engine, outcomes: Sequence[Outcome], kinds: dict[str, str], epoch: int) -> list[Row]:
+    """Ends jobs whose kind has one statement for all of it. One that is refused has failed, and changed nothing."""
+    rows = []
+    with engine.connect() as connection:
+        for outcome in outcomes:
+            end = effects.at_once(kinds[outcome.job_id], outcome.facts)
+            assert end is not None
+            try:
+                rows += end(connection, outcome.ending(), outcome.facts, epoch)
+            except OperationError as error:
+                log.error("an outcome was refused", job_id=outcome.job_id, error=error.message)
+                refused = Outcome(outcome.job_id, State.FAILED, error=error.as_job_error())
+                rows += finish(engine, [refused], kinds, epoch)
+    return rows
 
 
 def settle(

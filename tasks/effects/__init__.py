@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from device_operations.jobs import Kind
 from tasks.effects import inference, memory, training
 from tasks.store.connection import Row
+from tasks.store.jobs import Ending
 
 #: Resources that fell, each with the error that the jobs needing it fail with.
 Fallen = list[tuple[str, dict[str, Any]]]
@@ -26,6 +27,10 @@ EFFECTS: dict[str, Effect] = {**inference.EFFECTS, **training.EFFECTS}
 TOGETHER: dict[str, Callable[[Connection, list[Row], dict[str, dict[str, Any]], int | None], Fallen]] = {
     **memory.TOGETHER
 }
+
+#: Kinds whose jobs may bring facts by which one statement ends them and all that goes with them, and nothing falls:
+#: the name of the fact, and that statement. The end of such a job costs no more than that.
+AT_ONCE: dict[str, tuple[str, Callable[[Connection, Ending, dict[str, Any], int], list[Row]]]] = {**training.AT_ONCE}
 
 #: Kinds whose jobs still make sense when what they name is gone: they take it away.
 _TAKES_AWAY = {
@@ -58,6 +63,12 @@ def none_for(kind: str, facts: dict[str, Any]) -> bool:
     if kind in TOGETHER:
         return False
     return kind not in EFFECTS or (kind == Kind.INFERENCE_RUN and not facts.get("session_id"))
+
+
+def at_once(kind: str, facts: dict[str, Any]) -> Callable[[Connection, Ending, dict[str, Any], int], list[Row]] | None:
+    """The one statement that ends such a job with all its effects; None where there is none."""
+    fact, end = AT_ONCE.get(kind, (None, None))
+    return end if fact in facts else None
 
 
 def apply(connection: Connection, jobs: Sequence[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> Fallen:

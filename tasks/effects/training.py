@@ -15,6 +15,7 @@ from device_operations.jobs import Kind, State
 from tasks.store import checkpoints, devices
 from tasks.store import training as store
 from tasks.store.connection import Row
+from tasks.store.jobs import Ending
 
 #: The error of jobs that were submitted for a session after what ended it.
 SESSION_CLOSED = {
@@ -69,15 +70,22 @@ def over(connection: Connection, session_id: str, state: str, error: dict[str, A
     return [(session_id, error)] if error else []
 
 
+def applied(connection: Connection, ending: Ending, facts: dict[str, Any], epoch: int) -> list[Row]:
+    """Ends a `training.step` that was applied. One that was cut short counts with the steps that it made.
+
+    Raises, with nothing written, where the step is not the session's next one under `epoch`: who held the session
+    before has nothing to say about it any more.
+    """
+    told = facts["applied"]
+    held, ended = store.end_applied(connection, ending, epoch, told)
+    if held and ended is None:
+        raise failure("internal_error", f"step {told['sequence']} of session {told['session_id']} is not the next one")
+    return [ended] if ended else []
+
+
 def stepped(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """A `training.step` ended. One that was cut short counts as applied with the steps that it made."""
-    session_id, applied = job["resource_id"], facts.get("applied")
-    if applied is not None:
-        assert epoch is not None
-        if not store.apply(connection, session_id, job["id"], epoch, applied):
-            # Rolls back the job's end too: who held the session before has nothing to say about it any more.
-            raise failure("internal_error", f"step {applied['sequence']} of session {session_id} is not the next one")
-        return []
+    """A `training.step` ended that was not applied, or changes nothing."""
+    session_id = job["resource_id"]
     sequence = _sequence_of(job)
     if job["state"] == State.SUCCEEDED or sequence is None:
         store.touch(connection, session_id)
@@ -139,3 +147,5 @@ EFFECTS = {
     Kind.TRAINING_VALIDATE.value: validated,
     Kind.TRAINING_END_SESSION.value: ended,
 }
+
+AT_ONCE = {Kind.TRAINING_STEP.value: ("applied", applied)}

@@ -175,15 +175,19 @@ def end_open(connection: Connection, endings: Sequence[Ending], leaving: Collect
     return _end(connection, endings, "jobs.state = ANY(%(leaving)s)", {"leaving": [str(state) for state in leaving]})
 
 
+#: How a job's row ends, from a row `ended` that says how.
+SET_ENDED = """state = ended.state, result = nullif(ended.result, 'null'), error = nullif(ended.error, 'null'),
+            device_ms = coalesce(ended.device_ms, jobs.device_ms), finished_at = clock_timestamp(),
+            webhook_attempt = CASE WHEN webhook_url IS NOT NULL THEN 0 END,
+            webhook_due_at = CASE WHEN webhook_url IS NOT NULL THEN clock_timestamp() END"""
+
+
 def _end(connection: Connection, endings: Sequence[Ending], guard: str, parameters: dict[str, Any]) -> list[Row]:
     columns = ", ".join("jobs." + name.strip() for name in COLUMNS.split(","))
     return rows(
         connection,
         f"""
-        UPDATE jobs SET state = ended.state, result = nullif(ended.result, 'null'), error = nullif(ended.error, 'null'),
-            device_ms = coalesce(ended.device_ms, jobs.device_ms), finished_at = clock_timestamp(),
-            webhook_attempt = CASE WHEN webhook_url IS NOT NULL THEN 0 END,
-            webhook_due_at = CASE WHEN webhook_url IS NOT NULL THEN clock_timestamp() END
+        UPDATE jobs SET {SET_ENDED}
         FROM jsonb_to_recordset(%(endings)s::jsonb)
             AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)
         WHERE jobs.id = ended.id AND {guard}

@@ -10,6 +10,8 @@ from sqlalchemy import Connection
 from tasks.database import dumps
 from tasks.records.training import OPEN_SESSION_SQL
 from tasks.store.connection import Row, execute, row, rows
+from tasks.store.jobs import COLUMNS as JOB_COLUMNS
+from tasks.store.jobs import SET_ENDED, Ending
 
 OPEN = ("initializing", "ready", "restored")
 
@@ -129,36 +131,52 @@ _STANDING = """
 """
 
 
-def apply(connection: Connection, session_id: str, job_id: str, epoch: int, applied: dict[str, Any]) -> bool:
-    """A step is in the parameters: its number, the session's standing, and the history move on together.
+def end_applied(connection: Connection, ending: Ending, epoch: int, applied: dict[str, Any]) -> tuple[bool, Row | None]:
+    """A step is in the parameters: its number, the session's standing, the history and its job move on as one.
 
-    False, and nothing moved, unless the number is the next one and `epoch` still holds the session.
+    (whether the job was ours to end, its row as it ended). Nothing moved where the row is None: the job is not ours
+    any more, or the number is not the next one, or `epoch` no longer holds the session. One statement, since every
+    step costs it.
     """
+    columns = ", ".join("jobs." + name.strip() for name in JOB_COLUMNS.split(","))
     found = row(
         connection,
         f"""
-        WITH moved AS (
+        WITH mine AS (SELECT id FROM jobs WHERE id = %(job)s AND state = 'running' AND epoch = %(epoch)s FOR UPDATE),
+        moved AS (
             UPDATE training_sessions SET applied_sequence = %(sequence)s, state = 'ready', {_STANDING}
             WHERE session_id = %(id)s AND applied_sequence = %(sequence)s - 1 AND epoch = %(epoch)s
+              AND EXISTS (SELECT 1 FROM mine) AND EXISTS (SELECT 1 FROM training_steps
+                WHERE session_id = %(id)s AND sequence = %(sequence)s AND job_id = %(job)s)
             RETURNING session_id),
         logged AS (
             UPDATE training_steps SET applied = true, steps_applied = %(steps_applied)s,
                 spooled = %(spooled)s::jsonb, blob_ids = blob_ids || %(spooled_ids)s::text[]
-            WHERE session_id = %(id)s AND sequence = %(sequence)s AND job_id = %(job)s AND EXISTS (SELECT 1 FROM moved)
-            RETURNING sequence),
-        told AS ({_HISTORY})
-        SELECT (SELECT count(*) FROM logged) AS logged
+            WHERE session_id = %(id)s AND sequence = %(sequence)s AND EXISTS (SELECT 1 FROM moved)),
+        told AS ({_HISTORY}),
+        ended AS (
+            UPDATE jobs SET {SET_ENDED} FROM (SELECT %(state)s AS state, %(result)s::jsonb AS result,
+                %(error)s::jsonb AS error, %(device_ms)s::float8 AS device_ms) AS ended
+            WHERE jobs.id = %(job)s AND EXISTS (SELECT 1 FROM mine) AND EXISTS (SELECT 1 FROM moved)
+            RETURNING {columns})
+        SELECT (SELECT count(*) FROM mine) AS held, ended.* FROM (SELECT 1) AS one LEFT JOIN ended ON true
         """,
         {
             **applied,
-            "id": session_id,
-            "job": job_id,
+            "id": applied["session_id"],
+            "job": ending.id,
             "epoch": epoch,
+            "state": ending.state,
+            "result": dumps(ending.result),
+            "error": dumps(ending.error),
+            "device_ms": ending.device_ms,
             "spooled": dumps(applied["spooled"]) if applied["spooled"] else None,
             "history": dumps(applied["history"]),
         },
     )
-    return bool(found and found["logged"])
+    assert found is not None
+    held = bool(found.pop("held"))
+    return held, found if found["id"] else None
 
 
 def advance(connection: Connection, session_id: str, epoch: int, standing: dict[str, Any]) -> None:

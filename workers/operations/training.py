@@ -208,6 +208,7 @@ class _Notes:
         self._began = self._noted_at = time.perf_counter()
         self._history: list[dict[str, Any]] = []
         self.outcomes: list[StepOutcome] = []
+        self.session_id = held.session_id
 
     def add(self, outcome: StepOutcome) -> None:
         """One more step."""
@@ -256,7 +257,8 @@ def _applied(
 ) -> dict[str, Any]:
     """What the end of an applied step writes into the session's record."""
     return {
-        **notes.rest(), "sequence": sequence, "steps_applied": steps_applied, "spooled": copies,
+        **notes.rest(),
+        "session_id": notes.session_id, "sequence": sequence, "steps_applied": steps_applied, "spooled": copies,
         "spooled_ids": [tensor["blob_id"] for tensor in copies.values()],
     }  # fmt: skip
 
