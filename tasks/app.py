@@ -18,7 +18,7 @@ from tasks.queues import ANY_QUEUE, device_queue
 
 #: Messages that one worker may hold unacknowledged. Far more than the lane runs at once, so that a high priority is
 #: seen early; jobs whose predecessors are elsewhere are acknowledged at once and do not count.
-PREFETCH = 256
+PREFETCH = 1024
 
 #: Redis must not hand a message out again while a worker holds it: PostgreSQL says what is to be run again.
 VISIBILITY_TIMEOUT_SECONDS = 86_400

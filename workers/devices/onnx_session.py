@@ -50,12 +50,21 @@ class Cancel:
         if self.code is not None:
             raise failure(self.code, "The run was stopped." if self.code == "cancelled" else "The time was up.")
 
-    @contextlib.contextmanager
-    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Iterator[None]:
-        """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
+    def attach(self, options: ort.RunOptions | ort.SessionOptions) -> None:
+        """From now on `trip` reaches `options`; raises the failure where it was called before."""
         with self._lock:
             self.check()
             self._running = options
+
+    def detach(self) -> None:
+        """`trip` reaches no run any more."""
+        with self._lock:
+            self._running = None
+
+    @contextlib.contextmanager
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Iterator[None]:
+        """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
+        self.attach(options)
         try:
             yield
         except Exception as error:
@@ -63,8 +72,7 @@ class Cancel:
                 raise failure(self.code, "Stopped while it ran.") from error
             raise
         finally:
-            with self._lock:
-                self._running = None
+            self.detach()
 
 
 def resolve_provider(name: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
         assert isinstance(first, np.ndarray)
         if first.ndim:
             rows = first.shape[0]
-            feeds[name] = np.concatenate([one[name] for _, one in fed])
+            feeds[name] = _gathered(resident, [one[name] for _, one in fed])
         else:
             feeds[name] = first
     works = [work for work, _ in fed]
@@ -169,6 +170,21 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
     return outcomes
 
 
+def _gathered(resident: Resident, arrays: list[Any]) -> np.ndarray[Any, Any]:
+    """The arrays' rows as one array: in pinned memory where the device has it, from where its copies are fastest."""
+    first = arrays[0]
+    if first.dtype.kind == "O" or not hasattr(resident.device, "host_buffer"):
+        joined: np.ndarray[Any, Any] = np.concatenate(arrays)
+        return joined
+    shape = (sum(array.shape[0] for array in arrays), *first.shape[1:])
+    size = first.dtype.itemsize * math.prod(shape)
+    if resident.pinned is None or len(resident.pinned) < size:
+        resident.pinned = resident.device.host_buffer(size)
+    place = np.frombuffer(resident.pinned, first.dtype, math.prod(shape)).reshape(shape)
+    np.concatenate(arrays, out=place)
+    return place
+
+
 class _Together:
     """The cancels of a batch's works as one: whichever is tripped stops the run, and the works say which."""
 
@@ -178,10 +194,18 @@ class _Together:
     @contextmanager
     def over(self, options: Any) -> Iterator[None]:
         """While inside, each of the works' `trip` reaches `options`."""
-        with ExitStack() as all_of_them:
+        try:
             for work in self._works:
-                all_of_them.enter_context(work.cancel.over(options))
+                work.cancel.attach(options)
             yield
+        except Exception as error:
+            for work in self._works:
+                if work.cancel.code is not None:
+                    raise failure(work.cancel.code, "Stopped while it ran.") from error
+            raise
+        finally:
+            for work in self._works:
+                work.cancel.detach()
 
 
 # ---- what goes in and what comes out

@@ -231,14 +231,12 @@ class TrainingSession:
         state.keep_buffers()
         with self._unchanged_on_failure():
             loss, _, _ = self._forward(taken)
-            value, norm = loss.item(), 0.0
-            gradients: Gradients = []
-            norms: list[Tensor] = []
-            if math.isfinite(value):
-                gradients = self._backward(loss)
-                if options.mode == "train" and state.accumulated is not None:
-                    gradients = state.add(gradients, state.accumulated)
-                norms, norm = self._measure(gradients)
+            gradients = self._backward(loss)
+            if options.mode == "train" and state.accumulated is not None:
+                gradients = state.add(gradients, state.accumulated)
+            norms, total = self._measure(gradients)
+            # Read together, after everything was asked of the device: each reading waits for it.
+            value, norm = _read(loss, total)
             if not math.isfinite(value) or not math.isfinite(norm):
                 self._refuse_nonfinite(*(("gradient norm", norm) if math.isfinite(value) else ("loss", value)))
                 state.put_back_buffers()
@@ -269,7 +267,7 @@ class TrainingSession:
         gradients = self.state.accumulated
         if gradients is None:
             raise failure("validation_failed", "mode apply: no gradients are accumulated; send mode gradients first")
-        _, norm = self._measure(gradients)
+        norm = self._measure(gradients)[1].item()
         if not math.isfinite(norm):
             self._refuse_nonfinite("gradient norm", norm)
             self.state.drop_accumulated()
@@ -321,10 +319,10 @@ class TrainingSession:
             parameter.grad = None
         return gradients
 
-    def _measure(self, gradients: Gradients) -> tuple[list[Tensor], float]:
-        """Each gradient's norm, and the norm of all together."""
+    def _measure(self, gradients: Gradients) -> tuple[list[Tensor], Tensor]:
+        """Each gradient's norm, and the norm of all together, on the device."""
         norms = list(self.state.lists.norm([gradient for gradient in gradients if gradient is not None]))
-        return norms, float(torch.linalg.vector_norm(torch.stack(norms)).item())
+        return norms, torch.linalg.vector_norm(torch.stack(norms))
 
     def _report(
         self, gradients: Gradients, norms: list[Tensor], options: StepOptions
@@ -362,6 +360,14 @@ class TrainingSession:
                 "Lower the learning rate, clip the gradients, or look at the batch",
                 detail={"step": self.step + 1, "what": what, "value": str(value), "last_good_step": self.step},
             )
+
+
+def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Both numbers on the host, in one reading where they are of one dtype."""
+    if loss.dtype != norm.dtype:
+        return loss.item(), norm.item()
+    value, total = torch.stack((loss.detach(), norm)).tolist()
+    return value, total
 
 
 def _out_of_memory(what: str, error: BaseException) -> OperationError:
