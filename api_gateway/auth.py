@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
@@ -18,6 +20,7 @@ def authenticate(request: Request) -> Caller:
     """The caller of a request; `unauthorized` where keys are set and none of them came along."""
     keys = of(request).settings.api_keys
     if not keys:
+        refuse_other_sites(request)
         return ANYONE
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     given = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
@@ -29,6 +32,27 @@ def authenticate(request: Request) -> Caller:
     if found is None:
         raise failure("unauthorized", "send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
     return found
+
+
+def refuse_other_sites(request: Request) -> None:
+    """Without keys, a page of another site in this machine's browser must not be able to submit jobs.
+
+    Browsers say where a request comes from; a name that was made to point here shows in `Host`.
+    """
+    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    if not (host == "localhost" or host.endswith(".localhost") or _is_loopback(host)):
+        raise failure("forbidden", f"Host is {host!r}; without API keys only this machine itself is served")
+    origin = request.headers.get("origin")
+    elsewhere = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    if elsewhere or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise failure("forbidden", "a page of another site asked for this; set API_KEYS to let other sites in")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def require_admin(caller: Caller) -> None:

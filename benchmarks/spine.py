@@ -27,7 +27,7 @@ app.conf.update(worker_prefetch_multiplier=64, task_default_queue="echo", worker
 @app.task(name="echo")
 def echo(value):
     return value
-app.worker_main(["worker", "--pool=threads", "--concurrency=64", "--without-gossip", "--without-mingle", "--loglevel=ERROR", "--quiet"])
+app.worker_main(["--quiet", "worker", "--pool=threads", "--concurrency=64", "--without-gossip", "--without-mingle", "--loglevel=ERROR"])
 """
 
 

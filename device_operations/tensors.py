@@ -53,7 +53,7 @@ class Tensor(Request):
             given = [name for name in ("data", "base64", "blob_id", "allocation_id") if value.get(name) is not None]
             if len(given) != 1:
                 raise ValueError("a tensor has exactly one of data, base64, blob_id and allocation_id")
-            if "offset" in value and given[0] in ("data", "base64"):
+            if value.get("offset") and given[0] in ("data", "base64"):
                 raise ValueError("offset goes with blob_id or allocation_id only")
         return value
 

@@ -67,6 +67,20 @@ def test_without_keys_the_gateway_refuses_to_listen_beyond_loopback(stack: Runni
     assert "no API keys are set" in stack.log("gateway")
 
 
+def test_without_keys_a_page_of_another_site_can_do_nothing(stack: RunningStack) -> None:
+    own = stack.http_url
+    for headers in (
+        {"Origin": "https://elsewhere.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Host": "rebound.example"},
+    ):
+        for path in ("/api/inference/run", "/api/devices/cpu_0/drain", "/v2/models/tiny/infer"):
+            refused = stack.client.post(path, json=RUN, headers=headers)
+            assert refused.status_code == 403, (path, headers, refused.text)
+    for headers in ({"Origin": own, "Sec-Fetch-Site": "same-origin"}, {"Host": "localhost:8000"}, {}):
+        assert stack.client.get("/api/devices", headers=headers).status_code == 200
+
+
 def test_forty_requests_that_wait_share_one_subscription(stack: RunningStack) -> None:
     load(stack)
     body = {**RUN, "job": {"delay_seconds": 3}}
