@@ -33,6 +33,7 @@ COMMANDS = {
     "upload": "device_operations.cli.models:upload",
     "load-model": "device_operations.cli.models:load_model",
     "run": "device_operations.cli.models:run",
+    "train": "device_operations.cli.train:train",
 }
 
 
