@@ -95,8 +95,8 @@ class Resident:
     models: dict[str, ResidentModel] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    #: Pinned host memory in which a batch is gathered, where the device has such.
-    pinned: memoryview | None = None
+    #: Pinned host memory in which a batch is gathered, by the input's name, where the device has such.
+    pinned: dict[str, memoryview] = field(default_factory=dict)
     #: Whether the process is to end once it is idle, because its backend gives memory back in no other way.
     recycle: bool = False
     #: Threads for what a job, or the device, need not wait for: writing checkpoints.

@@ -29,6 +29,12 @@ def scaled() -> bytes:
     return build([node("Mul", "x k", "y")], [("x", FLOAT, ["n", 2]), ("k", FLOAT, [])], [("y", FLOAT, ["n", 2])])
 
 
+def difference() -> bytes:
+    """y = a - b, row by row."""
+    sides = ["n", 4]
+    return build([node("Sub", "a b", "y")], [("a", FLOAT, sides), ("b", FLOAT, sides)], [("y", FLOAT, sides)])
+
+
 def mixing() -> bytes:
     """Each row less the mean of all rows: an open first axis that is no batch."""
     return build(

@@ -53,6 +53,17 @@ def test_runs_that_wait_together_are_joined_up_to_the_limit(api: Api) -> None:
     assert sizes == [4, 4, 4, 4, 4, 4, 4, 4, 2, 2]
 
 
+def test_each_input_of_joined_runs_keeps_its_own_values(api: Api) -> None:
+    _, block = blocked(api)
+    model_id = api.load(graphs.difference())["model_id"]
+    rows = [(np.full((1, 4), 10 * n, np.float32), np.full((1, 4), n, np.float32)) for n in range(4)]
+    block()
+    jobs = submit_all(api, [request(model_id, a=a, b=b) for a, b in rows])
+    assert {job["result"]["batch_size"] for job in jobs} == {4}
+    for job, (a, b) in zip(jobs, rows, strict=True):
+        assert np.array_equal(api.arrays(job)["y"], a - b)
+
+
 def test_runs_of_several_rows_share_the_limit_in_rows(api: Api) -> None:
     _, block = blocked(api)
     model_id = api.load(graphs.affine(3), options={"max_batch_size": 6})["model_id"]

@@ -152,7 +152,7 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
         assert isinstance(first, np.ndarray)
         if first.ndim:
             rows = first.shape[0]
-            feeds[name] = _gathered(resident, [one[name] for _, one in fed])
+            feeds[name] = _gathered(resident, name, [one[name] for _, one in fed])
         else:
             feeds[name] = first
     works = [work for work, _ in fed]
@@ -170,17 +170,20 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
     return outcomes
 
 
-def _gathered(resident: Resident, arrays: list[Any]) -> np.ndarray[Any, Any]:
-    """The arrays' rows as one array: in pinned memory where the device has it, from where its copies are fastest."""
+def _gathered(resident: Resident, name: str, arrays: list[Any]) -> np.ndarray[Any, Any]:
+    """The arrays' rows as one array: in pinned memory where the device copies fastest from there.
+
+    Each input of a run has a place of its own: all of them are read by the same run.
+    """
     first = arrays[0]
-    if first.dtype.kind == "O" or not hasattr(resident.device, "host_buffer"):
+    if first.dtype.kind == "O" or resident.device.host_memory:
         joined: np.ndarray[Any, Any] = np.concatenate(arrays)
         return joined
     shape = (sum(array.shape[0] for array in arrays), *first.shape[1:])
     size = first.dtype.itemsize * math.prod(shape)
-    if resident.pinned is None or len(resident.pinned) < size:
-        resident.pinned = resident.device.host_buffer(size)
-    place = np.frombuffer(resident.pinned, first.dtype, math.prod(shape)).reshape(shape)
+    if len(resident.pinned.get(name, b"")) < size:
+        resident.pinned[name] = resident.device.host_buffer(size)
+    place = np.frombuffer(resident.pinned[name], first.dtype, math.prod(shape)).reshape(shape)
     np.concatenate(arrays, out=place)
     return place
 
