@@ -89,7 +89,7 @@ class Reaper:
                 break
             self._stopping.wait(2.0)
         reachable_since = time.monotonic()
-        slow_at = expired_at = 0.0
+        slow_at = 0.0
         while not self._stopping.wait(ROUND_SECONDS):
             row(leadership, "SELECT 1")
             self._publish_due()
