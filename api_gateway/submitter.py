@@ -67,7 +67,9 @@ class Submitter:
             self._queue.put(_Waiting(plans, awaited, loop, future))
             return await future
         try:
-            return await run_in_threadpool(submit.submit, self._engine, self._publisher, plans, promise)
+            return await run_in_threadpool(
+                submit.submit, self._engine, self._publisher, plans, promise, relaxed=awaited and promise is None
+            )
         except Exception as error:
             raise unavailable(error) from error
 

@@ -96,7 +96,7 @@ async def read_checkpoint(request: Request, caller: Known, checkpoint_id: str) -
 
 @router.delete("/api/training/checkpoints/{checkpoint_id}", status_code=204)
 async def delete_checkpoint(request: Request, caller: Known, checkpoint_id: str) -> Response:
-    """Deletes a checkpoint; its files go as soon as nothing uses them."""
+    """Deletes a checkpoint; its files go as soon as nothing uses them. 409 while an open session depends on it."""
     gateway = of(request)
     await run_in_threadpool(_delete, gateway, caller, checkpoint_id)
     return Response(status_code=204)
@@ -146,6 +146,12 @@ def view_checkpoint(checkpoint: Row) -> dict[str, Any]:
 def _delete(gateway: Gateway, caller: Caller, checkpoint_id: str) -> None:
     plans.find_checkpoint(gateway.context(caller), checkpoint_id)
     with transaction(gateway.engine) as connection:
+        if checkpoint_store.is_needed(connection, checkpoint_id):
+            raise failure(
+                "checkpoint_in_use",
+                f"without checkpoint {checkpoint_id} its open session could not come back after its worker's death; "
+                "take another checkpoint first, or end the session",
+            )
         checkpoint_store.delete(connection, checkpoint_id)
 
 

@@ -46,6 +46,7 @@ CODES: dict[str, Code] = {
     "job_finished": Code(409, "The job has already ended"),
     "model_in_use": Code(409, "The model is in use"),
     "blob_in_use": Code(409, "The blob is in use"),
+    "checkpoint_in_use": Code(409, "The checkpoint is in use"),
     "idempotency_conflict": Code(409, "The key was used with another body"),
     "sequence_conflict": Code(409, "The sequence number was used with another body"),
     "sequence_gap": Code(409, "A sequence number is missing"),

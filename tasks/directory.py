@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,14 @@ from device_operations.settings import Settings
 from tasks.store import devices as device_store
 from tasks.store import jobs as job_store
 from tasks.store import models as model_store
+from tasks.store import training as training_store
 from tasks.store.connection import Row
 
 #: Seconds after which a snapshot is read anew by whoever needs one.
 MAX_AGE_SECONDS = 1.0
+
+#: How many training sessions are remembered.
+REMEMBERED_SESSIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class Directory:
         self._settings = settings
         self._lock = threading.Lock()
         self._snapshot = Snapshot()
+        self._training_sessions: OrderedDict[str, Row] = OrderedDict()
 
     def snapshot(self, max_age_seconds: float = MAX_AGE_SECONDS) -> Snapshot:
         """The snapshot, read anew where it is older than `max_age_seconds`."""
@@ -67,6 +73,21 @@ class Directory:
         if time.monotonic() - current.read_at <= max_age_seconds:
             return current
         return self.refresh()
+
+    def training_session(self, session_id: str) -> Row | None:
+        """What never changes of a training session: its id, owner and device. None where there is none."""
+        known = self._training_sessions.get(session_id)
+        if known is None:
+            with self._engine.connect() as connection:
+                found = training_store.get(connection, session_id)
+            if found is None:
+                return None
+            known = {name: found[name] for name in ("session_id", "owner", "device_id")}
+            with self._lock:
+                while len(self._training_sessions) >= REMEMBERED_SESSIONS:
+                    self._training_sessions.popitem(last=False)
+                self._training_sessions[session_id] = known
+        return known
 
     def is_fresh(self) -> bool:
         """Whether the snapshot can be used without a read."""

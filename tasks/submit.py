@@ -18,7 +18,7 @@ from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
 from tasks.publish import Publisher
 from tasks.store import jobs as store
-from tasks.store.connection import Row, transaction
+from tasks.store.connection import Row, execute, transaction
 from tasks.store.jobs import NewJob
 
 
@@ -66,12 +66,22 @@ def body_hash(body: Any) -> str:
     return hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def submit(engine: Engine, publisher: Publisher, plans: Sequence[Plan], promise: Promise | None = None) -> list[Row]:
+def submit(
+    engine: Engine,
+    publisher: Publisher,
+    plans: Sequence[Plan],
+    promise: Promise | None = None,
+    *,
+    relaxed: bool = False,
+) -> list[Row]:
     """Records all of `plans` or none, publishes them, and gives their rows in order.
 
-    Raises `job_not_found` for a predecessor that does not exist, and whatever a plan's `record` refuses with.
+    `relaxed` does not wait for the disk: only where the caller is promised nothing before the job has ended. Raises
+    `job_not_found` for a predecessor that does not exist, and whatever a plan's `record` refuses with.
     """
     with transaction(engine) as connection:
+        if relaxed:
+            execute(connection, "SET LOCAL synchronous_commit = off")
         rows = record(connection, plans, promise)
     publish(publisher, plans, rows)
     return rows

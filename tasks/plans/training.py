@@ -89,7 +89,9 @@ def record_sessions(connection: Connection, plans: Sequence[Plan]) -> Recorded:
 
 def plan_step(context: Context, request: Step, job_id: str) -> Plan:
     """One step, or a dataset's. Everything but `evaluate` changes the session, and so has a number."""
-    session = find_session(context, request.session_id)
+    numbered = request.sequence is not None or request.mode != "evaluate"
+    # Whether a session is open is looked at where its step is given a number.
+    session = _known_session(context, request.session_id) if numbered else find_session(context, request.session_id)
     session_id = session["session_id"]
     _check_batch(context, request)
     owner = owner_of(context, request.job)
@@ -105,7 +107,7 @@ def plan_step(context: Context, request: Step, job_id: str) -> Plan:
         resource_type="training_session", resource_id=session_id, needs=[session_id, *allocations], blob_ids=blob_ids,
     )  # fmt: skip
     exclusive = (session_id, *allocations)
-    if request.sequence is None and request.mode == "evaluate":
+    if not numbered:
         return Plan(job, exclusive=exclusive)
     makes = {
         "session_id": session_id,
@@ -229,6 +231,14 @@ def find_checkpoint(context: Context, checkpoint_id: str) -> Row:
 # ---- what requests name
 
 
+def _known_session(context: Context, session_id: str) -> Row:
+    """What never changes of a session that is the caller's, mostly without a read: a step costs one less."""
+    found = context.directory.training_session(session_id)
+    if found is None or not context.may_see(found["owner"]):
+        raise failure("session_not_found", f"there is no training session {session_id!r}")
+    return found
+
+
 def _session_of(context: Context, session_id: str) -> Row:
     with context.engine.connect() as connection:
         found = store.get(connection, session_id)
@@ -248,8 +258,9 @@ def _device(context: Context, session: Row) -> Row:
 def _resumed(context: Context, checkpoint_id: str) -> tuple[dict[str, Any], int, int]:
     """What a session starts from, with the sequence and step there; one that is being made names its job."""
     with context.engine.connect() as connection:
+        # In this order: a job that ends between the two reads has made its checkpoint by the second.
+        making = checkpoint_store.being_made(connection, checkpoint_id)
         found = checkpoint_store.get(connection, checkpoint_id)
-        making = checkpoint_store.being_made(connection, checkpoint_id) if found is None else None
     owner = found["owner"] if found else making["owner"] if making else None
     if owner is None or not context.may_see(owner):
         raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")

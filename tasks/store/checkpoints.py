@@ -50,13 +50,15 @@ def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
 
 
 def page(connection: Connection, session_id: str | None, owner: str | None, limit: int) -> list[Row]:
-    """Checkpoints newest first, of one session or owner where given."""
+    """Checkpoints newest first, of one session (the furthest first) or owner where given."""
+    # Two that were on their way to the disk together may be recorded in either order.
+    order = "created_at DESC" if session_id is None else "sequence DESC, step DESC, created_at DESC"
     return rows(
         connection,
-        """
+        f"""
         SELECT * FROM checkpoints WHERE (%(session)s::text IS NULL OR session_id = %(session)s)
           AND (%(owner)s::text IS NULL OR owner = %(owner)s)
-        ORDER BY created_at DESC, sequence DESC, step DESC LIMIT %(limit)s
+        ORDER BY {order} LIMIT %(limit)s
         """,
         {"session": session_id, "owner": owner, "limit": limit},
     )
@@ -103,6 +105,23 @@ def retire(connection: Connection, session_id: str, keep_last: int, *, automatic
 def delete(connection: Connection, checkpoint_id: str) -> bool:
     """Whether the checkpoint was there; it is gone now, and its files go as soon as nothing uses them."""
     return bool(_delete(connection, "SELECT %(id)s::text AS checkpoint_id", {"id": checkpoint_id}))
+
+
+def is_needed(connection: Connection, checkpoint_id: str) -> bool:
+    """Whether an open session could not come back after a death without this checkpoint: its log begins behind it."""
+    found = row(
+        connection,
+        """
+        SELECT 1 AS one FROM checkpoints c JOIN training_sessions s USING (session_id),
+            LATERAL (SELECT max(sequence) AS cut FROM training_steps l
+                WHERE l.session_id = c.session_id AND NOT l.kept) AS log
+        WHERE c.checkpoint_id = %(id)s AND s.state IN ('initializing', 'ready', 'restored') AND log.cut IS NOT NULL
+          AND NOT EXISTS (SELECT 1 FROM checkpoints o WHERE o.session_id = c.session_id
+                AND o.checkpoint_id <> c.checkpoint_id AND o.damage IS NULL AND o.sequence >= log.cut)
+        """,
+        {"id": checkpoint_id},
+    )
+    return found is not None
 
 
 def delete_of_run(connection: Connection, session_id: str, job_id: str) -> Sequence[str]:

@@ -409,17 +409,15 @@ def forget(connection: Connection, older_than_days: float, limit: int) -> int:
 
 def lock_order(connection: Connection, resource_ids: Collection[str]) -> dict[str, str | None]:
     """Locks the resources in order of id, and gives the last job of each."""
-    ids = sorted(set(resource_ids))
-    execute(
-        connection,
-        "INSERT INTO resource_order (resource_id) SELECT unnest(%(ids)s::text[]) ON CONFLICT DO NOTHING",
-        {"ids": ids},
-    )
     found = rows(
         connection,
-        "SELECT resource_id, last_job_id FROM resource_order WHERE resource_id = ANY(%(ids)s) ORDER BY resource_id "
-        "FOR UPDATE",
-        {"ids": ids},
+        """
+        INSERT INTO resource_order (resource_id) SELECT resource_id FROM unnest(%(ids)s::text[]) AS resource_id
+        ORDER BY resource_id
+        ON CONFLICT (resource_id) DO UPDATE SET last_job_id = resource_order.last_job_id
+        RETURNING resource_id, last_job_id
+        """,
+        {"ids": sorted(set(resource_ids))},
     )
     return {entry["resource_id"]: entry["last_job_id"] for entry in found}
 

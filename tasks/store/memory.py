@@ -24,7 +24,10 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
             WHERE state IN ('pending', 'active')
             UNION ALL
             SELECT device_id, owner, state, reserved_bytes, 'model' FROM models
-            WHERE state IN ('loading', 'loaded', 'lost')),
+            WHERE state IN ('loading', 'loaded', 'lost')
+            UNION ALL
+            SELECT device_id, owner, state, reserved_bytes, 'training_session' FROM training_sessions
+            WHERE state IN ('initializing', 'ready', 'restored')),
         owned AS (SELECT device_id, owner, sum(size_bytes)::bigint AS size_bytes FROM things GROUP BY 1, 2),
         owners AS (SELECT device_id, jsonb_object_agg(owner, size_bytes) AS by_owner FROM owned GROUP BY 1),
         sums AS (
@@ -32,7 +35,9 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
                 sum(size_bytes) FILTER (WHERE type = 'allocation')::bigint AS allocated_bytes,
                 sum(size_bytes) FILTER (WHERE state = 'active')::bigint AS active_bytes,
                 sum(size_bytes) FILTER (WHERE type = 'model')::bigint AS models_bytes,
-                sum(size_bytes) FILTER (WHERE state = 'loaded')::bigint AS loaded_bytes
+                sum(size_bytes) FILTER (WHERE state = 'loaded')::bigint AS loaded_bytes,
+                sum(size_bytes) FILTER (WHERE type = 'training_session')::bigint AS training_bytes,
+                sum(size_bytes) FILTER (WHERE state IN ('ready', 'restored'))::bigint AS trained_bytes
             FROM things GROUP BY device_id)
         SELECT d.device_id, CASE WHEN d.lease_until <= clock_timestamp() THEN 'offline' WHEN d.draining THEN 'draining'
                 ELSE 'online' END AS state,
@@ -40,7 +45,8 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
             b.budget_bytes, b.reserved_bytes AS promised_bytes, b.peak_bytes,
             coalesce(s.allocations, 0) AS allocation_count, coalesce(s.allocated_bytes, 0) AS allocated_bytes,
             coalesce(s.active_bytes, 0) AS active_bytes, coalesce(s.models_bytes, 0) AS models_bytes,
-            coalesce(s.loaded_bytes, 0) AS loaded_bytes, coalesce(o.by_owner, '{}') AS by_owner
+            coalesce(s.loaded_bytes, 0) AS loaded_bytes, coalesce(s.training_bytes, 0) AS training_bytes,
+            coalesce(s.trained_bytes, 0) AS trained_bytes, coalesce(o.by_owner, '{}') AS by_owner
         FROM devices d LEFT JOIN device_budgets b USING (device_id) LEFT JOIN sums s USING (device_id)
             LEFT JOIN owners o USING (device_id)
         WHERE %(id)s::text IS NULL OR d.device_id = %(id)s ORDER BY d.device_id
@@ -52,8 +58,6 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
 
 def _told(row: Row) -> dict[str, Any]:
     budget, promised = row["budget_bytes"], row["promised_bytes"]
-    # Allocations, models and training sessions are all that reserves: the third is what the first two leave.
-    training = max(0, (promised or 0) - row["allocated_bytes"] - row["models_bytes"])
     return {
         "device_id": row["device_id"],
         "state": row["state"],
@@ -62,18 +66,18 @@ def _told(row: Row) -> dict[str, Any]:
         "budget_bytes": budget,
         "reserved_bytes": None if promised is None else min(promised, budget),
         "awaiting_bytes": None if promised is None else max(0, promised - budget),
-        "used_bytes": row["active_bytes"] + row["loaded_bytes"] + training,
+        "used_bytes": row["active_bytes"] + row["loaded_bytes"] + row["trained_bytes"],
         "peak_bytes": None if row["peak_bytes"] is None else min(row["peak_bytes"], budget),
         "allocated_bytes": row["allocated_bytes"],
         "models_bytes": row["models_bytes"],
-        "training_bytes": training,
+        "training_bytes": row["training_bytes"],
         "allocation_count": row["allocation_count"],
         "by_owner": row["by_owner"],
     }
 
 
 def lying_on(connection: Connection, device_id: str) -> list[Row]:
-    """What lies on a device or is about to: allocations and models, largest first."""
+    """What lies on a device or is about to: allocations, models and training sessions, largest first."""
     return rows(
         connection,
         """
@@ -82,6 +86,9 @@ def lying_on(connection: Connection, device_id: str) -> list[Row]:
         UNION ALL
         SELECT 'model', model_id, reserved_bytes, name, owner, created_at, state
         FROM models WHERE device_id = %(id)s AND state IN ('loading', 'loaded', 'lost')
+        UNION ALL
+        SELECT 'training_session', session_id, reserved_bytes, NULL, owner, opened_at, state FROM training_sessions
+        WHERE device_id = %(id)s AND state IN ('initializing', 'ready', 'restored') AND reserved_bytes > 0
         ORDER BY size_bytes DESC, id
         """,
         {"id": device_id},

@@ -88,6 +88,20 @@ def test_a_checkpoint_in_the_middle_of_a_job_goes_on_with_the_batch_that_follows
     training.end(resumed)
 
 
+def test_the_checkpoint_that_an_open_session_depends_on_cannot_be_deleted(training: Training) -> None:
+    session_id = training.initialize()
+    made = []
+    for number in (1, 2, 3):
+        train(training, session_id, number, number)
+        made.append(training.checkpoint(session_id)["checkpoint_id"])
+    addresses = [f"/api/training/checkpoints/{checkpoint_id}" for checkpoint_id in made]
+    assert training.client.delete(addresses[2]).status_code == 204
+    refused(training.client.delete(addresses[1]), 409, "checkpoint_in_use")
+    assert training.client.delete(addresses[0]).status_code == 204
+    training.end(session_id)
+    assert training.client.delete(addresses[1]).status_code == 204
+
+
 def test_a_checkpoint_of_another_model_is_refused(training: Training) -> None:
     session_id = training.initialize()
     train(training, session_id, 1, 1)
