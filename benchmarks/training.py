@@ -1,0 +1,236 @@
+"""Training: jobs of many steps, jobs of one, checkpoints and exports, each beside the same work in bare torch.
+
+Every process uses one thread. The network and its digits are those of the demo.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import subprocess
+import sys
+import warnings
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from celery import Celery
+from safetensors.numpy import save
+from torch import nn
+
+from benchmarks import running
+from benchmarks.measure import Figure, absolute, compare, seconds_of
+from benchmarks.spine import ECHO, echo_once
+from device_operations.requests.training import LayersModel
+from examples import digits
+from examples.digits import Digits
+from tests.support.stack import RunningStack
+from tests.training_service.calls import tensor
+from workers.training.definition import Sources, define
+from workers.training.export import OPSET
+
+#: Steps in one job, and samples in a batch.
+STEPS, BATCH_SIZE = 500, 32
+
+#: One-step jobs in one round.
+COUNT = 60
+
+#: A linear layer of this side has 500 MB of weights; plain SGD keeps nothing beside them.
+LARGE_SIDE = 11_180
+
+#: Automatic checkpoints taken of it, and the steps from one to the next.
+STALL_ROUNDS, STALL_STEPS = 5, 6
+
+WAIT = {"Prefer": "wait=60"}
+
+MODEL: dict[str, Any] = {"kind": "layers", "layers": digits.LAYERS}
+
+
+def run() -> list[Figure]:
+    """All figures of training."""
+    torch.set_num_threads(1)
+    learned, _ = digits.load()
+    bare = Bare(learned)
+    with running.servers() as servers, running.stack(servers) as stack:
+        session_id = initialize(stack, MODEL, {"type": "adamw", "learning_rate": 0.002})
+        blob_id = stack.client.post("/api/blobs", content=save(learned.as_tensors())).json()["blob_id"]
+        dataset = {"blob_id": blob_id, "batch_size": BATCH_SIZE, "steps": STEPS}
+        job_of(stack, "step", {"session_id": session_id, "dataset": {**dataset, "steps": 20}})
+        figures = [
+            compare(
+                f"a job of {STEPS} steps, submit to result",
+                "steps/s",
+                lambda: (
+                    STEPS / seconds_of(lambda: job_of(stack, "step", {"session_id": session_id, "dataset": dataset}))
+                ),
+                lambda: STEPS / seconds_of(lambda: bare.steps(STEPS)),
+                "bare torch loop, loss and gradient norm taken at each step",
+                at_least=0.97,
+            ),
+            one_step_jobs(stack, session_id, bare),
+            compare(
+                "export and validate, submit to result",
+                "ms",
+                lambda: seconds_of(lambda: validate(stack, session_id, learned)) * 1000,
+                lambda: seconds_of(bare.export) * 1000,
+                "torch.onnx.export of the same module",
+                at_most=2.0,
+            ),
+        ]
+        job_of(stack, "session", {"session_id": session_id})
+        figures.append(checkpoint_stall(stack))
+    return figures
+
+
+class Bare:
+    """The demo's network in plain torch."""
+
+    def __init__(self, given: Digits) -> None:
+        self._module = define(LayersModel.model_validate(MODEL), Sources(), trust_programs=False).build(1).train()
+        self._optimizer = torch.optim.AdamW(self._module.parameters(), lr=0.002)
+        self.images, self.labels = torch.from_numpy(given.images), torch.from_numpy(given.labels)
+
+    def steps(self, count: int) -> None:
+        """So many steps on shuffled batches."""
+        done = 0
+        while done < count:
+            for rows in torch.randperm(len(self.labels)).split(BATCH_SIZE)[: count - done]:
+                self.step(self.images[rows], self.labels[rows])
+                done += 1
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+        """One step: (loss, gradient norm)."""
+        loss = nn.functional.cross_entropy(self._module(images), labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._module.parameters(), float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    def export(self) -> bytes:
+        """The network as ONNX, by the exporter that the product uses too."""
+        buffer = io.BytesIO()
+        self._module.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                self._module, (self.images[:2],), buffer,  # type: ignore[arg-type] # a file object is taken where dynamo is off
+                input_names=["input"], output_names=["output"],
+                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}}, opset_version=OPSET, dynamo=False,
+            )  # fmt: skip
+        self._module.train()
+        return buffer.getvalue()
+
+
+def one_step_jobs(stack: RunningStack, session_id: str, bare: Bare) -> Figure:
+    """What a job of one step costs beyond the step, beside a Celery task that does nothing."""
+    images, labels = bare.images[:BATCH_SIZE], bare.labels[:BATCH_SIZE]
+    body = {
+        "session_id": session_id,
+        "inputs": {"input": tensor(images.numpy())},
+        "targets": tensor(labels.numpy()),
+    }
+    worker = subprocess.Popen([sys.executable, "-c", ECHO.format(url=stack.redis_url)])
+    try:
+        app = Celery(broker=stack.redis_url, backend=stack.redis_url)
+        echo_once(app, 30)
+
+        def overhead() -> float:
+            step = median_seconds(lambda: bare.step(images, labels))
+            return (median_seconds(lambda: job_of(stack, "step", body)) - step) * 1000
+
+        return compare(
+            "one-step jobs back to back over HTTP, each beyond its step, p50",
+            "ms",
+            overhead,
+            lambda: median_seconds(lambda: echo_once(app, 10)) * 1000,
+            "bare Celery echo, 64 threads",
+            at_most=1.5,
+        )
+    finally:
+        worker.terminate()
+        worker.wait(timeout=20)
+
+
+def checkpoint_stall(stack: RunningStack) -> Figure:
+    """How long no step ends while a checkpoint of 500 MB is taken, beyond what copying the weights alone takes.
+
+    A job of many steps runs all the while, and the checkpoints are its own automatic ones: only those are taken between
+    two of its steps. The history has the time of each step.
+    """
+    rows = 4 * BATCH_SIZE
+    given = {"input": np.zeros((rows, LARGE_SIDE), np.float32), "targets": np.zeros((rows, 1), np.float32)}
+    blob_id = stack.client.post("/api/blobs", content=save(given)).json()["blob_id"]
+    model = {
+        "kind": "layers",
+        "layers": [
+            {"type": "linear", "in_features": LARGE_SIDE, "out_features": LARGE_SIDE, "bias": False},
+            {"type": "linear", "in_features": LARGE_SIDE, "out_features": 1},
+        ],
+    }
+    session_id = initialize(
+        stack,
+        model,
+        {"type": "sgd", "learning_rate": 1e-6},
+        loss="mse",
+        checkpoint_every_steps=STALL_STEPS,
+        keep_last=1,
+    )
+    dataset = {"blob_id": blob_id, "batch_size": 1, "steps": STALL_STEPS * STALL_ROUNDS + STALL_STEPS // 2}
+    job_of(stack, "step", {"session_id": session_id, "dataset": dataset})
+    answer = stack.client.get(f"/api/training/status/{session_id}", params={"history": dataset["steps"]}).json()
+    assert answer["error"] is None, answer["error"]
+    assert answer["checkpoints"][0]["size_bytes"] > 490e6, answer["checkpoints"]
+    at = [datetime.fromisoformat(str(one["time"])).timestamp() for one in answer["history"]]
+    pauses = [after - before for before, after in pairwise(at)]
+    usual = statistics.median(pauses)
+    # The checkpoint is taken after step n, so the pause lies between n and n + 1.
+    stalls = [pauses[number - 1] - usual for number in range(STALL_STEPS, len(at), STALL_STEPS)]
+    job_of(stack, "session", {"session_id": session_id})
+    weights = torch.zeros(LARGE_SIDE, LARGE_SIDE)
+    copies = [seconds_of(weights.clone) for _ in range(STALL_ROUNDS)]
+    return absolute(
+        "a checkpoint of 500 MB: no step for, beyond a copy of its weights",
+        "s",
+        statistics.median(stalls) - statistics.median(copies),
+        at_most=0.2,
+    )
+
+
+def initialize(
+    stack: RunningStack, model: dict[str, Any], optimizer: dict[str, Any], *, loss: str = "cross_entropy", **more: Any
+) -> str:
+    """The id of a new session."""
+    return str(
+        job_of(stack, "initialize", {"model": model, "optimizer": optimizer, "loss": loss, "seed": 1, **more})[
+            "session_id"
+        ]
+    )
+
+
+def validate(stack: RunningStack, session_id: str, given: Digits) -> dict[str, Any]:
+    """One validation, on one batch of the digits."""
+    images, labels = given.images[:BATCH_SIZE], given.labels[:BATCH_SIZE]
+    body = {"session_id": session_id, "inputs": {"input": tensor(images)}, "targets": tensor(labels)}
+    return job_of(stack, "validate", body)
+
+
+def job_of(stack: RunningStack, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The result of a job, submitted and waited for in one request where that is long enough."""
+    if verb == "session":
+        answer = stack.client.delete(f"/api/training/session/{body['session_id']}", headers=WAIT)
+    else:
+        answer = stack.client.post(f"/api/training/{verb}", json=body, headers=WAIT)
+    answer.raise_for_status()
+    job = answer.json()
+    while job["finished_at"] is None:
+        job = stack.client.get(f"/api/jobs/{job['job_id']}", params={"wait": 50}).json()
+    assert job["state"] == "succeeded", job["error"]
+    return dict(job["result"])
+
+
+def median_seconds(step: Any) -> float:
+    """The median of `COUNT` times."""
+    return statistics.median(seconds_of(step) for _ in range(COUNT))
