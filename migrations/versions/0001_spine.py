@@ -36,9 +36,7 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("allocation_id", name=op.f("pk_allocations")),
     )
-    op.create_index(
-        "ix_allocations_created_at", "allocations", ["created_at", "allocation_id"], unique=False
-    )
+    op.create_index("ix_allocations_created_at", "allocations", ["created_at", "allocation_id"], unique=False)
     op.create_index(
         "ix_allocations_expires_at",
         "allocations",
