@@ -17,6 +17,8 @@ from device_operations.settings import load, read_stack
 @contextmanager
 def stack(**settings: object) -> Iterator[dict[str, Any]]:
     """Runs the stack, passes on what it says, and gives the addresses that it noted."""
+    # Stopped by its service manager or by hand, the example still stops what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     environment = os.environ | {f"DEVICE_OPERATIONS_{name}": str(value) for name, value in settings.items()}
     process = subprocess.Popen(
         [sys.executable, "-m", "device_operations", "up"],
