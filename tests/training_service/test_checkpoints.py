@@ -72,17 +72,19 @@ def test_automatic_checkpoints_come_every_so_many_steps_and_the_last_ones_are_ke
     training.end(session_id)
 
 
-def test_a_checkpoint_in_the_middle_of_a_job_goes_on_with_the_batch_that_follows(training: Training) -> None:
-    fields = {"checkpoint_every_steps": 7}
-    session_id = training.initialize(**fields)
+@pytest.mark.parametrize(("every", "left"), [(7, 2), (16, 0)])
+def test_a_checkpoint_in_the_middle_of_a_job_goes_on_with_the_batch_that_follows(
+    training: Training, every: int, left: int
+) -> None:
+    session_id = training.initialize(checkpoint_every_steps=every)
     inputs, targets = arrays(1000, 64)
     given = {"blob_id": training.upload(save({"input": inputs, "targets": targets})), "batch_size": 8, "epochs": 2}
     training.done(training.step(session_id, 1, dataset=given))
-    eventually(lambda: len(listed(training, session_id)) == 2)
+    eventually(lambda: len(listed(training, session_id)) == 16 // every)
     middle = listed(training, session_id)[0]
-    assert (middle["step"], middle["sequence"]) == (14, 0)
+    assert (middle["step"], middle["sequence"]) == (16 - left, 0)
     resumed = training.initialize(resume_from=middle["checkpoint_id"])
-    assert training.done(training.step(resumed, 1, dataset=given))["result"]["steps"] == 2
+    assert training.done(training.step(resumed, 1, dataset=given))["result"]["steps"] == left
     assert training.state(resumed) == training.state(session_id)
     training.end(session_id)
     training.end(resumed)

@@ -96,6 +96,49 @@ def test_a_session_comes_back_by_itself_and_goes_on_bit_for_bit(start_training: 
     prove(start_training(LEASE_SECONDS=3), updates=80, kills=3, long_steps=20)
 
 
+def checkpoints_of(training: Training, session_id: str) -> list[dict[str, Any]]:
+    return list(training.status(session_id)["checkpoints"])
+
+
+def test_a_long_job_goes_on_from_the_checkpoint_taken_in_the_middle_of_it(start_training: Start) -> None:
+    training = start_training(LEASE_SECONDS=3)
+    given = {"blob_id": training.upload(dataset()), "batch_size": 8, "steps": 1500}
+    twin = training.initialize()
+    training.done(training.step(twin, 1, dataset=given))
+    session_id = training.initialize(checkpoint_every_steps=300)
+    job = training.step(session_id, 1, dataset=given)
+    eventually(lambda: checkpoints_of(training, session_id), 30, 0.005)
+    training.stack.kill("cpu_0")
+    training.stack.start("cpu_0")
+    ended = training.done(job)
+    assert ended["deaths"] == 1 and ended["result"]["steps_applied"] == 1500
+    assert ended["result"]["steps"] <= 1200, "the job began anew"
+    assert training.losses(session_id) == training.losses(twin)
+    assert training.state(session_id) == training.state(twin)
+
+
+def test_steps_of_a_job_that_was_cancelled_after_its_worker_s_death_never_happened(start_training: Start) -> None:
+    training = start_training(LEASE_SECONDS=3)
+    given = {"blob_id": training.upload(dataset()), "batch_size": 8, "steps": 1_000_000}
+    twin, session_id = training.initialize(), training.initialize(checkpoint_every_steps=50)
+    training.done(training.step(twin, 1))
+    job = training.step(session_id, 1, dataset=given)
+    eventually(lambda: checkpoints_of(training, session_id), 30, 0.005)
+    # Drained, so that the new worker brings the session back and leaves the job in its queue.
+    training.client.post("/api/devices/cpu_0/drain").raise_for_status()
+    training.stack.kill("cpu_0")
+    training.stack.start("cpu_0")
+    eventually(lambda: training.status(session_id)["state"] == "restored", 60)
+    assert training.status(session_id)["step"] > 0
+    training.client.delete(f"/api/jobs/{job['job_id']}").raise_for_status()
+    training.done(job, "cancelled")
+    assert checkpoints_of(training, session_id) == [] and training.status(session_id)["submitted_sequence"] == 0
+    training.client.post("/api/devices/cpu_0/resume").raise_for_status()
+    assert training.done(training.step(session_id, 1))["result"]["step"] == 1
+    assert training.losses(session_id) == training.losses(twin)
+    assert training.state(session_id) == training.state(twin)
+
+
 @pytest.mark.slow
 def test_four_hundred_steps_under_fifteen_kills_end_bit_for_bit_where_they_end_without(start_training: Start) -> None:
     prove(start_training(LEASE_SECONDS=3), updates=400, kills=15, long_steps=40)

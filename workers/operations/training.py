@@ -174,6 +174,8 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
             outcome = next(run)
             notes.add(outcome)
             if _is_due(held, outcome):
+                # Whoever comes back from this checkpoint does not make the steps before it again.
+                notes.note()
                 checkpoint_beside(resident, held)
             yield Progress(_progress(run, outcome))
     except Exception as error:
@@ -189,7 +191,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
         return work.failed(known, applied=_applied(notes, sequence, run.steps_done, copies))
     told = {
         "session_id": held.session_id, "sequence": sequence, "mode": options.mode, "steps_applied": run.steps_done,
-        **asdict(summarize(notes.outcomes)), **_staged(work.request),
+        **notes.summary(), **_staged(work.request),
     }  # fmt: skip
     ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
     if sequence is None:
@@ -224,25 +226,34 @@ class _Notes:
                 }
             )
         if time.perf_counter() - self._noted_at >= NOTE_SECONDS:
-            self._noted_at = time.perf_counter()
-            standing = self.rest()
-            engine, session_id, epoch = self._resident.engine, self._held.session_id, self._resident.epoch
+            self.note()
 
-            def write() -> None:
-                with engine.connect() as connection:
-                    store.advance(connection, session_id, epoch, standing)
+    def note(self) -> None:
+        """Hands what was not noted yet to the recorder."""
+        self._noted_at = time.perf_counter()
+        standing = self.rest()
+        engine, session_id, epoch = self._resident.engine, self.session_id, self._resident.epoch
 
-            self._resident.record(write)
+        def write() -> None:
+            with engine.connect() as connection:
+                store.advance(connection, session_id, epoch, standing)
+
+        self._resident.record(write)
 
     def rest(self) -> dict[str, Any]:
         """Where the session stands, with the history that was not noted yet."""
         history, self._history = self._history, []
-        last = self.outcomes[-1]
+        # None where a death came between a job's last step and its end: then all of it is in the checkpoint.
+        last = self.outcomes[-1] if self.outcomes else StepOutcome(self._held.session.step, "train")
         return {
             "step": self._held.session.step, "loss": last.loss, "gradient_norm": last.gradient_norm,
             "learning_rate": last.learning_rate, "samples_seen": self._held.session.state.samples_seen,
             "steps_per_second": round(len(self.outcomes) / max(self.seconds(), 1e-9), 3), "history": history,
         }  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """All steps of the job as one; those that a dead worker made are in the history."""
+        return asdict(summarize(self.outcomes)) if self.outcomes else {"step": self._held.session.step, "steps": 0}
 
     def seconds(self) -> float:
         """How long the steps have taken so far."""

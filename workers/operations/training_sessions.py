@@ -176,13 +176,15 @@ def checkpoint_beside(resident: Resident, held: Held, *, leaving: bool = False) 
     }  # fmt: skip
 
     def write() -> None:
+        """Beside the device; recorded on the recorder's thread, after the history up to it, which it stands for."""
         try:
-            _write(resident, held, snapshot, row)
+            checkpoint = keep_checkpoint(resident, snapshot, {**row, "checkpoint_id": new_id()})
         except Exception as error:  # noqa: BLE001 - training goes on; the session's record says what went wrong
             known = named(error)
             log.error("automatic checkpoint failed", session_id=held.session_id, error=known.message)
-            with resident.engine.connect() as connection:
-                store.set_error(connection, held.session_id, known.as_job_error())
+            resident.record(lambda: _tell_failed(resident, held, known))
+        else:
+            resident.record(lambda: _record(resident, held, checkpoint))
         finally:
             held.leaving = held.leaving and not leaving
             held.writing.release()
@@ -309,8 +311,7 @@ def _in_another_run(held: Held, job_id: str) -> bool:
 # ---- leaving
 
 
-def _write(resident: Resident, held: Held, snapshot: Any, row: dict[str, Any]) -> None:
-    checkpoint = keep_checkpoint(resident, snapshot, {**row, "checkpoint_id": new_id()})
+def _record(resident: Resident, held: Held, checkpoint: dict[str, Any]) -> None:
     with transaction(resident.engine) as connection:
         recorded = effects.kept(connection, checkpoint, resident.epoch)
         if recorded:
@@ -319,6 +320,11 @@ def _write(resident: Resident, held: Held, snapshot: Any, row: dict[str, Any]) -
         drop_checkpoint(resident, checkpoint)
         return
     held.checkpoint_sequence = max(held.checkpoint_sequence, checkpoint["sequence"])
+
+
+def _tell_failed(resident: Resident, held: Held, error: OperationError) -> None:
+    with resident.engine.connect() as connection:
+        store.set_error(connection, held.session_id, error.as_job_error())
 
 
 def _unload(resident: Resident, held: Held) -> None:
