@@ -89,7 +89,7 @@ def test_a_cut_off_upload_leaves_nothing_behind(stack: RunningStack) -> None:
     before = files(stack)
     url = urlsplit(stack.http_url)
     with socket.create_connection((url.hostname, url.port)) as connection:
-        head = f"PUT /api/memory/data/{allocation} HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n\r\n"
+        head = f"PUT /api/memory/data/{allocation} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: {size}\r\n\r\n"
         connection.sendall(head.encode() + bytes(20 << 20))
         eventually(lambda: len(files(stack)) > len(before), seconds=10)
     eventually(lambda: files(stack) == before, seconds=10)
