@@ -28,6 +28,7 @@ from tasks.store import blobs as blob_store
 from tasks.store import devices as device_store
 from tasks.store import jobs as store
 from tasks.store import models as model_store
+from tasks.store import training as training_store
 from tasks.store.connection import row, transaction
 from tasks.store.jobs import Ending
 from tasks.transients import Transients
@@ -153,6 +154,7 @@ class Reaper:
             expired = blob_store.take_expired(connection, AT_ONCE)
             store.forget(connection, days, 10 * AT_ONCE)
             allocation_store.forget(connection, days, 10 * AT_ONCE)
+            training_store.forget(connection, days, AT_ONCE)
             device_store.forget_samples(connection, days)
         for blob_id in expired:
             self._blobs.delete(blob_id)

@@ -137,7 +137,7 @@ def view_checkpoint(checkpoint: Row) -> dict[str, Any]:
         name: checkpoint[name]
         for name in (
             "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id",
-            "onnx_blob_id", "created_at", "owner", "damage",
+            "onnx_blob_id", "run_job_id", "created_at", "owner", "damage",
         )
     }  # fmt: skip
     return told | {"automatic": checkpoint["job_id"] is None}

@@ -90,7 +90,6 @@ def stepped(connection: Connection, job: Row, facts: dict[str, Any], epoch: int 
     if job["state"] == State.SUCCEEDED or sequence is None:
         store.touch(connection, session_id)
         return []
-    checkpoints.delete_of_run(connection, session_id, job["id"])
     freed = store.free_numbers(connection, session_id, sequence, job["id"])
     return [(number_of(session_id, number), SEQUENCE_GAP) for number in freed]
 

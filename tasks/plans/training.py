@@ -32,6 +32,7 @@ from tasks.plans.models import file_hash, model_file
 from tasks.plans.parameters import count_parameters
 from tasks.store import blobs as blob_store
 from tasks.store import checkpoints as checkpoint_store
+from tasks.store import jobs as job_store
 from tasks.store import training as store
 from tasks.store.connection import Row
 from tasks.submit import Plan, Recorded, body_hash
@@ -298,6 +299,10 @@ def _earlier(connection: Connection, makes: dict[str, Any]) -> str:
             if step
             else f"step {sequence} lies before the checkpoint that session {session_id} was resumed from",
             detail=detail,
+        )
+    if not job_store.states(connection, [step["job_id"]]):
+        raise failure(
+            "sequence_conflict", f"step {sequence} of session {session_id} was made long ago; its job is no longer kept"
         )
     return str(step["job_id"])
 

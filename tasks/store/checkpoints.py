@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection
 
 from tasks.database import dumps
 from tasks.store.connection import Row, execute, row, rows
+
+#: Whether a session may be brought back from its checkpoint `c`: one taken in the middle of a job serves only while
+#: that job is open, or once it was applied; the log's row says so.
+_OF_ITS_LINE = """(c.run_job_id IS NULL OR EXISTS (SELECT 1 FROM training_steps l
+    WHERE l.session_id = c.session_id AND l.sequence = c.sequence + 1 AND l.job_id = c.run_job_id))"""
 
 
 def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None = None) -> bool:
@@ -68,8 +72,8 @@ def to_restore(connection: Connection, session_id: str, applied_sequence: int) -
     """The checkpoints that a session may be brought back from, the furthest first: none ahead of what is recorded."""
     return rows(
         connection,
-        """
-        SELECT * FROM checkpoints WHERE session_id = %(id)s AND sequence <= %(applied)s
+        f"""
+        SELECT c.* FROM checkpoints c WHERE session_id = %(id)s AND sequence <= %(applied)s AND {_OF_ITS_LINE}
         ORDER BY sequence DESC, step DESC, created_at DESC
         """,
         {"id": session_id, "applied": applied_sequence},
@@ -80,10 +84,10 @@ def shorten_log(connection: Connection, session_id: str) -> None:
     """Lets go of what no replay needs: steps up to the last but one checkpoint, so that one may turn out damaged."""
     execute(
         connection,
-        """
-        UPDATE training_steps SET kept = false, spooled = NULL, blob_ids = '{}'
+        f"""
+        UPDATE training_steps SET kept = false, spooled = NULL, blob_ids = '{{}}'
         WHERE session_id = %(id)s AND kept AND applied AND sequence <= (
-            SELECT sequence FROM checkpoints WHERE session_id = %(id)s AND damage IS NULL
+            SELECT sequence FROM checkpoints c WHERE session_id = %(id)s AND damage IS NULL AND {_OF_ITS_LINE}
             ORDER BY sequence DESC, step DESC OFFSET 1 LIMIT 1)
         """,
         {"id": session_id},
@@ -96,7 +100,7 @@ def retire(connection: Connection, session_id: str, keep_last: int, *, automatic
         connection,
         """
         SELECT checkpoint_id FROM checkpoints WHERE session_id = %(id)s AND (job_id IS NULL OR NOT %(automatic)s)
-        ORDER BY sequence DESC, step DESC, created_at DESC OFFSET %(keep)s
+        ORDER BY created_at DESC OFFSET %(keep)s
         """,
         {"id": session_id, "automatic": automatic_only, "keep": keep_last},
     )
@@ -111,26 +115,18 @@ def is_needed(connection: Connection, checkpoint_id: str) -> bool:
     """Whether an open session could not come back after a death without this checkpoint: its log begins behind it."""
     found = row(
         connection,
-        """
-        SELECT 1 AS one FROM checkpoints c JOIN training_sessions s USING (session_id),
+        f"""
+        SELECT 1 AS one FROM checkpoints x JOIN training_sessions s USING (session_id),
             LATERAL (SELECT max(sequence) AS cut FROM training_steps l
-                WHERE l.session_id = c.session_id AND NOT l.kept) AS log
-        WHERE c.checkpoint_id = %(id)s AND s.state IN ('initializing', 'ready', 'restored') AND log.cut IS NOT NULL
-          AND NOT EXISTS (SELECT 1 FROM checkpoints o WHERE o.session_id = c.session_id
-                AND o.checkpoint_id <> c.checkpoint_id AND o.damage IS NULL AND o.sequence >= log.cut)
+                WHERE l.session_id = x.session_id AND NOT l.kept) AS log
+        WHERE x.checkpoint_id = %(id)s AND s.state IN ('initializing', 'ready', 'restored') AND log.cut IS NOT NULL
+          AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.session_id = x.session_id
+                AND c.checkpoint_id <> x.checkpoint_id AND c.damage IS NULL AND c.sequence >= log.cut
+                AND {_OF_ITS_LINE})
         """,
         {"id": checkpoint_id},
     )
     return found is not None
-
-
-def delete_of_run(connection: Connection, session_id: str, job_id: str) -> Sequence[str]:
-    """Deletes checkpoints taken in the middle of a job that ended unapplied."""
-    return _delete(
-        connection,
-        "SELECT checkpoint_id FROM checkpoints WHERE session_id = %(id)s AND run_job_id = %(job)s",
-        {"id": session_id, "job": job_id},
-    )
 
 
 def mark_damaged(connection: Connection, checkpoint_id: str, damage: dict[str, Any]) -> None:

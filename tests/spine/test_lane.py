@@ -111,3 +111,19 @@ def test_every_order_respects_predecessors_and_takes_the_highest_eligible(seed: 
     assert sorted(order) == sorted(needed)
     for position, job_id in enumerate(order):
         assert needed[job_id] <= set(order[:position])
+
+
+def test_what_waits_its_turn_on_a_resource_passes_a_job_that_is_done_with_it() -> None:
+    lane = Lane()
+    lane.admit(entry("running"))
+    assert [one.job_id for one in lane.take(0)] == ["running"]
+    lane.admit(entry("same", after={"running"}, needs=("session",)))
+    lane.admit(entry("other", after={"running"}, needs=("elsewhere",)))
+    assert lane.take(0) == []
+    lane.pass_by("running", "session")
+    # One that is admitted later passes too, and one that needs the job itself still waits.
+    lane.admit(entry("late", after={"running"}, needs=("session",)))
+    assert sorted(one.job_id for one in [*lane.take(0), *lane.take(0)]) == ["late", "same"]
+    assert lane.take(0) == []
+    lane.ended(["running"])
+    assert [one.job_id for one in lane.take(0)] == ["other"]

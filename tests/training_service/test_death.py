@@ -132,10 +132,20 @@ def test_steps_of_a_job_that_was_cancelled_after_its_worker_s_death_never_happen
     assert training.status(session_id)["step"] > 0
     training.client.delete(f"/api/jobs/{job['job_id']}").raise_for_status()
     training.done(job, "cancelled")
-    assert checkpoints_of(training, session_id) == [] and training.status(session_id)["submitted_sequence"] == 0
+    assert training.status(session_id)["submitted_sequence"] == 0
     training.client.post("/api/devices/cpu_0/resume").raise_for_status()
     assert training.done(training.step(session_id, 1))["result"]["step"] == 1
     assert training.losses(session_id) == training.losses(twin)
+    assert training.state(session_id) == training.state(twin)
+    # Its checkpoints are still there for whoever wants to go on from one, in a session of its own.
+    left = [one for one in checkpoints_of(training, session_id) if one["run_job_id"] == job["job_id"]]
+    resumed = training.initialize(resume_from=left[0]["checkpoint_id"])
+    assert training.status(resumed)["step"] == left[0]["step"] >= 50
+    # A worker that stops in good order hands its sessions over just the same.
+    training.stack.restart("cpu_0")
+    training.stack.wait_ready()
+    assert training.done(training.step(session_id, 2))["result"]["step"] == 2
+    training.done(training.step(twin, 2))
     assert training.state(session_id) == training.state(twin)
 
 

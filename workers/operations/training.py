@@ -26,8 +26,8 @@ from workers.operations.training_sessions import (
     awake,
     begin,
     checkpoint_beside,
+    classified,
     facts,
-    work_failed,
 )
 from workers.resident import Resident
 from workers.tensors import host_array, staged_bytes
@@ -179,7 +179,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
                 checkpoint_beside(resident, held)
             yield Progress(_progress(run, outcome))
     except Exception as error:
-        known = work_failed(resident, work, error)
+        known = classified(resident, error)
         if sequence is None:
             session.state.unfinished_run = None
             raise known from error

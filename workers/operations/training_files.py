@@ -22,6 +22,7 @@ from workers.resident import Resident
 from workers.training import checkpoints
 from workers.training.checkpoints import Snapshot, WrittenFile
 from workers.training.definition import Sources
+from workers.training_sessions import spool
 
 
 def sources_of(resident: Resident, session_id: str, spec: Initialize) -> Sources:
@@ -56,8 +57,10 @@ def read_checkpoint(resident: Resident, blob_id: str, sha256: str, session_id: s
     try:
         return checkpoints.read(file, sha256)
     finally:
+        # On Windows a file whose tensors are still mapped stays until its session goes.
         if resident.blobs.file(blob_id) is None:
-            file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, PermissionError):
+                file.unlink()
 
 
 def keep_checkpoint(
@@ -101,17 +104,6 @@ def keep_gradients(resident: Resident, gradients: Mapping[str, Tensor]) -> Store
 def scratch(resident: Resident, session_id: str) -> Path:
     """The folder of a session's fetched files."""
     return resident.settings.data_dir / "training" / resident.device_id / session_id
-
-
-def spool(resident: Resident) -> Path:
-    """The folder in which this device's files are written before they become blobs."""
-    return resident.settings.training.checkpoint_path / resident.device_id
-
-
-def clear_spool(resident: Resident) -> None:
-    """Deletes what a killed worker left in the spool folder: none of it is recorded."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(spool(resident))
 
 
 def clear_scratch(resident: Resident, session_id: str) -> None:

@@ -29,7 +29,6 @@ from workers.models import make_room
 from workers.operations.training_batches import data_of, options_of, plan_of
 from workers.operations.training_files import (
     clear_scratch,
-    clear_spool,
     drop_checkpoint,
     keep_checkpoint,
     read_checkpoint,
@@ -38,7 +37,7 @@ from workers.operations.training_files import (
 from workers.resident import Resident
 from workers.training.outcomes import StepRecord
 from workers.training.session import Limits, TrainingSession, build_session
-from workers.work import Work, named
+from workers.work import named
 
 log = structlog.get_logger(__name__)
 
@@ -135,7 +134,6 @@ def wake(resident: Resident, row: Row) -> Held:
 
 def restore_all(resident: Resident, rows: list[Row]) -> None:
     """Brings back what the last epoch held. One that cannot come back must not keep the others away."""
-    clear_spool(resident)
     for row in rows:
         try:
             held = wake(resident, row)
@@ -337,7 +335,7 @@ def _unload(resident: Resident, held: Held) -> None:
     log.info("session unloaded", session_id=held.session_id, freed_bytes=freed)
 
 
-def work_failed(resident: Resident, work: Work, error: BaseException) -> OperationError:
+def classified(resident: Resident, error: BaseException) -> OperationError:
     """A step's error with its code; raised on where the device is lost."""
     known = named(error) if isinstance(error, (OperationError, MemoryError)) else resident.device.classify(error)
     if known.code == "device_lost":
