@@ -14,7 +14,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import json_response, read_body, submit_job
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind
-from tasks.plans import training as plans
+from tasks.plans.trained import find_checkpoint
 from tasks.store import checkpoints as checkpoint_store
 from tasks.store import training as store
 from tasks.store.connection import Row, transaction
@@ -91,7 +91,7 @@ async def read_checkpoint(request: Request, caller: Known, checkpoint_id: str) -
     """One checkpoint; its file is the blob `blob_id`."""
     gateway = of(request)
     context = gateway.context(caller)
-    return json_response(view_checkpoint(await run_in_threadpool(plans.find_checkpoint, context, checkpoint_id)))
+    return json_response(view_checkpoint(await run_in_threadpool(find_checkpoint, context, checkpoint_id)))
 
 
 @router.delete("/api/training/checkpoints/{checkpoint_id}", status_code=204)
@@ -144,7 +144,7 @@ def view_checkpoint(checkpoint: Row) -> dict[str, Any]:
 
 
 def _delete(gateway: Gateway, caller: Caller, checkpoint_id: str) -> None:
-    plans.find_checkpoint(gateway.context(caller), checkpoint_id)
+    find_checkpoint(gateway.context(caller), checkpoint_id)
     with transaction(gateway.engine) as connection:
         if checkpoint_store.is_needed(connection, checkpoint_id):
             raise failure(

@@ -30,11 +30,10 @@ from tasks.plans.base import Context, check_blobs, new_job, owner_of, place, sto
 from tasks.plans.memory import Range, check_allocations
 from tasks.plans.models import file_hash, model_file
 from tasks.plans.parameters import count_parameters
+from tasks.plans.trained import device_of, find_session, gone, known_session, resumed_from, session_of
 from tasks.store import blobs as blob_store
-from tasks.store import checkpoints as checkpoint_store
 from tasks.store import jobs as job_store
 from tasks.store import training as store
-from tasks.store.connection import Row
 from tasks.submit import Plan, Recorded, body_hash
 
 #: Tensors of a parameter's size that each optimizer keeps beside the parameter and its gradient.
@@ -51,7 +50,7 @@ def plan_initialize(context: Context, request: Initialize, job_id: str) -> Plan:
     after: list[str] = []
     resumed, sequence, step = None, 0, 0
     if request.resume_from is not None:
-        resumed, sequence, step = _resumed(context, request.resume_from)
+        resumed, sequence, step = resumed_from(context, request.resume_from)
         if resumed["blob_id"]:
             blob_ids = [*blob_ids, resumed["blob_id"]]
         else:
@@ -92,7 +91,7 @@ def plan_step(context: Context, request: Step, job_id: str) -> Plan:
     """One step, or a dataset's. Everything but `evaluate` changes the session, and so has a number."""
     numbered = request.sequence is not None or request.mode != "evaluate"
     # Whether a session is open is looked at where its step is given a number.
-    session = _known_session(context, request.session_id) if numbered else find_session(context, request.session_id)
+    session = known_session(context, request.session_id) if numbered else find_session(context, request.session_id)
     session_id = session["session_id"]
     _check_batch(context, request)
     owner = owner_of(context, request.job)
@@ -104,7 +103,7 @@ def plan_step(context: Context, request: Step, job_id: str) -> Plan:
         blob_ids.append(request.dataset.blob_id)
     payload = _with_tensors(request, tensors, staged)
     job = new_job(
-        context, Kind.TRAINING_STEP, request, job_id, _device(context, session), payload=payload,
+        context, Kind.TRAINING_STEP, request, job_id, device_of(context, session), payload=payload,
         resource_type="training_session", resource_id=session_id, needs=[session_id, *allocations], blob_ids=blob_ids,
     )  # fmt: skip
     exclusive = (session_id, *allocations)
@@ -144,7 +143,7 @@ def plan_checkpoint(context: Context, request: Checkpoint, job_id: str) -> Plan:
     session = find_session(context, request.session_id)
     checkpoint_id = new_id()
     job = new_job(
-        context, Kind.TRAINING_CHECKPOINT, request, job_id, _device(context, session),
+        context, Kind.TRAINING_CHECKPOINT, request, job_id, device_of(context, session),
         payload={**request.payload(), "checkpoint_id": checkpoint_id},
         resource_type="checkpoint", resource_id=checkpoint_id, needs=[session["session_id"]],
     )  # fmt: skip
@@ -167,8 +166,8 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
         session = find_session(context, request.session_id)
         exclusive = (session["session_id"],)
     else:
-        resumed, _, _ = _resumed(context, str(request.checkpoint_id))
-        session = _session_of(context, resumed["session_id"])
+        resumed, _, _ = resumed_from(context, str(request.checkpoint_id))
+        session = session_of(context, resumed["session_id"])
         more, after = {"checkpoint": resumed}, [] if resumed["blob_id"] else [resumed["job_id"]]
     named = {f"inputs.{name}": tensor for name, tensor in request.inputs.items()} | {"targets": request.targets}
     allocations, staged = _find_allocations(context, named, session["device_id"])
@@ -183,7 +182,7 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
     if more.get("checkpoint", {}).get("blob_id"):
         blob_ids.append(more["checkpoint"]["blob_id"])
     job = new_job(
-        context, Kind.TRAINING_VALIDATE, request, job_id, _device(context, session), payload=payload,
+        context, Kind.TRAINING_VALIDATE, request, job_id, device_of(context, session), payload=payload,
         resource_type="training_session", resource_id=session["session_id"],
         # A checkpoint does without its session.
         needs=[*exclusive, *allocations] or [f"{session['session_id']}#checkpoint"], blob_ids=blob_ids, after=after,
@@ -195,84 +194,14 @@ def plan_end(context: Context, request: EndSession, job_id: str) -> Plan:
     """Ends a session after the jobs submitted before."""
     session = find_session(context, request.session_id)
     job = new_job(
-        context, Kind.TRAINING_END_SESSION, request, job_id, _device(context, session),
+        context, Kind.TRAINING_END_SESSION, request, job_id, device_of(context, session),
         payload={**request.payload(), "checkpoint_id": new_id()},
         resource_type="training_session", resource_id=session["session_id"], needs=[session["session_id"]],
     )  # fmt: skip
     return Plan(job, exclusive=(session["session_id"],))
 
 
-def find_session(context: Context, session_id: str) -> Row:
-    """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
-    found = _session_of(context, session_id)
-    if found["state"] not in store.OPEN:
-        raise failure(*gone(found))
-    return found
-
-
-def gone(session: Row) -> tuple[str, str]:
-    """The code and message for a session that is not open any more."""
-    session_id, state, why = session["session_id"], session["state"], (session["error"] or {}).get("message", "")
-    if state == "lost":
-        return "session_lost", f"training session {session_id} is lost: {why}"
-    remedy = "resume a checkpoint of it in a new one (resume_from), or initialize anew"
-    told = f"training session {session_id} is {state}" + (f": {why}" if why else "")
-    return "session_closed", f"{told}; {remedy}"
-
-
-def find_checkpoint(context: Context, checkpoint_id: str) -> Row:
-    """The recorded checkpoint of that id, if it is the caller's; else `checkpoint_not_found`."""
-    with context.engine.connect() as connection:
-        found = checkpoint_store.get(connection, checkpoint_id)
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")
-    return found
-
-
-# ---- what requests name
-
-
-def _known_session(context: Context, session_id: str) -> Row:
-    """What never changes of a session that is the caller's, mostly without a read: a step costs one less."""
-    found = context.directory.training_session(session_id)
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("session_not_found", f"there is no training session {session_id!r}")
-    return found
-
-
-def _session_of(context: Context, session_id: str) -> Row:
-    with context.engine.connect() as connection:
-        found = store.get(connection, session_id)
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("session_not_found", f"there is no training session {session_id!r}")
-    return found
-
-
-def _device(context: Context, session: Row) -> Row:
-    device_id = session["device_id"]
-    device = context.directory.snapshot().devices.get(device_id) or context.directory.device(device_id)
-    if context.device_id != device_id:
-        context.directory.require_online(device)
-    return device
-
-
-def _resumed(context: Context, checkpoint_id: str) -> tuple[dict[str, Any], int, int]:
-    """What a session starts from, with the sequence and step there; one that is being made names its job."""
-    with context.engine.connect() as connection:
-        # In this order: a job that ends between the two reads has made its checkpoint by the second.
-        making = checkpoint_store.being_made(connection, checkpoint_id)
-        found = checkpoint_store.get(connection, checkpoint_id)
-    owner = found["owner"] if found else making["owner"] if making else None
-    if owner is None or not context.may_see(owner):
-        raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")
-    if found is None:
-        assert making is not None
-        request = making["request"]
-        told = {"checkpoint_id": checkpoint_id, "blob_id": None, "sha256": None, "job_id": making["id"],
-                "session_id": request["session_id"]}  # fmt: skip
-        return told, request["at_sequence"], request["at_step"]
-    told = {name: found[name] for name in ("checkpoint_id", "session_id", "blob_id", "sha256")}
-    return told, found["sequence"], found["step"]
+# ---- numbers
 
 
 def _earlier(connection: Connection, makes: dict[str, Any]) -> str:

@@ -84,6 +84,17 @@ def test_a_step_cancelled_before_it_ran_frees_its_number(training: Training) -> 
     training.end(session_id)
 
 
+def test_steps_submitted_after_the_end_of_their_session_fail_with_it(training: Training) -> None:
+    session_id = training.initialize()
+    first = training.step(session_id, 1, job={"delay_seconds": 0.5})
+    ending = training.answered(training.client.delete(f"/api/training/session/{session_id}"))
+    behind, evaluated = training.step(session_id, 2), training.step(session_id, mode="evaluate")
+    for job in (first, ending):
+        training.done(job)
+    for job in (behind, evaluated):
+        training.failed(job, "session_closed")
+
+
 def test_a_resumed_session_goes_on_with_the_next_number_only(training: Training) -> None:
     session_id = training.initialize()
     training.done(training.step(session_id, 1))

@@ -20,7 +20,7 @@ from device_operations.requests.training import Initialize
 from tasks import lifecycle
 from tasks.effects import training as effects
 from tasks.plans.admission import reserve
-from tasks.plans.training import gone
+from tasks.plans.trained import gone
 from tasks.store import checkpoints as checkpoint_store
 from tasks.store import devices as device_store
 from tasks.store import training as store

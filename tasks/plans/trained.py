@@ -1,0 +1,81 @@
+"""Which training session and which checkpoint a request names, and what became of those that are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from device_operations.errors import failure
+from tasks.plans.base import Context
+from tasks.store import checkpoints as checkpoint_store
+from tasks.store import training as store
+from tasks.store.connection import Row
+
+
+def find_session(context: Context, session_id: str) -> Row:
+    """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
+    found = session_of(context, session_id)
+    if found["state"] not in store.OPEN:
+        raise failure(*gone(found))
+    return found
+
+
+def gone(session: Row) -> tuple[str, str]:
+    """The code and message for a session that is not open any more."""
+    session_id, state, why = session["session_id"], session["state"], (session["error"] or {}).get("message", "")
+    if state == "lost":
+        return "session_lost", f"training session {session_id} is lost: {why}"
+    remedy = "resume a checkpoint of it in a new one (resume_from), or initialize anew"
+    told = f"training session {session_id} is {state}" + (f": {why}" if why else "")
+    return "session_closed", f"{told}; {remedy}"
+
+
+def find_checkpoint(context: Context, checkpoint_id: str) -> Row:
+    """The recorded checkpoint of that id, if it is the caller's; else `checkpoint_not_found`."""
+    with context.engine.connect() as connection:
+        found = checkpoint_store.get(connection, checkpoint_id)
+    if found is None or not context.may_see(found["owner"]):
+        raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")
+    return found
+
+
+def known_session(context: Context, session_id: str) -> Row:
+    """What never changes of a session that is the caller's, mostly without a read: a step costs one less."""
+    found = context.directory.training_session(session_id)
+    if found is None or not context.may_see(found["owner"]):
+        raise failure("session_not_found", f"there is no training session {session_id!r}")
+    return found
+
+
+def session_of(context: Context, session_id: str) -> Row:
+    with context.engine.connect() as connection:
+        found = store.get(connection, session_id)
+    if found is None or not context.may_see(found["owner"]):
+        raise failure("session_not_found", f"there is no training session {session_id!r}")
+    return found
+
+
+def device_of(context: Context, session: Row) -> Row:
+    device_id = session["device_id"]
+    device = context.directory.snapshot().devices.get(device_id) or context.directory.device(device_id)
+    if context.device_id != device_id:
+        context.directory.require_online(device)
+    return device
+
+
+def resumed_from(context: Context, checkpoint_id: str) -> tuple[dict[str, Any], int, int]:
+    """What a session starts from, with the sequence and step there; one that is being made names its job."""
+    with context.engine.connect() as connection:
+        # In this order: a job that ends between the two reads has made its checkpoint by the second.
+        making = checkpoint_store.being_made(connection, checkpoint_id)
+        found = checkpoint_store.get(connection, checkpoint_id)
+    owner = found["owner"] if found else making["owner"] if making else None
+    if owner is None or not context.may_see(owner):
+        raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")
+    if found is None:
+        assert making is not None
+        request = making["request"]
+        told = {"checkpoint_id": checkpoint_id, "blob_id": None, "sha256": None, "job_id": making["id"],
+                "session_id": request["session_id"]}  # fmt: skip
+        return told, request["at_sequence"], request["at_step"]
+    told = {name: found[name] for name in ("checkpoint_id", "session_id", "blob_id", "sha256")}
+    return told, found["sequence"], found["step"]
