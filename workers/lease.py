@@ -67,11 +67,15 @@ class Lease:
         """Whether the lease cannot have run out yet, by our own clock: only then may a new job be claimed."""
         return not self.lost.is_set() and time.monotonic() - self._renewed_at < self._lease_seconds * STOP_AT_SHARE
 
-    def release(self) -> None:
-        """Stops renewing and gives the device back in order: nobody needs to wait for the lease to run out."""
+    def stop_renewing(self) -> None:
+        """Renews no more: before the epoch is declared over, which a renewal would take for a loss."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+    def release(self) -> None:
+        """Stops renewing and gives the device back in order: nobody needs to wait for the lease to run out."""
+        self.stop_renewing()
         if not self.lost.is_set():
             with transaction(self._engine) as connection:
                 row = store.lock(connection, self.device_id)

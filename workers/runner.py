@@ -67,6 +67,7 @@ class Runner:
         self._paused: list[_Paused] = []
         self._inbox: list[Callable[[], None]] = []
         self._stopping = threading.Event()
+        self._lost: OperationError | None = None
         self.busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)
 
@@ -253,6 +254,13 @@ class Runner:
             self._running.pop(work.job_id, None)
         self._lane.finishing([work.job_id for work in works])
         self._recorder.finished(works, outcomes)
+        self._leave_if_lost()
+
+    def _leave_if_lost(self) -> None:
+        """Ends the process once its device is lost, after the outcomes of that have gone to the recorder."""
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            self._on_device_lost(lost)
 
     def _noted(self, error: BaseException) -> OperationError:
         """The error with its code; the loss of the device also ends this process once its jobs are recorded."""
@@ -263,7 +271,7 @@ class Runner:
             log.error("operation failed", error=known.message, exc_info=error)
         if known.code == "device_lost":
             self._stopping.set()
-            self._on_device_lost(known)
+            self._lost = known
         return known
 
     def _guarded(self, step: Callable[[], None]) -> None:
@@ -271,3 +279,4 @@ class Runner:
             step()
         except BaseException as error:
             log.error("housekeeping failed", error=self._noted(error).message, exc_info=error)
+            self._leave_if_lost()

@@ -170,6 +170,7 @@ class Service:
             self._transfers.close()
             self._recorder.stop()
         log.info("worker stops", device_id=self.device_id, left_to_the_next=len(left))
+        self._lease.stop_renewing()
         if not self._lease.lost.is_set():
             try:
                 with transaction(self._engine) as connection:
