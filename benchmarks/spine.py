@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import statistics
 import subprocess
 import sys
 import time
 
-import httpx
 import numpy as np
 import psutil
 from celery import Celery
@@ -49,7 +50,7 @@ def run() -> list[Figure]:
                 compare(
                     "`Prefer: wait` on a tiny model over HTTP, p50",
                     "ms",
-                    lambda: jobs_over_http(stack.client),
+                    lambda: jobs_over_http(stack),
                     lambda: echo_round_trips(app),
                     "bare Celery echo, 64 threads",
                     at_most=3.0,
@@ -61,16 +62,23 @@ def run() -> list[Figure]:
     return figures
 
 
-def jobs_over_http(client: httpx.Client) -> float:
-    """The median round trip of a run, submit to result, in ms."""
+def jobs_over_http(stack: RunningStack) -> float:
+    """The median round trip of a run, submit to result, in ms.
+
+    The standard library's client: httpx takes most of a millisecond itself, and is not what is measured.
+    """
     body = {"model_name": "tiny", "inputs": {"x": graphs.tensor(np.ones((1, 4), np.float32))}}
+    headers = {"Prefer": "wait=10", "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(stack.http_url.removeprefix("http://"), timeout=30)
     taken = []
     for _ in range(COUNT):
         began = time.perf_counter()
-        answer = client.post("/api/inference/run", json=body, headers={"Prefer": "wait=10"})
+        connection.request("POST", "/api/inference/run", json.dumps(body), headers)
+        answer = connection.getresponse()
+        job = json.loads(answer.read())
         taken.append(time.perf_counter() - began)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["state"] == "succeeded", answer.text
+        assert (answer.status, job["state"]) == (200, "succeeded"), job
+    connection.close()
     return statistics.median(taken) * 1000
 
 
