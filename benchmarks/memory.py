@@ -226,9 +226,7 @@ def bare() -> Iterator[str]:
 def put(url: str, path: str) -> None:
     """Sends the bytes and reads the answer, which comes once they are where they belong."""
     with connected(url) as connection:
-        head = (
-            f"PUT {path} HTTP/1.1\r\nHost: x\r\nPrefer: wait=60\r\nConnection: close\r\nContent-Length: {SIZE}\r\n\r\n"
-        )
+        head = f"PUT {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nPrefer: wait=60\r\nConnection: close\r\nContent-Length: {SIZE}\r\n\r\n"
         connection.sendall(head.encode())
         for _ in range(SIZE >> 20):
             connection.sendall(BLOCK)
@@ -241,7 +239,7 @@ def put(url: str, path: str) -> None:
 def get(url: str, path: str) -> None:
     """Takes all the bytes in."""
     with connected(url) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
         into = memoryview(bytearray(1 << 20))
         taken = 0
         while count := connection.recv_into(into):

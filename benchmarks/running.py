@@ -12,6 +12,9 @@ from tests.support.databases import Databases
 from tests.support.folders import reachable_folder
 from tests.support.stack import RunningStack
 
+#: One for each server: it makes the template of all databases there.
+_databases: dict[str, Databases] = {}
+
 
 @contextmanager
 def servers() -> Iterator[Servers]:
@@ -24,7 +27,7 @@ def servers() -> Iterator[Servers]:
 def stack(started: Servers, devices: str = "cpu:1", **settings: object) -> Iterator[RunningStack]:
     """Gateway and workers on a fresh database of `started`."""
     with tempfile.TemporaryDirectory() as folder:
-        databases = Databases(started)
+        databases = _databases.setdefault(started.database_url, Databases(started))
         with databases.migrated() as url:
             made = RunningStack(
                 Path(folder) / "stack", url, databases.redis_url(), devices, 1, {"LOG_LEVEL": "warning", **settings}
