@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class Snapshot:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     models: dict[str, Row] = field(default_factory=dict)
     read_at: float = float("-inf")
+    #: What this process has placed since: else everything would go to one device until the next read.
+    placed: Counter[str] = field(default_factory=Counter)
 
     def named(self, name: str, version: str | None = None) -> list[Row]:
         """The models of that name, newest first."""
@@ -47,8 +49,8 @@ class Snapshot:
         return self.counts.get(device_id, {}).get("queued", 0)
 
     def load_of(self, device_id: str) -> int:
-        """How many jobs wait for the device or run on it."""
-        return sum(self.counts.get(device_id, {}).values())
+        """How many jobs wait for the device or run on it, with those that this process has placed there since."""
+        return sum(self.counts.get(device_id, {}).values()) + self.placed[device_id]
 
 
 def _is_called(model: Row, name: str, version: str | None) -> bool:

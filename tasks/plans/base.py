@@ -72,7 +72,9 @@ def new_job(
     device_id = device["device_id"]
     if options.webhook_url is not None and not options.webhook_url.startswith(("http://", "https://")):
         raise failure("validation_failed", "job.webhook_url is an http or https address")
-    waiting = context.directory.snapshot().queued(device_id)
+    snapshot = context.directory.snapshot()
+    snapshot.placed[device_id] += 1
+    waiting = snapshot.queued(device_id)
     if waiting >= context.settings.queue.max_length and context.device_id is None:
         raise failure(
             "queue_full",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,17 +276,16 @@ def test_two_devices_each_hold_their_models_and_share_the_work(start_api: Callab
     content = graphs.busy(60, 192)
     both = [api.load(content, "both", device_id=name)["model_id"] for name in ("cpu_0", "cpu_1")]
     assert both[0] != both[1]
-    jobs = []
-    x = np.zeros((1, 192, 192), np.float32)
-    for _ in range(12):
-        jobs.append(api.run(None, {"x": x}, wait=0, model_name="both"))
-        # What the gateway knows of the queues is half a second old at most.
-        eventually(lambda: True)
-    with ThreadPoolExecutor(8) as pool:
-        jobs += list(pool.map(lambda _: api.run(None, {"x": x}, model_name="both"), range(40)))
+    request = {"model_name": "both", "inputs": {"x": as_tensor(np.zeros((1, 192, 192), np.float32))}}
+    # What the gateway knows of the models is half a second old at most.
+    eventually(lambda: len({api.run(None, request["inputs"], model_name="both")["device_id"] for _ in range(4)}) == 2)
+    # In one submission, and so placed by one look at the queues: what was placed since the look counts too.
+    entries = [{"kind": "inference.run", "request": request}] * 40
+    jobs = api.http.post("/api/jobs", json={"jobs": entries}).raise_for_status().json()["jobs"]
     ended = [api.job(job["job_id"]) for job in jobs]
     assert all(job["state"] == "succeeded" for job in ended)
-    assert {job["device_id"] for job in ended} == {"cpu_0", "cpu_1"}
+    ran = Counter(job["device_id"] for job in ended)
+    assert min(ran["cpu_0"], ran["cpu_1"]) >= 15, ran
 
 
 def test_work_for_any_device_is_shared_and_goes_where_its_model_is(start_api: Callable[..., Api]) -> None:
