@@ -10,7 +10,7 @@ reservation back whether a worker, a cancellation or a death ended it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -58,38 +58,39 @@ class Outcome:
         return Ending(self.job_id, self.state.value, self.result, self.error, self.device_ms)
 
 
-def finish(engine: Engine, outcomes: Sequence[Outcome], kinds: dict[str, str], epoch: int) -> list[Row]:
+def finish(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
     """Ends jobs that ran under `epoch`, and everything that falls with them. Gives all rows that ended.
 
-    A job that is not among the rows had been ended by someone else: its outcome is dropped. Kinds without effects
-    take one statement in autocommit.
+    `claimed` are the jobs' rows as they were claimed. A job that is not among the rows had been ended by someone else:
+    its outcome is dropped. Kinds without effects take one statement in autocommit.
     """
+    kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
         with engine.connect() as connection:
-            return store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch)
+            return store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
     alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
     if alone:
         rest = [outcome for outcome in outcomes if outcome not in alone]
-        return _finish_each(engine, alone, kinds, epoch) + (finish(engine, rest, kinds, epoch) if rest else [])
+        return _finish_each(engine, alone, claimed, epoch) + (finish(engine, rest, claimed, epoch) if rest else [])
     with transaction(engine) as connection:
-        rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch)
+        rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
         facts = {outcome.job_id: outcome.facts for outcome in outcomes}
         return rows + settle(connection, rows, facts, epoch)
 
 
-def _finish_each(engine: Engine, outcomes: Sequence[Outcome], kinds: dict[str, str], epoch: int) -> list[Row]:
+def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
     """Ends jobs whose kind has one statement for all of it. One that is refused has failed, and changed nothing."""
     rows = []
     with engine.connect() as connection:
         for outcome in outcomes:
-            end = effects.at_once(kinds[outcome.job_id], outcome.facts)
+            end = effects.at_once(claimed[outcome.job_id]["kind"], outcome.facts)
             assert end is not None
             try:
                 rows += end(connection, outcome.ending(), outcome.facts, epoch)
             except OperationError as error:
                 log.error("an outcome was refused", job_id=outcome.job_id, error=error.message)
                 refused = Outcome(outcome.job_id, State.FAILED, error=error.as_job_error())
-                rows += finish(engine, [refused], kinds, epoch)
+                rows += finish(engine, [refused], claimed, epoch)
     return rows
 
 
@@ -129,9 +130,11 @@ def end(engine: Engine, endings: Sequence[Ending], leaving: Sequence[State]) -> 
         return rows + settle(connection, rows)
 
 
-def announce(publisher: Publisher, rows: Sequence[Row]) -> None:
-    """Tells all gateways that jobs have ended."""
-    publisher.done(store.view(row) for row in rows)
+def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Tells all gateways that jobs have ended. Gives the jobs as callers see them."""
+    views = [store.view(row) for row in rows]
+    publisher.done(views)
+    return views
 
 
 @dataclass(frozen=True, slots=True)

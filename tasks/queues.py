@@ -14,6 +14,7 @@ from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, s
 __all__ = [
     "ANY_QUEUE",
     "DONE_CHANNEL",
+    "NOTED",
     "control_queue",
     "device_queue",
     "job_channel",
@@ -21,6 +22,9 @@ __all__ = [
     "redis_key",
     "redis_keys",
 ]
+
+#: The header that says that a message's job is recorded, and what the lane needs to order it.
+NOTED = "device_operations"
 
 #: Where ended jobs are announced, to all gateways.
 DONE_CHANNEL = "device-operations.done"
@@ -53,8 +57,7 @@ def redis_keys(queue: str) -> list[str]:
 def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
     """One job as Celery's protocol 2 in kombu's Redis envelope.
 
-    `job` is a recorded row. The header `device_operations` says that it is recorded and what the lane needs to order
-    it; messages without it come from direct callers.
+    `job` is a recorded row. Messages without the header `NOTED` come from direct callers.
     """
     body = base64.b64encode(orjson.dumps([[], {"request": request}, _NO_CANVAS])).decode()
     job_id = job["id"]
@@ -78,7 +81,7 @@ def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
                 "kwargsrepr": short(request),
                 "origin": origin,
                 "ignore_result": not job["wants_result"],
-                "device_operations": {
+                NOTED: {
                     "seq": job["seq"],
                     "priority": job["priority"],
                     "after": job["after"],

@@ -1,47 +1,45 @@
-"""kombu's Redis transport, for a queue whose messages PostgreSQL has on record: several at a time, and no second book.
+"""kombu's Redis transport, for a queue whose messages PostgreSQL has on record: several at a time, and past Celery.
 
-kombu takes one message a round trip and keeps a book of unacknowledged ones in Redis, two more round trips a message.
-A message that a gateway published is on record before it is sent and is published again if it is lost, so for those the
-book is left out; a direct caller's message is kept in it until it is recorded. Servers older than Redis 7 lack BLMPOP:
-there one message is taken at a time, as kombu does.
+kombu takes one message a round trip, keeps a book of unacknowledged ones in Redis, two more round trips a message, and
+Celery makes a request of each. A message that a gateway published is on record before it is sent and is published again
+if it is lost: such a one goes to the worker's lane at once, without book and request. A direct caller's message goes
+kombu's and Celery's way, and is in the book until it is recorded. Servers older than Redis 7 lack BLMPOP: there one
+message is taken at a time, as kombu does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from queue import Empty
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
-from kombu.transport import redis, virtual
+from kombu.transport import redis
 from kombu.utils.encoding import bytes_to_str
+
+from tasks.queues import NOTED
 
 #: Messages taken in one round trip at most. The lane holds many more, so this only bounds one turn of the event loop.
 AT_ONCE = 32
 
 
 class QoS(redis.QoS):
-    """Counts what was delivered; books in Redis only what is not on record yet."""
+    """Takes no message while the worker holds as many as it may."""
 
-    def append(self, message: Any, delivery_tag: str) -> None:
-        """One message was delivered."""
-        if _is_on_record(message):
-            virtual.QoS.append(self, message, delivery_tag)
-        else:
-            super().append(message, delivery_tag)
-
-    def ack(self, delivery_tag: str) -> None:
-        """One message is done with."""
-        if _is_on_record(self._delivered.get(delivery_tag)):
-            virtual.QoS.ack(self, delivery_tag)
-        else:
-            super().ack(delivery_tag)
+    def can_consume(self) -> bool:
+        """Whether another message may be taken."""
+        return bool(super().can_consume()) and Channel.has_room()
 
 
 class Channel(redis.Channel):
     """Takes several messages of one queue and priority in one round trip."""
 
     QoS = QoS
+
+    #: Set by the worker: takes a recorded job's message as it came, and whether there is room for more.
+    take: ClassVar[Callable[[dict[str, Any]], None] | None] = None
+    has_room: ClassVar[Callable[[], bool]] = staticmethod(lambda: True)
 
     #: Whether the server has BLMPOP; asked once for each channel.
     _takes_many: bool | None = None
@@ -84,9 +82,14 @@ class Channel(redis.Channel):
 
     def _hand_out(self, queue: str, key: bytes, items: list[bytes]) -> None:
         """Delivers in order. What a failing delivery leaves over goes back to where it was taken from."""
+        take = type(self).take
         for number, item in enumerate(items):
             try:
-                self.connection._deliver(orjson.loads(item), queue)
+                payload = orjson.loads(item)
+                if take is not None and NOTED in payload["headers"]:
+                    take(payload)
+                else:
+                    self.connection._deliver(payload, queue)
             except BaseException:
                 left = items[number + 1 :]
                 if left:
@@ -99,7 +102,3 @@ class Transport(redis.Transport):
     """The transport that `broker_transport` names."""
 
     Channel = Channel
-
-
-def _is_on_record(message: Any) -> bool:
-    return message is not None and "device_operations" in (message.headers or {})

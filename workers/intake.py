@@ -7,13 +7,16 @@ a row that waits and is not here ──▶ published again
 
 from __future__ import annotations
 
+import base64
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import orjson
 import redis
 import structlog
+from celery.worker.state import revoked
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -26,13 +29,13 @@ from tasks.database import is_disconnect, until_reachable
 from tasks.plans import plan
 from tasks.plans.base import Context
 from tasks.publish import Publisher
-from tasks.queues import ANY_QUEUE, device_queue, redis_keys
+from tasks.queues import ANY_QUEUE, NOTED, device_queue, redis_keys
 from tasks.store import jobs as store
 from tasks.store.connection import Row, transaction
 from tasks.store.jobs import Ending, NewJob
 from workers.lane import Entry, Lane
 from workers.operations import memory
-from workers.pool import Handle
+from workers.pool import Handle, Note
 from workers.recorder import Recorder
 from workers.resident import Resident
 
@@ -90,24 +93,39 @@ class Intake:
     # ---- messages
 
     def receive(self, handle: Handle) -> None:
-        """One message, on Celery's own thread: nothing here waits."""
-        noted = handle.device_operations
-        if noted is None:
-            self._direct.put(handle)
-            return
+        """A direct caller's message, on Celery's own thread: nothing here waits."""
+        self._direct.put(handle)
+
+    def receive_recorded(self, payload: dict[str, Any]) -> None:
+        """A recorded job's message as it came from Redis, on Celery's own thread: nothing here waits."""
         try:
-            _, kwargs = handle.payload()
-            kind = handle.task_name.removeprefix(TASK_PREFIX)
-            entry = self._entry(handle.job_id, kind, kwargs["request"], noted, handle)
+            note = Note(payload["headers"])
+            _, kwargs, _ = orjson.loads(base64.b64decode(payload["body"]))
+            entry = self._entry(note.job_id, note.kind, kwargs["request"], payload["headers"][NOTED], note)
         except Exception as error:  # noqa: BLE001 - a message that cannot be read is no reason to stop reading
-            log.warning("unreadable message; its job is taken from the record", job_id=handle.job_id, error=str(error))
-            handle.dropped()
+            log.warning(
+                "unreadable message; its job is taken from the record", error=f"{type(error).__name__}: {error}"
+            )
             return
         self._delivered[entry.priority] = max(entry.seq, self._delivered.get(entry.priority, 0))
+        note.received()
         self._admit(entry)
+        if note.job_id in revoked:
+            self._revoke(entry)
+
+    def _revoke(self, entry: Entry) -> None:
+        """Celery's own `revoke` of a job that had not come yet."""
+
+        def ask() -> None:
+            with self._engine.connect() as connection:
+                store.request_cancel(connection, entry.job_id)
+
+        self._recorder.call(ask)
+        if self._lane.discard(entry.job_id) is not None:
+            self.unclaimed([entry])
 
     def _entry(
-        self, job_id: str, kind: str, request: dict[str, Any], noted: dict[str, Any], handle: Handle | None
+        self, job_id: str, kind: str, request: dict[str, Any], noted: dict[str, Any], handle: Handle | Note | None
     ) -> Entry:
         entry = Entry(
             job_id=job_id,

@@ -65,6 +65,8 @@ class Lane:
         self._passed: dict[str, str] = {}
         self._closed = False
         self._woken = False
+        #: How many entries wait for nothing but their turn.
+        self.eligible = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -209,6 +211,7 @@ class Lane:
             self._closed = True
             left = list(self._entries.values())
             self._entries.clear()
+            self.eligible = 0
             self._ready.notify_all()
             return left
 
@@ -221,6 +224,7 @@ class Lane:
     # ---- all below under the lock
 
     def _make_eligible(self, entry: Entry) -> None:
+        self.eligible += 1
         heapq.heappush(self._eligible, (entry.rank, entry.job_id))
         if entry.batch_key is not None:
             self._batches.setdefault(entry.batch_key, OrderedDict())[entry.job_id] = None
@@ -272,7 +276,8 @@ class Lane:
         return found
 
     def _leave(self, entry: Entry) -> None:
-        self._entries.pop(entry.job_id, None)
+        if self._entries.pop(entry.job_id, None) is not None and not entry.after:
+            self.eligible -= 1
         same = self._batches.get(entry.batch_key) if entry.batch_key is not None else None
         if same is not None:
             same.pop(entry.job_id, None)

@@ -1,20 +1,27 @@
 """Celery's pool that feeds the lane: it takes messages in, and tells Celery what became of them.
 
-Celery's worker calls `on_apply` for each message it received. Nothing runs here: the message becomes an entry of the
-lane (`workers.intake`). The message is acknowledged and reported as started when its job is claimed, and reported as
+A direct caller's message comes from Celery's worker, by `on_apply`; a recorded job's comes from the transport itself
+(`tasks.transport`), since making a request of each would cost more than a small run does. Nothing runs here: the
+message becomes an entry of the lane (`workers.intake`). It is reported as started when its job is claimed, and as
 succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect` show what really happened.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from celery.concurrency.base import BasePool
+from celery.worker import state
+from celery.worker.control import Panel, active, query_task, reserved
 
 from device_operations.errors import from_job_error
+from device_operations.jobs import TASK_PREFIX
+from tasks.queues import NOTED
+from workers.events import Dispatcher
 
 log = structlog.get_logger(__name__)
 
@@ -41,12 +48,6 @@ class Handle:
     def task_name(self) -> str:
         """The task's name."""
         return str(self._request.name)
-
-    @property
-    def device_operations(self) -> dict[str, Any] | None:
-        """What the gateway noted in the message; None for direct callers."""
-        found = self.headers.get("device_operations")
-        return found if isinstance(found, dict) else None
 
     @property
     def priority(self) -> int | None:
@@ -97,8 +98,6 @@ class Handle:
             self._forget()
 
     def _forget(self) -> None:
-        from celery.worker import state
-
         self._request.acknowledge()
         state.task_ready(self._request)
 
@@ -108,6 +107,70 @@ class Handle:
             step()
         except Exception as error:  # noqa: BLE001 - whatever the broker's client raises must not stop the lane
             log.warning("Celery could not be told", job_id=self.job_id, error=f"{type(error).__name__}: {error}")
+
+
+class Note:
+    """The same for a recorded job's message, of which Celery knows nothing: it is told by events alone."""
+
+    __slots__ = ("_headers", "_reported", "job_id", "received_at", "started_at")
+
+    def __init__(self, headers: dict[str, Any]) -> None:
+        self.job_id: str = headers["id"]
+        self._headers = headers
+        self._reported = False
+        self.received_at = time.time()
+        self.started_at: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """The job's kind."""
+        return str(self._headers["task"]).removeprefix(TASK_PREFIX)
+
+    def received(self) -> None:
+        """The job is in the lane."""
+        headers = self._headers
+        Dispatcher.note(
+            "task-received", self.job_id, name=headers["task"], args=headers["argsrepr"], kwargs=headers["kwargsrepr"],
+            root_id=self.job_id, parent_id=None, retries=0, eta=None, expires=None,
+        )  # fmt: skip
+
+    def park(self) -> None:
+        """Its message has no slot that others would need."""
+
+    def started(self) -> None:
+        """The job is claimed."""
+        self.started_at = time.time()
+        state.total_count[self._headers["task"]] += 1
+        state.all_total_count[0] += 1
+        Dispatcher.note("task-started", self.job_id)
+
+    def ended(self, view: dict[str, Any]) -> None:
+        """The job's outcome is recorded."""
+        if self._reported:
+            return
+        self._reported = True
+        runtime = 0.0 if self.started_at is None else time.time() - self.started_at
+        if view["state"] == "succeeded":
+            Dispatcher.note("task-succeeded", self.job_id, result=_brief(view), runtime=runtime)
+        elif view["state"] == "failed":
+            exception = repr(from_job_error(view["error"]))
+            Dispatcher.note("task-failed", self.job_id, retry=False, exception=exception, traceback="")
+        else:
+            expired = view["state"] == "expired"
+            Dispatcher.note("task-revoked", self.job_id, terminated=False, signum=None, expired=expired)
+
+    def dropped(self) -> None:
+        """The message was a duplicate, or its job is somebody else's: nothing is reported."""
+        self._reported = True
+
+    def info(self, hostname: str) -> dict[str, Any]:
+        """The job as `celery inspect` shows a task."""
+        headers = self._headers
+        return {
+            "id": self.job_id, "name": headers["task"], "args": headers["argsrepr"], "kwargs": headers["kwargsrepr"],
+            "type": headers["task"], "hostname": hostname, "time_start": self.started_at, "acknowledged": True,
+            "delivery_info": {"priority": headers[NOTED]["priority"]}, "worker_pid": os.getpid(),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,3 +221,37 @@ class LanePool(BasePool):
 
     def _get_info(self) -> dict[str, Any]:
         return {**super()._get_info(), "lane": type(self).intake.standing()}
+
+
+# ---- what `celery inspect` shows: Celery's own requests, and the recorded jobs that are none
+
+
+def _notes(*, running: bool) -> list[Note]:
+    held: list[Note] = LanePool.intake.notes(running=running)
+    return held
+
+
+@Panel.register(name="active", alias="dump_active", type="inspect")
+def _active(panel: Any, safe: bool = False, **_: Any) -> list[dict[str, Any]]:
+    """The tasks that run."""
+    return [*active(panel, safe=safe), *(note.info(panel.hostname) for note in _notes(running=True))]
+
+
+@Panel.register(name="reserved", alias="dump_reserved", type="inspect")
+def _reserved(panel: Any, **_: Any) -> list[dict[str, Any]]:
+    """The tasks that wait here."""
+    return [*reserved(panel), *(note.info(panel.hostname) for note in _notes(running=False))]
+
+
+@Panel.register(
+    name="query_task", args=[("ids", str)], variadic="ids", signature="[id1 [id2 [... [idN]]]]", type="inspect"
+)
+def _query_task(panel: Any, ids: Any, **_: Any) -> dict[str, Any]:
+    """What is known of tasks by their ids."""
+    wanted = {ids} if isinstance(ids, str) else set(ids or ())
+    found: dict[str, Any] = dict(query_task(panel, ids))
+    for running, said in ((True, "active"), (False, "reserved")):
+        for note in _notes(running=running):
+            if note.job_id in wanted:
+                found[note.job_id] = (said, note.info(panel.hostname))
+    return found

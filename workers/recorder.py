@@ -27,7 +27,7 @@ from tasks.store import jobs as store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
 from workers.lane import Lane
-from workers.pool import Handle
+from workers.pool import Handle, Note
 from workers.uses import Uses
 from workers.work import Work, named
 
@@ -206,40 +206,41 @@ class Recorder:
                 ending.append(one)
         if not ending:
             return
-        kinds = {one.work.job_id: one.work.kind for one in ending}
-        rows = self._write(ending, kinds)
-        self._lane.ended(row["id"] for row in rows)
-        self._lane.ended(kinds)
-        lifecycle.announce(self._publisher, rows)
+        rows = self._write(ending)
+        self._lane.ended({*(row["id"] for row in rows), *(one.work.job_id for one in ending)})
+        views = lifecycle.announce(self._publisher, rows)
         handles = {one.work.job_id: one.work.entry.handle for one in ending}
-        for row in rows:
-            self.tell_celery(row, handles.pop(row["id"], None))
+        for row, view in zip(rows, views, strict=True):
+            self._tell(row, view, handles.pop(row["id"], None))
         for handle in handles.values():
             if handle is not None:
                 handle.dropped()
 
-    def _write(self, ending: list[_Finished], kinds: dict[str, str]) -> list[Row]:
+    def _write(self, ending: list[_Finished]) -> list[Row]:
         """Writes outcomes together; if the database will not have them, each alone, and what it refuses as failed.
 
         A job whose outcome cannot be written must not stand as running for ever.
         """
         outcomes = [one.outcome for one in ending]
+        claimed = {one.work.job_id: one.work.row for one in ending}
         try:
             return until_reachable(
-                lambda: lifecycle.finish(self._engine, outcomes, kinds, self._epoch), stop=self._stopping.is_set
+                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch), stop=self._stopping.is_set
             )
         except Exception as error:
             if len(ending) > 1:
-                return [row for one in ending for row in self._write([one], kinds)]
+                return [row for one in ending for row in self._write([one])]
             if ending[0].outcome.state == State.FAILED and not ending[0].outcome.facts:
                 raise
             log.exception("an outcome could not be recorded", job_id=ending[0].work.job_id)
             unwritten = failure("internal_error", f"the job's outcome could not be recorded: {type(error).__name__}")
-            return self._write([_Finished(ending[0].work, ending[0].work.failed(unwritten))], kinds)
+            return self._write([_Finished(ending[0].work, ending[0].work.failed(unwritten))])
 
-    def tell_celery(self, row: Row, handle: Handle | None) -> None:
+    def tell_celery(self, row: Row, handle: Handle | Note | None) -> None:
         """Celery's events, its result where the caller asked for one, and one line in the log."""
-        view = store.view(row)
+        self._tell(row, store.view(row), handle)
+
+    def _tell(self, row: Row, view: dict[str, Any], handle: Handle | Note | None) -> None:
         if row["wants_result"]:
             self._write_result(row)
         if handle is not None:

@@ -109,6 +109,10 @@ class Runner:
         """Ids of the jobs that hold the device or are between two steps."""
         return list(self._running)
 
+    def entries(self) -> list[Entry]:
+        """The same as entries of the lane."""
+        return [work.entry for work in list(self._running.values())]
+
     # ---- the device's thread
 
     def _run_until_stopped(self) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from device_operations.devices import Device as Named
 from device_operations.errors import OperationError
 from device_operations.settings import Settings
-from tasks import lifecycle
+from tasks import lifecycle, transport
 from tasks.app import PREFETCH, make_app
 from tasks.blobs import BlobStore
 from tasks.database import is_disconnect, open_engine, until_reachable
@@ -41,11 +41,11 @@ from tasks.store.connection import transaction
 from workers import lease as leases
 from workers import training_sessions as training
 from workers.devices import open_device
-from workers.events import EventsInTurns
+from workers.events import Dispatcher, EventsInTurns
 from workers.intake import Intake
 from workers.lane import Lane
 from workers.models import bring_back, look_after
-from workers.pool import LanePool
+from workers.pool import LanePool, Note
 from workers.recorder import Recorder
 from workers.resident import Resident
 from workers.runner import DEVICE_LOST_STATUS, Runner
@@ -132,6 +132,10 @@ class Service:
         self._tell_burial()
         restore_unacked(self.app, self._redis)
         LanePool.intake = self
+        transport.Channel.take = staticmethod(self._intake.receive_recorded)
+        transport.Channel.has_room = staticmethod(lambda: self._lane.eligible < PREFETCH)
+        Dispatcher.active = staticmethod(lambda: len(self.runner.running()))
+        self.app.events.dispatcher_cls = "workers.events:Dispatcher"
         self.app.steps["consumer"].add(control_step(self))
         self.app.steps["consumer"].add(EventsInTurns)
         self.app.Worker(
@@ -180,6 +184,11 @@ class Service:
             except DBAPIError as error:
                 log.warning("the epoch could not be closed; it ends with its lease", error=str(error.orig).strip())
         self._lease.release()
+
+    def notes(self, *, running: bool) -> list[Note]:
+        """The recorded jobs that run, or that wait in the lane, for `celery inspect`."""
+        entries = self.runner.entries() if running else self._lane.select(lambda _: True)
+        return [entry.handle for entry in entries if isinstance(entry.handle, Note)]
 
     def standing(self) -> dict[str, Any]:
         """What `celery inspect stats` shows of the lane."""

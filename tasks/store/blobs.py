@@ -36,7 +36,7 @@ def get_many(connection: Connection, blob_ids: list[str]) -> dict[str, Row]:
 #: A blob is in use while an open job, a model that is not gone, an open session, a step that may
 #: have to be made again, or a checkpoint refers to it.
 _IN_USE = """
-    EXISTS (SELECT 1 FROM jobs j WHERE j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
+    EXISTS (SELECT 1 FROM jobs j WHERE j.finished_at IS NULL
         AND b.blob_id = ANY(j.blob_ids))
     OR EXISTS (SELECT 1 FROM models m WHERE m.state IN ('loading', 'loaded', 'lost') AND b.blob_id = ANY(m.blob_ids))
     OR EXISTS (SELECT 1 FROM inference_sessions s WHERE s.state = 'active' AND b.blob_id = ANY(s.blob_ids))

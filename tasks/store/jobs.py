@@ -1,8 +1,12 @@
-"""Jobs: recording, claiming, ending, cancelling, listing. Every UPDATE names the states that it may leave."""
+"""Jobs: recording, claiming, ending, cancelling, listing. Every UPDATE names the states that it may leave.
+
+Open jobs are found by `finished_at IS NULL`, which a constraint ties to the states: no index names a state, so a claim
+touches none (PostgreSQL's heap-only update).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -60,11 +64,14 @@ class Ending:
     device_ms: float | None = None
 
 
-def insert(connection: Connection, jobs: Iterable[NewJob]) -> list[Row]:
-    """Records jobs in their order. Ids that exist are left as they are and not returned."""
-    return rows(
+def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
+    """Records jobs in their order. Ids that exist are left as they are and not returned.
+
+    Only what the database adds comes back from it: reading thirty columns takes both sides as long as writing them.
+    """
+    stamped = rows(
         connection,
-        f"""
+        """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
             resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
             webhook_url, error, finished_at)
@@ -78,10 +85,29 @@ def insert(connection: Connection, jobs: Iterable[NewJob]) -> list[Row]:
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
             timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
         ON CONFLICT (id) DO NOTHING
-        RETURNING {COLUMNS}
+        RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
         """,
         {"jobs": dumps(list(jobs))},
     )
+    by_id = {job.id: job for job in jobs}
+    return [_row(by_id[one["id"]]) | one for one in stamped]
+
+
+#: What a job that was just recorded has in the columns that nobody gives.
+_AT_FIRST: Row = {
+    "attempt": 0, "deaths": 0, "started_at": None, "device_ms": None, "epoch": None, "cancel_requested": False,
+    "progress": None, "result": None,
+}  # fmt: skip
+
+
+def _row(job: NewJob) -> Row:
+    return {
+        **_AT_FIRST, "id": job.id, "kind": job.kind, "state": job.state, "device_id": job.device_id,
+        "queue": job.queue, "priority": job.priority, "max_attempts": job.max_attempts,
+        "resource_type": job.resource_type, "resource_id": job.resource_id, "needs": list(job.needs),
+        "after": list(job.after), "owner": job.owner, "labels": job.labels, "timeout_seconds": job.timeout_seconds,
+        "error": job.error, "wants_result": job.wants_result, "webhook_url": job.webhook_url,
+    }  # fmt: skip
 
 
 def get(connection: Connection, job_id: str) -> Row | None:
@@ -115,7 +141,7 @@ def queue_position(connection: Connection, job: Row) -> int | None:
         connection,
         """
         SELECT count(*) AS ahead FROM (
-            SELECT 1 FROM jobs WHERE device_id = %(device_id)s AND state = ANY(%(states)s)
+            SELECT 1 FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = ANY(%(states)s)
               AND (priority > %(priority)s OR (priority = %(priority)s AND seq < %(seq)s)) LIMIT 1001) AS counted
         """,
         {**job, "states": ["queued", "reserved", "retrying"]},
@@ -160,14 +186,32 @@ def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoc
     )
 
 
-def end_running(connection: Connection, endings: Sequence[Ending], epoch: int) -> list[Row]:
-    """Ends jobs that run under `epoch`. What does not come back had been ended, or taken over, by someone else."""
-    return _end(
+def end_running(
+    connection: Connection, endings: Sequence[Ending], epoch: int, claimed: Mapping[str, Row] | None = None
+) -> list[Row]:
+    """Ends jobs that run under `epoch`. What does not come back had been ended, or taken over, by someone else.
+
+    `claimed` are the rows as they were claimed: what an end does not change need not be read again.
+    """
+    told = dumps(list(endings))
+    # What the database keeps otherwise than it was given (NUL) is read back.
+    if claimed is None or "\\ufffd" in told or not all(ending.id in claimed for ending in endings):
+        guard = "jobs.state = 'running' AND jobs.epoch = %(epoch)s"
+        return _end(connection, endings, guard, {"epoch": epoch})
+    stamped = rows(
         connection,
-        endings,
-        "jobs.state = 'running' AND jobs.epoch = %(epoch)s",
-        {"epoch": epoch},
+        f"""
+        UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS}
+        WHERE jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
+        RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
+        """,
+        {"endings": told, "epoch": epoch},
     )
+    by_id = {ending.id: ending for ending in endings}
+    return [
+        {**claimed[one["id"]], **one, "result": by_id[one["id"]].result, "error": by_id[one["id"]].error}
+        for one in stamped
+    ]
 
 
 def end_open(connection: Connection, endings: Sequence[Ending], leaving: Collection[str] = _OPEN) -> list[Row]:
@@ -181,16 +225,16 @@ SET_ENDED = """state = ended.state, result = nullif(ended.result, 'null'), error
             webhook_attempt = CASE WHEN webhook_url IS NOT NULL THEN 0 END,
             webhook_due_at = CASE WHEN webhook_url IS NOT NULL THEN clock_timestamp() END"""
 
+_ENDINGS = """jsonb_to_recordset(%(endings)s::jsonb)
+            AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)"""
+
 
 def _end(connection: Connection, endings: Sequence[Ending], guard: str, parameters: dict[str, Any]) -> list[Row]:
     columns = ", ".join("jobs." + name.strip() for name in COLUMNS.split(","))
     return rows(
         connection,
         f"""
-        UPDATE jobs SET {SET_ENDED}
-        FROM jsonb_to_recordset(%(endings)s::jsonb)
-            AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)
-        WHERE jobs.id = ended.id AND {guard}
+        UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS} WHERE jobs.id = ended.id AND {guard}
         RETURNING {columns}
         """,
         {"endings": dumps(list(endings)), **parameters},
@@ -234,8 +278,8 @@ def running_to_cancel(connection: Connection, device_id: str, epoch: int) -> lis
     """Running jobs of the device that were asked to be cancelled, or ended by someone else: the control queue's net."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE device_id = %(device_id)s AND epoch = %(epoch)s AND state = 'running' "
-        "AND cancel_requested",
+        "SELECT id FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND epoch = %(epoch)s "
+        "AND state = 'running' AND cancel_requested",
         {"device_id": device_id, "epoch": epoch},
     )
     return [job["id"] for job in found]
@@ -247,7 +291,7 @@ def waiting(connection: Connection, device_id: str, older_than_seconds: float, l
         connection,
         f"""
         SELECT request, {COLUMNS} FROM jobs
-        WHERE device_id = %(device_id)s AND state IN ('queued', 'reserved')
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('queued', 'reserved')
           AND submitted_at < clock_timestamp() - make_interval(secs => %(age)s)
         ORDER BY seq LIMIT %(limit)s
         """,
@@ -261,8 +305,8 @@ def make_due(connection: Connection, limit: int) -> list[Row]:
         connection,
         f"""
         UPDATE jobs SET state = 'queued', due_at = NULL WHERE id IN (
-            SELECT id FROM jobs WHERE state IN ('scheduled', 'retrying') AND due_at <= clock_timestamp()
-            ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+            SELECT id FROM jobs WHERE due_at <= clock_timestamp() AND finished_at IS NULL
+              AND state IN ('scheduled', 'retrying') ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
           AND state IN ('scheduled', 'retrying')
         RETURNING request, {COLUMNS}
         """,
@@ -274,7 +318,8 @@ def expired(connection: Connection, limit: int) -> list[str]:
     """Jobs that waited past their expiry and have not started."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE expires_at <= clock_timestamp() AND state = ANY(%(states)s) LIMIT %(limit)s",
+        "SELECT id FROM jobs WHERE expires_at <= clock_timestamp() AND finished_at IS NULL "
+        "AND state = ANY(%(states)s) LIMIT %(limit)s",
         {"states": list(_CLAIMABLE), "limit": limit},
     )
     return [job["id"] for job in found]
@@ -295,7 +340,8 @@ def running_under(connection: Connection, device_id: str, epoch: int) -> list[Ro
     return rows(
         connection,
         f"""
-        SELECT {COLUMNS} FROM jobs WHERE device_id = %(device_id)s AND state = 'running' AND epoch <= %(epoch)s
+        SELECT {COLUMNS} FROM jobs
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = 'running' AND epoch <= %(epoch)s
         ORDER BY seq FOR UPDATE
         """,
         {"device_id": device_id, "epoch": epoch},
@@ -319,7 +365,8 @@ def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[
     return rows(
         connection,
         f"""
-        SELECT {COLUMNS} FROM jobs WHERE state = ANY(%(states)s) AND needs && %(ids)s::text[] ORDER BY seq
+        SELECT {COLUMNS} FROM jobs
+        WHERE finished_at IS NULL AND state = ANY(%(states)s) AND needs && %(ids)s::text[] ORDER BY seq
         """,
         {"states": list(_CLAIMABLE), "ids": list(resource_ids)},
     )
@@ -329,9 +376,9 @@ def open_ids_needing(connection: Connection, resource_id: str, kinds: Sequence[s
     """Jobs, running ones too, that need the resource; of `kinds` only, where given."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE state = ANY(%(open)s) AND %(id)s = ANY(needs) "
+        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) "
         "AND (%(kinds)s::text[] IS NULL OR kind = ANY(%(kinds)s)) ORDER BY seq",
-        {"open": list(_OPEN), "id": resource_id, "kinds": None if kinds is None else list(kinds)},
+        {"id": resource_id, "kinds": None if kinds is None else list(kinds)},
     )
     return [job["id"] for job in found]
 
@@ -351,9 +398,9 @@ def to_be_cancelled(connection: Connection, resource_id: str) -> list[Row]:
     """Open jobs that need the resource and were asked to be cancelled: id and device."""
     return rows(
         connection,
-        "SELECT id, device_id FROM jobs WHERE state = ANY(%(open)s) AND %(id)s = ANY(needs) AND cancel_requested "
+        "SELECT id, device_id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) AND cancel_requested "
         "AND device_id IS NOT NULL ORDER BY seq",
-        {"open": list(_OPEN), "id": resource_id},
+        {"id": resource_id},
     )
 
 
@@ -373,9 +420,8 @@ def counts(connection: Connection) -> dict[str, dict[str, int]]:
         """
         SELECT coalesce(device_id, '') AS device_id, count(*) FILTER (WHERE state <> 'running') AS queued,
             count(*) FILTER (WHERE state = 'running') AS running
-        FROM jobs WHERE state = ANY(%(open)s) GROUP BY 1
+        FROM jobs WHERE finished_at IS NULL GROUP BY 1
         """,
-        {"open": list(_OPEN)},
     )
     return {entry["device_id"]: {"queued": entry["queued"], "running": entry["running"]} for entry in found}
 

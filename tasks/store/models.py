@@ -202,7 +202,7 @@ def evictable(connection: Connection, device_id: str, idle_seconds: float | None
         """
         SELECT * FROM models m WHERE device_id = %(id)s AND state = 'loaded' AND NOT pinned
           AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = m.device_id
-                AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying') AND m.model_id = ANY(j.needs))
+                AND j.finished_at IS NULL AND m.model_id = ANY(j.needs))
           AND NOT EXISTS (SELECT 1 FROM inference_sessions s WHERE s.model_id = m.model_id AND s.state = 'active')
           AND (%(idle)s::float8 IS NULL OR last_used_at < clock_timestamp() - make_interval(secs => %(idle)s::float8))
         ORDER BY last_used_at
@@ -242,7 +242,7 @@ def open_session(connection: Connection, session: dict[str, Any], limit: int) ->
 #: A session, with how many of its runs are open.
 _SESSION = """
     SELECT s.*, (SELECT count(*) FROM jobs j WHERE j.device_id = s.device_id
-        AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
+        AND j.finished_at IS NULL
         AND s.session_id = ANY(j.needs)) AS running
     FROM inference_sessions s"""
 
@@ -305,7 +305,7 @@ def expire_sessions(connection: Connection) -> list[str]:
         UPDATE inference_sessions s SET state = 'expired', ended_at = clock_timestamp()
         WHERE state = 'active' AND expires_at <= clock_timestamp()
           AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = s.device_id
-                AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
+                AND j.finished_at IS NULL
                 AND s.session_id = ANY(j.needs))
         RETURNING session_id
         """,

@@ -48,8 +48,8 @@ def is_stepping(connection: Connection, session: Row) -> bool:
     """Whether a step of the session runs."""
     found = row(
         connection,
-        "SELECT 1 AS one FROM jobs WHERE device_id = %(device_id)s AND state = 'running' AND kind = 'training.step' "
-        "AND %(session_id)s = ANY(needs) LIMIT 1",
+        "SELECT 1 AS one FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = 'running' "
+        "AND kind = 'training.step' AND %(session_id)s = ANY(needs) LIMIT 1",
         session,
     )
     return found is not None
@@ -306,7 +306,7 @@ def still_held(connection: Connection, device_id: str, epoch: int) -> dict[str, 
         """
         SELECT s.session_id, s.applied_sequence, s.lease_expires_at <= clock_timestamp() AND NOT EXISTS (
             SELECT 1 FROM jobs j WHERE j.device_id = s.device_id
-                AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
+                AND j.finished_at IS NULL
                 AND s.session_id = ANY(j.needs)) AS idle
         FROM training_sessions s WHERE device_id = %(id)s AND epoch = %(epoch)s
         """,
@@ -325,7 +325,7 @@ def unload(connection: Connection, session_id: str, epoch: int) -> int | None:
             FOR UPDATE) AS old
         WHERE s.session_id = old.session_id AND s.epoch = %(epoch)s AND s.lease_expires_at <= clock_timestamp()
           AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = s.device_id
-                AND j.state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')
+                AND j.finished_at IS NULL
                 AND s.session_id = ANY(j.needs))
         RETURNING old.before
         """,

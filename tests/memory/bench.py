@@ -84,7 +84,7 @@ class Bench:
             if not rows:
                 return ended
             outcome = self._perform(rows[0])
-            ended += lifecycle.finish(self.engine, [outcome], {rows[0]["id"]: rows[0]["kind"]}, self.lease.epoch)
+            ended += lifecycle.finish(self.engine, [outcome], {rows[0]["id"]: rows[0]}, self.lease.epoch)
         return ended
 
     def _perform(self, row: Row) -> Outcome:

@@ -71,7 +71,9 @@ def make_step(engine: Engine, session_id: str, sequence: int, epoch: int, blob_i
 def finish(engine: Engine, session_id: str, job_id: str, sequence: int, epoch: int) -> list[dict[str, Any]]:
     facts = {"applied": {**STANDING, "session_id": session_id, "sequence": sequence, "step": sequence}}
     outcome = Outcome(job_id, State.SUCCEEDED, result={"step": sequence}, facts=facts)
-    return lifecycle.finish(engine, [outcome], {job_id: "training.step"}, epoch)
+    with engine.connect() as connection:
+        claimed = jobs.get_many(connection, [job_id])
+    return lifecycle.finish(engine, [outcome], claimed, epoch)
 
 
 def read(engine: Engine, session_id: str) -> dict[str, Any]:
