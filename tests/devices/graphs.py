@@ -117,6 +117,15 @@ def text() -> bytes:
     return build([node("Identity", "x", "y")], [("x", STRING, ["n"])], [("y", STRING, ["n"])])
 
 
+def reshaped() -> bytes:
+    """Takes a shape, and gives one: what graphics providers leave to the processor."""
+    return build(
+        [node("Relu", "x", "r"), node("Reshape", "r shape", "y"), node("Shape", "y", "size")],
+        [("x", FLOAT, ["n", 4]), ("shape", INT64, [2])],
+        [("y", FLOAT, ["rows", "columns"]), ("size", INT64, [2])],
+    )
+
+
 def chosen() -> bytes:
     """Rows of x where their mask is set: the output's shape is known only once the model has run."""
     return build(

@@ -77,15 +77,6 @@ def test_tensors_of_every_dtype_that_the_device_names_pass_through_unchanged(
     model.close()
 
 
-def test_text_goes_in_and_comes_out(device: Device, save: Callable[..., Path]) -> None:
-    if device.backend != "cpu":
-        pytest.skip("text is the processor's business on every backend, and is tested there")
-    model = device.open_model(save(graphs.text()))
-    words = np.array(["grün", "", "x" * 1000], object)
-    assert model.inputs[0].dtype == "string"
-    assert list(model.run({"x": words})["y"]) == list(words)  # type: ignore[arg-type]
-
-
 def test_only_the_outputs_asked_for_come_back(opened: Opened) -> None:
     x, h = floats(1, 3), floats(1, 5)
     assert list(opened("recurrent").run({"x": x, "h": h}, ["next"])) == ["next"]
@@ -265,18 +256,26 @@ def test_a_batch_of_nothing_gives_nothing(device: Device, opened: Opened) -> Non
     assert view.shape == (0, 8)
 
 
-def test_a_model_that_fails_in_the_middle_of_its_graph_fails_the_run_and_no_other(
+def test_an_index_outside_its_table_fails_the_run_or_harms_nothing_and_the_next_run_succeeds(
     device: Device, save: Callable[..., Path]
 ) -> None:
-    if device.backend != "cpu":
-        pytest.skip("graphics devices clamp a wrong index instead of failing")
     model = device.open_model(save(graphs.picky()))
     x = floats(4, 2)
-    with pytest.raises(OperationError) as failed:
-        model.run({"x": x, "i": np.array([0, 9])})
-    assert failed.value.code == "run_failed"
-    assert "Gather" in failed.value.message
-    assert model.run({"x": x, "i": np.array([3])})["y"].shape == (1, 2)
+    if model.provider == "CPUExecutionProvider":
+        with pytest.raises(OperationError) as failed:
+            model.run({"x": x, "i": np.array([0, 9])})
+        assert failed.value.code == "run_failed"
+        assert "Gather" in failed.value.message
+    else:
+        # A graphics device has no way to fail in the middle: it clamps the index or gives zeros in its place.
+        rows = model.run({"x": x, "i": np.array([0, 9])})["y"]
+        assert isinstance(rows, np.ndarray)
+        assert np.array_equal(rows[0], np.maximum(x[0], 0))
+        harmless = [np.zeros(2, np.float32), *np.maximum(x, 0)]
+        assert any(np.array_equal(rows[1], other) for other in harmless)
+    for index in range(4):
+        assert np.array_equal(model.run({"x": x, "i": np.array([index])})["y"], np.maximum(x[index : index + 1], 0))  # type: ignore[arg-type]
+    model.close()
 
 
 # ---- stopping
@@ -384,9 +383,15 @@ def test_every_level_of_optimization_gives_the_same_answer(
     np.testing.assert_allclose(model.run({"x": x})["y"], opened("convnet").run({"x": x})["y"], atol=1e-5)  # type: ignore[arg-type]
 
 
-def test_a_models_memory_is_measured_and_given_back_on_close(device: Device, save: Callable[..., Path]) -> None:
+def test_a_models_memory_is_measured_and_given_back_on_close_or_the_device_says_that_it_is_not(
+    device: Device, save: Callable[..., Path]
+) -> None:
     if not device.describe().capabilities["returns_memory"]:
-        pytest.skip(f"{device.backend} keeps a session's memory until the process ends")
+        model = device.open_model(save(graphs.linear()))
+        assert model.file_bytes > 16 * 8 * 4
+        assert (model.memory_bytes is None) == (device.memory().process_bytes is None)
+        assert (model.close() or 0) < 1 << 20, "what is not given back must not be told as freed"
+        return
     path = save(graphs.heavy(64))
     device.open_model(save(graphs.linear(), "first.onnx")).close()  # what the runtime takes once for all sessions
     before = device.memory().process_bytes

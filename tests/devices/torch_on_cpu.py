@@ -6,11 +6,18 @@ Runtime binds them by their addresses.
 
 from __future__ import annotations
 
+import ctypes
+import math
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from workers.devices.base import DTYPES, Description, Provider, Reading
+import numpy as np
+
+from workers.devices.base import DTYPES, Array, Description, Provider, Reading
 from workers.devices.cpu import CpuDevice
 from workers.devices.torch_memory import TorchDevice
+from workers.devices.transfers import Transfers
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +47,9 @@ class TorchOnCpu(TorchDevice):
 
         return torch.device("cpu")
 
+    def transfers(self) -> Transfers:
+        return CopiedTransfers()
+
     def _allocate(self, size_bytes: int) -> torch.Tensor:
         if size_bytes > 1 << 40:
             raise MemoryError  # torch on the CPU takes any size that the kernel promises
@@ -47,3 +57,35 @@ class TorchOnCpu(TorchDevice):
 
     def _address(self, storage: Any) -> int:
         return int(storage.data_ptr())
+
+
+class CopiedTransfers(Transfers):
+    """Inputs and outputs copied to places of their own, as to and from a device that the host cannot address."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[str, Array] = {}
+        self._began = self._ended = 0.0
+
+    def put(self, name: str, array: Array) -> int:
+        self._inputs[name] = np.frombuffer(bytearray(array.tobytes()), np.uint8)
+        return int(self._inputs[name].ctypes.data)
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        self._ended = time.perf_counter()
+
+    def fetch(self, values: Sequence[tuple[Any, str]]) -> list[Array]:
+        arrays = []
+        for value, dtype in values:
+            array = np.empty(value.shape(), dtype)
+            ctypes.memmove(array.ctypes.data, value.data_ptr(), array.itemsize * math.prod(array.shape))
+            arrays.append(array)
+        return arrays
+
+    def graph_ms(self) -> float:
+        return (self._ended - self._began) * 1e3
+
+    def close(self) -> None:
+        self._inputs.clear()

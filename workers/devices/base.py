@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from workers.devices.onnx import Cancel, OnnxModel
+    from workers.devices.transfers import Transfers
 
 T = TypeVar("T")
 
@@ -345,6 +346,10 @@ class Device(ABC):
 
     def _address(self, storage: Any) -> int | None:
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
+        return None
+
+    def transfers(self) -> Transfers | None:
+        """The way of one model's arrays to the device and back, where that is faster than ONNX Runtime's own."""
         return None
 
     def trim(self) -> None:  # noqa: B027 - an allocator that gives memory back needs no telling

@@ -27,6 +27,8 @@ from workers.devices.torch_memory import TorchDevice, host_tensor
 if TYPE_CHECKING:
     import torch
 
+    from workers.devices.transfers import Transfers
+
 # CUDA would count the fastest GPU first, NVML counts along the bus; read when CUDA starts, which is after this.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
@@ -114,9 +116,12 @@ class CudaDevice(TorchDevice):
 
     def provider(self) -> Provider:
         _preload()
+        # With the stream that inputs and outputs move on, a run needs no wait before it; see cuda_transfers.
+        stream = {"user_compute_stream": str(self._stream.cuda_stream)} if _torch_has_cuda() else {}
         return Provider(
             "CUDAExecutionProvider",
             options={
+                **stream,
                 "device_id": str(self.ordinal),
                 # By default the arena doubles at each growth, and a first run tries every convolution algorithm.
                 "arena_extend_strategy": "kSameAsRequested",
@@ -143,7 +148,12 @@ class CudaDevice(TorchDevice):
     # ---- memory
 
     def torch_device(self) -> torch.device:
-        return self._torch_device
+        device = self._torch_device
+        import torch
+
+        # Each thread has a current GPU of its own, and begins with the first: what it pinned would be that one's.
+        torch.cuda.set_device(device)
+        return device
 
     def synchronize(self) -> None:
         """Waits for torch's work; ONNX Runtime waits for its own at the end of a run."""
@@ -160,15 +170,27 @@ class CudaDevice(TorchDevice):
                 torch.cuda.empty_cache()
 
     def host_buffer(self, size_bytes: int) -> memoryview:
+        if not _torch_has_cuda():
+            return super().host_buffer(size_bytes)
         import torch
 
         self.torch_device()
         return self._guard(lambda: _bytes_of(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)), "pin memory")
 
+    def transfers(self) -> Transfers | None:
+        """Through pinned memory, where torch is there to pin it; ONNX Runtime moves arrays by itself elsewhere."""
+        if not _torch_has_cuda():
+            return None
+        from workers.devices.cuda_transfers import PinnedTransfers
+
+        return PinnedTransfers(self.torch_device(), self._stream)
+
     def take(self, view: BufferView, value: Any) -> None:
         import torch
 
-        source = torch.as_tensor(_CudaBytes(value.data_ptr(), view.size_bytes), device=self.torch_device())
+        from workers.devices.cuda_transfers import CudaBytes
+
+        source = torch.as_tensor(CudaBytes(value.data_ptr(), view.size_bytes), device=self.torch_device())
         self._guard(lambda: self._copy(view.buffer.storage, view.offset, source, 0, view.size_bytes), "copy an output")
 
     def _address(self, storage: Any) -> int:
@@ -238,6 +260,13 @@ class CudaDevice(TorchDevice):
             return tuple((block, torch.cuda.Event()) for block in blocks)  # type: ignore[no-untyped-call, unused-ignore]
 
     @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """Where the models of this device run, each input's and output's transfer before and behind its run."""
+        import torch
+
+        return self._guard(lambda: torch.cuda.Stream(self.torch_device()), "make a stream")  # type: ignore[no-untyped-call, unused-ignore]
+
+    @cached_property
     def _torch_device(self) -> torch.device:
         if not _torch_has_cuda():
             raise failure(
@@ -247,17 +276,7 @@ class CudaDevice(TorchDevice):
             )
         import torch
 
-        torch.cuda.set_device(self.ordinal)
         return torch.device("cuda", self.ordinal)
-
-
-class _CudaBytes:
-    """Memory of the device that ONNX Runtime owns, for torch to see as bytes without a copy."""
-
-    def __init__(self, address: int, size_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (address, False), "shape": (size_bytes,), "typestr": "|u1", "version": 3,
-        }  # fmt: skip
 
 
 def found() -> list[Found]:

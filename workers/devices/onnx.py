@@ -1,6 +1,7 @@
 """A loaded ONNX model: one ONNX Runtime session on one device, run with arrays, buffers, or values kept on the device.
 
-all feeds are arrays ──────────────▶ InferenceSession.run                 the shortest way
+all feeds are arrays ─ Transfers ──▶ I/O binding, through pinned memory on the run's own stream
+                     └ else ───────▶ InferenceSession.run                 the shortest way
 buffers, `into`, `keep` ─ on cpu ──▶ arrays over the buffers' own memory
                         ├ bindable ▶ I/O binding, nothing passes through the host
                         └ else ────▶ staged through the host, counted in `staged_bytes`
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["Cancel", "Kept", "OnnxModel", "TensorSpec", "resolve_provider"]
 
 
+#: No input and no output.
+_NOWHERE: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+
+
 class OnnxModel:
     """One model on one device. Runs are made from one thread at a time; `Cancel.trip` comes from any."""
 
@@ -64,6 +69,11 @@ class OnnxModel:
         self._input_specs = {spec.name: spec for spec in self.inputs}
         self._output_specs = {spec.name: spec for spec in self.outputs}
         self._output_names = [spec.name for spec in self.outputs]
+        #: Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers.
+        self.graph_ms: float | None = None
+        self._transfers = device.transfers()
+        #: What the session itself takes and gives on the device: only that is worth a transfer of ours.
+        self._there = self._placed_on_device() if self._transfers is not None else _NOWHERE
 
     def run(
         self,
@@ -82,9 +92,12 @@ class OnnxModel:
         """
         names = self._output_names if outputs is None else list(outputs)
         self.staged_bytes = 0
+        self.graph_ms = None
         try:
             if into or keep or not _only_arrays(feeds):
                 return self._run_with_buffers(feeds, names, into or {}, keep, cancel)
+            if any(self._there):
+                return self._run_bound(feeds, names, {}, (), cancel)
             return dict(zip(names, self._call(names, feeds, cancel), strict=True))
         except OperationError:
             raise
@@ -109,6 +122,8 @@ class OnnxModel:
         """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
         held = _held(self.device)
         self._session = None
+        if self._transfers is not None:
+            self._transfers.close()
         self.device.trim()
         return _grown(_held(self.device), held)
 
@@ -179,37 +194,63 @@ class OnnxModel:
         stay: Collection[str],
         cancel: Cancel | None,
     ) -> dict[str, Any]:
-        """Runs with I/O binding: inputs where they lie, outputs in `places`, on the device for `stay`, else on host."""
+        """Runs with I/O binding: inputs where they lie, outputs in `places`, on the device for `stay`, else on host.
+
+        Arrays and outputs for the host take the way of `Transfers` where there is one.
+        """
         session = self._live()
         where, number = self._provider.binding, self._provider.device_id
+        transfers, (takes, gives) = self._transfers, self._there
         binding = session.io_binding()
-        held = []  # arrays that the binding points into
+        held = []  # arrays that the binding points into, or that are on their way
         for name, feed in feeds.items():
             if isinstance(feed, BufferView) and aligned(feed):
                 address = self._pointer(feed)
                 binding.bind_input(name, where, number, np.dtype(feed.dtype), feed.shape, address)
-            elif isinstance(feed, Kept) and not isinstance(feed.value, np.ndarray):
+                continue
+            if isinstance(feed, Kept) and not isinstance(feed.value, np.ndarray):
                 binding.bind_ortvalue_input(name, feed.value)
+                continue
+            array = np.ascontiguousarray(self._on_host(feed))
+            held.append(array)
+            if transfers is not None and name in takes and array.nbytes:
+                binding.bind_input(name, where, number, array.dtype, array.shape, transfers.put(name, array))
             else:
-                held.append(np.ascontiguousarray(self._on_host(feed)))
-                binding.bind_cpu_input(name, held[-1])
+                binding.bind_cpu_input(name, array)
+        coming = [name for name in names if name in gives and name not in places and name not in stay]
         for name in names:
             if name in places:
                 view = places[name]
                 binding.bind_output(name, where, number, np.dtype(view.dtype), view.shape, self._pointer(view))
-            elif name in stay:
+            elif name in stay or name in coming:
                 binding.bind_output(name, where, number)
             else:
                 binding.bind_output(name, "cpu")
-        options = ort.RunOptions()
-        self.device.synchronize()
-        binding.synchronize_inputs()
-        with self._provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
-            session.run_with_iobinding(binding, options)
-            binding.synchronize_outputs()
+        self._run_binding(binding, cancel, alone=_only_arrays(feeds) and not places and not stay)
         values = dict(zip(names, binding.get_outputs(), strict=True))
-        on_device = {*places, *stay}
-        return {name: value if name in on_device else value.numpy() for name, value in values.items()}
+        got = {name: value if name in places or name in stay else None for name, value in values.items()}
+        if transfers is not None:
+            wanted = [(values[name], self._output_specs[name].dtype) for name in coming]
+            got |= zip(coming, transfers.fetch(wanted), strict=True)
+            self.graph_ms = transfers.graph_ms()
+        return {name: values[name].numpy() if value is None else value for name, value in got.items()}
+
+    def _run_binding(self, binding: ort.IOBinding, cancel: Cancel | None, *, alone: bool) -> None:
+        """The run itself. `alone` says that only `Transfers` brought tensors, whose stream is the run's own."""
+        session = self._live()
+        options = ort.RunOptions()
+        in_order = alone and self._transfers is not None
+        if not in_order:
+            self.device.synchronize()
+            binding.synchronize_inputs()
+        with self._provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
+            if self._transfers is not None:
+                self._transfers.begin()
+            session.run_with_iobinding(binding, options)
+            if self._transfers is not None:
+                self._transfers.end()
+            if not in_order:
+                binding.synchronize_outputs()
 
     # ---- outputs into buffers
 
@@ -283,6 +324,27 @@ class OnnxModel:
             array = array.copy()
         return array.view(feed.dtype).reshape(feed.shape or ())
 
+    def _placed_on_device(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The inputs that the session wants on the device, and the outputs that it gives there.
+
+        The others are the processor's: bringing them to the device would only have them brought back.
+        """
+        session = self._live()
+        # ONNX Runtime binds no text; and before 1.23 it does not tell where it wants what.
+        textual = any(spec.dtype == "string" for spec in (*self.inputs, *self.outputs))
+        if textual or not hasattr(session, "get_input_memory_infos"):
+            return _NOWHERE
+        where = self._provider.binding
+
+        def there(arguments: Sequence[Any], places: Sequence[Any]) -> frozenset[str]:
+            pairs = zip(arguments, places, strict=True)
+            return frozenset(argument.name for argument, place in pairs if place.name.lower() == where)
+
+        return (
+            there(session.get_inputs(), session.get_input_memory_infos()),
+            there(session.get_outputs(), session.get_output_memory_infos()) & frozenset(self._output_names),
+        )
+
     def _pointer(self, view: BufferView) -> int:
         address = self.device.address(view)
         assert address is not None, "a backend that names a binding has addresses"
@@ -303,7 +365,11 @@ class OnnxModel:
         # A node in the middle of the graph says InvalidArgument too, and then names itself.
         if (type(error).__name__ == "InvalidArgument" and "while running" not in text) or isinstance(error, ValueError):
             return failure("input_mismatch", text)
-        return self.device.classify(error)
+        named = self.device.classify(error)
+        # A bound run says the same as a RuntimeError that any other says in an exception of ONNX Runtime's own.
+        if named.code == "internal_error" and text.startswith("Error in execution"):
+            return failure("run_failed", f"ONNX Runtime failed on {self.device}: {text}")
+        return named
 
 
 def _only_arrays(feeds: Mapping[str, Feed]) -> bool:

@@ -28,17 +28,20 @@ _OPTIMIZATION = {
 _QUIET = 4
 
 
+#: One for all: a batch attaches hundreds at once, and each holds it for an assignment.
+_CANCELLING = threading.Lock()
+
+
 class Cancel:
     """Stops runs and loads from another thread: `trip` ends the one in progress at its next node, and later ones."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._running: ort.RunOptions | ort.SessionOptions | None = None
         self.code: str | None = None
 
     def trip(self, code: str = "cancelled") -> None:
         """From now on runs raise `code` (`cancelled` or `timeout`); returns at once, from any thread."""
-        with self._lock:
+        with _CANCELLING:
             self.code = self.code or code
             if isinstance(self._running, ort.RunOptions):
                 self._running.terminate = True
@@ -50,21 +53,27 @@ class Cancel:
         if self.code is not None:
             raise failure(self.code, "The run was stopped." if self.code == "cancelled" else "The time was up.")
 
-    def attach(self, options: ort.RunOptions | ort.SessionOptions) -> None:
-        """From now on `trip` reaches `options`; raises the failure where it was called before."""
-        with self._lock:
-            self.check()
-            self._running = options
+    @staticmethod
+    def attach(cancels: Sequence[Cancel], options: ort.RunOptions | ort.SessionOptions) -> None:
+        """From now on each one's `trip` reaches `options`; raises the failure of one that was tripped before."""
+        with _CANCELLING:
+            for cancel in cancels:
+                if cancel.code is not None:
+                    cancel.check()
+            for cancel in cancels:
+                cancel._running = options
 
-    def detach(self) -> None:
+    @staticmethod
+    def detach(cancels: Sequence[Cancel]) -> None:
         """`trip` reaches no run any more."""
-        with self._lock:
-            self._running = None
+        with _CANCELLING:
+            for cancel in cancels:
+                cancel._running = None
 
     @contextlib.contextmanager
     def over(self, options: ort.RunOptions | ort.SessionOptions) -> Iterator[None]:
         """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
-        self.attach(options)
+        self.attach([self], options)
         try:
             yield
         except Exception as error:
@@ -72,7 +81,7 @@ class Cancel:
                 raise failure(self.code, "Stopped while it ran.") from error
             raise
         finally:
-            self.detach()
+            self.detach([self])
 
 
 def resolve_provider(name: str) -> str:

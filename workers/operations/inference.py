@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tasks.lifecycle import Outcome
 from tasks.plans.residents import no_model
 from tasks.store import models as store
 from workers.devices.base import BufferView
+from workers.devices.onnx_session import Cancel
 from workers.devices.onnx_tensors import Feed, Kept
 from workers.models import close, facts, open_model, revive
 from workers.resident import Resident, ResidentModel
@@ -31,6 +33,18 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 Feeds = dict[str, Feed]
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """How long a run, or the batch that it was part of, had the device.
+
+    `device_ms` counts from the moment all inputs are together on the host until all outputs are: transfers and graph.
+    `graph_ms` is the graph alone by the device's own clock, where the backend tells it.
+    """
+
+    device_ms: float
+    graph_ms: float | None
 
 
 def load_model(resident: Resident, work: Work) -> Outcome:
@@ -136,7 +150,8 @@ def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -
     told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
     told |= {name: outputs[name] for name in into}
     staged = model.onnx.staged_bytes + staged_bytes(request["inputs"])
-    outcome = _outcome(resident, work, told, 1, device_ms, executions=1, staged_bytes=staged)
+    took = Took(device_ms, model.onnx.graph_ms)
+    outcome = _outcome(resident, work, told, 1, took, executions=1, staged_bytes=staged)
     if session is not None:
         # The state goes on only with a run whose result can be told.
         _encoded(outcome)
@@ -158,7 +173,7 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
     works = [work for work, _ in fed]
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=_Together(works))  # type: ignore[arg-type]
-    device_ms = _since(began)
+    took = Took(_since(began), model.onnx.graph_ms)
     for name, value in outputs.items():
         shape = np.shape(value)  # type: ignore[arg-type]
         if not shape or shape[0] != rows * len(works):
@@ -166,7 +181,7 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
     outcomes = {}
     for index, work in enumerate(works):
         own = {name: value[index * rows : (index + 1) * rows] for name, value in outputs.items()}  # type: ignore[index]
-        outcomes[work.job_id] = _outcome(resident, work, own, len(works), device_ms, executions=int(index == 0))
+        outcomes[work.job_id] = _outcome(resident, work, own, len(works), took, executions=int(index == 0))
     return outcomes
 
 
@@ -192,23 +207,21 @@ class _Together:
     """The cancels of a batch's works as one: whichever is tripped stops the run, and the works say which."""
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
+        self._cancels = [work.cancel for work in works]
 
     @contextmanager
     def over(self, options: Any) -> Iterator[None]:
         """While inside, each of the works' `trip` reaches `options`."""
         try:
-            for work in self._works:
-                work.cancel.attach(options)
+            Cancel.attach(self._cancels, options)
             yield
         except Exception as error:
-            for work in self._works:
-                if work.cancel.code is not None:
-                    raise failure(work.cancel.code, "Stopped while it ran.") from error
+            for cancel in self._cancels:
+                if cancel.code is not None:
+                    raise failure(cancel.code, "Stopped while it ran.") from error
             raise
         finally:
-            for work in self._works:
-                work.cancel.detach()
+            Cancel.detach(self._cancels)
 
 
 # ---- what goes in and what comes out
@@ -224,23 +237,26 @@ def _outcome(
     work: Work,
     outputs: dict[str, Any],
     batch_size: int,
-    device_ms: float,
+    took: Took,
     *,
     executions: int,
     staged_bytes: int = 0,
 ) -> Outcome:
     """The outcome of a run, whose outputs are put into words later, off the device's thread."""
+    session_id = work.request.get("session_id")
     outcome = work.succeeded(
-        {}, device_ms=device_ms, session_id=work.request.get("session_id"), batch_size=batch_size, executions=executions
+        {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
     )
 
     def tell() -> dict[str, Any]:
         result: dict[str, Any] = {
-            "session_id": work.request.get("session_id") or work.job_id,
+            "session_id": session_id or work.job_id,
             "outputs": _told(resident, work, outputs),
             "batch_size": batch_size,
-            "device_ms": device_ms,
+            "device_ms": took.device_ms,
         }
+        if took.graph_ms is not None:
+            result["graph_ms"] = round(took.graph_ms, 3)
         if staged_bytes:
             result["staged_bytes"] = staged_bytes
         return result
