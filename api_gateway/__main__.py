@@ -10,6 +10,7 @@ import structlog
 import uvicorn
 
 from api_gateway.app import create_app
+from api_gateway.oip_infer import InferLane
 from device_operations.settings import Settings, SettingsError, load
 from tasks.logs import configure
 
@@ -37,7 +38,7 @@ def main() -> int:
         )
         return 3
     uvicorn.run(
-        app,
+        InferLane(app),
         host=settings.http.host,
         port=settings.http.port,
         log_config=None,

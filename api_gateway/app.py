@@ -27,6 +27,7 @@ from api_gateway import (
     training,
 )
 from api_gateway.reaper import Reaper
+from device_operations import collector
 from device_operations.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -61,6 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     made.waiters.start()
     reaper.start()
     refresher = asyncio.create_task(_refresh(made))
+    collector.spare()
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from functools import lru_cache
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -48,6 +49,7 @@ def refuse_other_sites(request: Request) -> None:
         raise failure("forbidden", "a page of another site asked for this; set API_KEYS to let other sites in")
 
 
+@lru_cache(1024)
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

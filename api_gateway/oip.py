@@ -14,7 +14,7 @@ from starlette.responses import Response
 from api_gateway import oip_repository
 from api_gateway.auth import Known
 from api_gateway.gateway import Gateway, of
-from api_gateway.oip_infer import InferLane, infer
+from api_gateway.oip_infer import infer
 from api_gateway.oip_tensors import NAMES
 from api_gateway.submission import json_response
 from device_operations.errors import failure
@@ -40,9 +40,8 @@ for _path in ("/v2/models/{model_name}/infer", "/v2/models/{model_name}/versions
 
 
 def install(app: FastAPI) -> None:
-    """Adds the protocol's routes, and the short way to the one that matters."""
+    """Adds the protocol's routes."""
     app.include_router(router)
-    app.add_middleware(InferLane)
 
 
 @router.get("/v2")

@@ -16,11 +16,11 @@ from contextlib import suppress
 from typing import Any
 
 import orjson
-from fastapi import Request
+from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from api_gateway import jobs, problems
 from api_gateway.auth import authenticate
@@ -50,12 +50,12 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class InferLane:
-    """The way to `infer` past the framework's own: no routing, no parameters solved, one response sent.
+    """The way to `infer` past the framework: no middleware, no routing, no parameters solved, one response sent.
 
-    Everything else, and every error that is not a refusal, goes the usual way.
+    Everything else goes the usual way, through `app`.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: FastAPI) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,12 +66,15 @@ class InferLane:
         if address is None:
             await self._app(scope, receive, send)
             return
+        scope["app"] = self._app
         scope["path_params"] = address.groupdict()
         request = Request(scope, receive)
         try:
             response = await infer(request)
         except OperationError as error:
             response = problems.shape(request, error)
+        except Exception as error:  # noqa: BLE001 - whatever a request fails with is its answer
+            response = problems.unexpected(request, error)
         await response(scope, receive, send)
 
 
@@ -205,16 +208,14 @@ async def _performed(
     async with gateway.waiters.awaiting(job_id) as ended:
         await gateway.submitter.submit([made], None, awaited=True)
         try:
-            gone = await _ended_or_gone(request, ended, patience_seconds)
+            text = await _ended(request, ended, patience_seconds)
+        except _ClientLeftError:
+            return None
         finally:
-            if not ended.done():
+            if not ended.done() or ended.cancelled() or ended.exception() is not None:
                 with suppress(OperationError):
                     await asyncio.shield(run_in_threadpool(jobs.cancel, gateway, job_id))
-        if not ended.done():
-            if not gone:
-                raise failure("timeout", f"the run had not ended after {patience_seconds} s, and was cancelled")
-            return None
-    job: dict[str, Any] = orjson.loads(ended.result())
+    job: dict[str, Any] = orjson.loads(text)
     if job["state"] == State.SUCCEEDED:
         return job
     if job["state"] == State.EXPIRED:
@@ -222,40 +223,37 @@ async def _performed(
     raise from_job_error(job["error"])
 
 
-async def _ended_or_gone(request: Request, ended: asyncio.Future[bytes], patience_seconds: float | None) -> bool:
-    """Waits for the run's end, for the client to leave, or as long as it has patience; whether it has left.
+class _ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _ended(request: Request, ended: asyncio.Future[bytes], patience_seconds: float | None) -> bytes:
+    """Waits for the run's end, for the client to leave, or as long as it has patience.
 
     Most runs end so soon that looking out for a client that leaves would cost more than it could save.
     """
-    at_first = UNWATCHED_SECONDS if patience_seconds is None else min(UNWATCHED_SECONDS, patience_seconds)
-    await _until(ended, at_first)
-    if ended.done():
-        return False
-    left_seconds = None if patience_seconds is None else patience_seconds - at_first
-    gone = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((ended, gone), timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
-        return gone.done() and not ended.done()
-    finally:
-        gone.cancel()
-
-
-async def _until(future: asyncio.Future[bytes], seconds: float) -> None:
-    """Waits for one future at most so long: `asyncio.wait` at a fraction of its cost."""
     loop = asyncio.get_running_loop()
-    knocked: asyncio.Future[None] = loop.create_future()
+    watch: list[asyncio.Task[None]] = []
 
-    def knock(_: object = None) -> None:
-        if not knocked.done():
-            knocked.set_result(None)
+    def give_up(error: Exception) -> None:
+        if not ended.done():
+            ended.set_exception(error)
 
-    timer = loop.call_later(seconds, knock)
-    future.add_done_callback(knock)
+    async def look_out() -> None:
+        await _left(request)
+        give_up(_ClientLeftError())
+
+    timers = [loop.call_later(UNWATCHED_SECONDS, lambda: watch.append(loop.create_task(look_out())))]
+    if patience_seconds is not None:
+        late = failure("timeout", f"the run had not ended after {patience_seconds} s, and was cancelled")
+        timers.append(loop.call_later(patience_seconds, give_up, late))
     try:
-        await knocked
+        return await ended
     finally:
-        timer.cancel()
-        future.remove_done_callback(knock)
+        for timer in timers:
+            timer.cancel()
+        for task in watch:
+            task.cancel()
 
 
 async def _left(request: Request) -> None:

@@ -71,17 +71,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DBAPIError)
     async def _database(request: Request, error: DBAPIError) -> Response:
-        known = unavailable(error)
-        if isinstance(known, OperationError):
-            return shape(request, known)
-        return await _unexpected(request, error)
+        return unexpected(request, error)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
-        log.error("request failed", path=request.url.path, exc_info=error)
-        return shape(
-            request, failure("internal_error", f"{type(error).__name__} inside the gateway; its log says more")
-        )
+        return unexpected(request, error)
+
+
+def unexpected(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed with what nobody named: the database that is away, or a fault of ours."""
+    known = unavailable(error)
+    if isinstance(known, OperationError):
+        return shape(request, known)
+    log.error("request failed", path=request.url.path, exc_info=error)
+    return shape(request, failure("internal_error", f"{type(error).__name__} inside the gateway; its log says more"))
 
 
 def shape(request: Request, error: OperationError) -> Response:

@@ -39,10 +39,19 @@ class Publisher:
         if not recorded:
             return True
         try:
-            with self._client.pipeline(transaction=False) as pipe:
-                for job, request in recorded:
-                    pipe.lpush(redis_key(job["queue"], job["priority"]), message(job, request, self._origin))
-                pipe.execute()
+            # All of one list in one command: a worker that waits for it is woken once, and is given them all.
+            lists: dict[str, list[bytes]] = {}
+            for job, request in recorded:
+                key = redis_key(job["queue"], job["priority"])
+                lists.setdefault(key, []).append(message(job, request, self._origin))
+            if len(lists) == 1:
+                (key, messages) = lists.popitem()
+                self._client.lpush(key, *messages)
+            else:
+                with self._client.pipeline(transaction=False) as pipe:
+                    for key, messages in lists.items():
+                        pipe.lpush(key, *messages)
+                    pipe.execute()
         except redis.RedisError as error:
             log.warning("publishing failed; workers will find the jobs in PostgreSQL", error=str(error))
             return False

@@ -16,7 +16,6 @@ from typing import Any
 import orjson
 import redis
 import structlog
-from celery.worker.state import revoked
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -110,19 +109,6 @@ class Intake:
         self._delivered[entry.priority] = max(entry.seq, self._delivered.get(entry.priority, 0))
         note.received()
         self._admit(entry)
-        if note.job_id in revoked:
-            self._revoke(entry)
-
-    def _revoke(self, entry: Entry) -> None:
-        """Celery's own `revoke` of a job that had not come yet."""
-
-        def ask() -> None:
-            with self._engine.connect() as connection:
-                store.request_cancel(connection, entry.job_id)
-
-        self._recorder.call(ask)
-        if self._lane.discard(entry.job_id) is not None:
-            self.unclaimed([entry])
 
     def _entry(
         self, job_id: str, kind: str, request: dict[str, Any], noted: dict[str, Any], handle: Handle | Note | None

@@ -24,6 +24,7 @@ from kombu.entity import Queue
 from kombu.messaging import Consumer
 from sqlalchemy.exc import DBAPIError
 
+from device_operations import collector
 from device_operations.devices import Device as Named
 from device_operations.errors import OperationError
 from device_operations.settings import Settings
@@ -156,6 +157,7 @@ class Service:
         self.runner.start()
         self._intake.start()
         self._sweeper.start()
+        collector.spare()
 
     def receive(self, handle: Any) -> None:
         """One message."""

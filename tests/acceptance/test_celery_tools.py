@@ -13,6 +13,7 @@ import pytest
 
 from device_operations.stack import processes, services
 from device_operations.stack.state import free_port
+from tests.inference.graphs import busy
 from tests.support import graphs
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
@@ -81,3 +82,26 @@ def test_celery_inspect_answers_while_jobs_run(stack: RunningStack) -> None:
     assert stats["pool"]["lane"]["device_id"] == "cpu_0"
     assert "device_operations.training.step" in celery("inspect", "registered")[name]
     assert [queue["name"] for queue in celery("inspect", "active_queues")[name]] == ["device.cpu_0"]
+
+    (stack.folder / "models" / "busy.onnx").write_bytes(busy(2000, 256))
+    body = {"name": "busy", "source": {"path": "busy.onnx"}, "options": {"max_batch_size": 1}}
+    assert stack.client.post("/api/inference/load-model", json=body, headers={"Prefer": "wait=30"}).status_code == 200
+    run = {"model_name": "busy", "inputs": {"x": graphs.tensor(np.zeros((1, 256, 256), np.float32))}}
+    entries = [{"kind": "inference.run", "request": run}] * 6
+    jobs = stack.client.post("/api/jobs", json={"jobs": entries}).json()["jobs"]
+    ids = [job["job_id"] for job in jobs]
+    try:
+        eventually(lambda: stack.client.get(f"/api/jobs/{ids[0]}").json()["state"] == "running", interval_seconds=0.01)
+        active = {task["id"]: task for task in celery("inspect", "active")[name]}
+        reserved = {task["id"]: task for task in celery("inspect", "reserved")[name]}
+        assert active.keys() <= set(ids)
+        assert reserved.keys() <= set(ids)
+        assert active, "a run is under way"
+        assert reserved, "others wait for it"
+        last = celery("inspect", "query_task", ids[-1])[name][ids[-1]]
+        assert last[0] in ("reserved", "active")
+        assert last[1]["name"] == "device_operations.inference.run"
+        assert "busy" in last[1]["kwargs"]
+    finally:
+        for job_id in ids:
+            stack.client.delete(f"/api/jobs/{job_id}")
