@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import psycopg2
@@ -11,6 +13,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 Row = dict[str, Any]
+
+#: A parameter of a statement, as psycopg2 has them: `%(name)s`.
+_PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
 def rows(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
@@ -33,6 +38,28 @@ def row(connection: Connection, sql: str, parameters: Mapping[str, Any] | None =
     """Runs one statement and gives its first row, or None."""
     found = rows(connection, sql, parameters)
     return found[0] if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A statement that each connection prepares once, where the server takes longer to plan it than to run it.
+
+    `name` is the server's name for it; `types` gives each parameter's PostgreSQL type, of which nothing is guessed.
+    """
+
+    name: str
+    sql: str
+    types: Mapping[str, str]
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> list[Row]:
+        """Runs the statement and gives its rows."""
+        prepared = connection.connection.info
+        if self.name not in prepared:
+            numbers = {name: f"${number}" for number, name in enumerate(self.types, start=1)}
+            sql = _PARAMETER.sub(lambda found: numbers[found[1]], self.sql)
+            execute(connection, f"PREPARE {self.name} ({', '.join(self.types.values())}) AS {sql}")
+            prepared[self.name] = True
+        return rows(connection, f"EXECUTE {self.name} ({', '.join(f'%({name})s' for name in self.types)})", parameters)
 
 
 def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> int:
