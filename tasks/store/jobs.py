@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from device_operations.jobs import CLAIMABLE, OPEN, State
 from tasks.database import dumps
-from tasks.store.connection import Row, execute, row, rows
+from tasks.store.connection import Prepared, Row, execute, row, rows
 
 _CLAIMABLE = tuple(sorted(CLAIMABLE))
 _OPEN = tuple(sorted(OPEN))
@@ -166,22 +166,28 @@ def page(
     return rows(connection, f"SELECT {COLUMNS} FROM jobs {where} ORDER BY seq DESC LIMIT %(limit)s", parameters)
 
 
+_CLAIM = Prepared(
+    "claim_jobs",
+    f"""
+    UPDATE jobs SET state = 'running', attempt = attempt + 1, epoch = %(epoch)s, started_at = clock_timestamp(),
+        device_id = %(device_id)s, due_at = NULL
+    WHERE id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND NOT cancel_requested
+      AND (expires_at IS NULL OR expires_at > clock_timestamp())
+      AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)
+    RETURNING request, {COLUMNS}
+    """,
+    {"ids": "text[]", "epoch": "int", "device_id": "text", "claimable": "text[]"},
+)
+
+
 def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
     """Claims jobs for one attempt under `epoch`, with their requests. What does not come back is not ours to run.
 
     A job that was asked to be cancelled, has expired, or waits for predecessors is not claimed; nor is anything once
     the epoch no longer stands.
     """
-    return rows(
+    return _CLAIM.rows(
         connection,
-        f"""
-        UPDATE jobs SET state = 'running', attempt = attempt + 1, epoch = %(epoch)s, started_at = clock_timestamp(),
-            device_id = %(device_id)s, due_at = NULL
-        WHERE id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND NOT cancel_requested
-          AND (expires_at IS NULL OR expires_at > clock_timestamp())
-          AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)
-        RETURNING request, {COLUMNS}
-        """,
         {"ids": list(job_ids), "epoch": epoch, "device_id": device_id, "claimable": list(_CLAIMABLE)},
     )
 
