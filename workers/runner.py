@@ -26,7 +26,7 @@ from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS, Steps
 from workers.recorder import Recorder
 from workers.resident import Resident
-from workers.work import Detached, Progress, Work, named
+from workers.work import Detached, Passed, Progress, Work, named
 
 log = structlog.get_logger(__name__)
 
@@ -205,8 +205,11 @@ class Runner:
         else:
             self._made(work, made)
 
-    def _made(self, work: Work, made: Outcome | Detached) -> None:
+    def _made(self, work: Work, made: Outcome | Passed | Detached) -> None:
         """A job is done with the device: it has its outcome, or gets it on a thread beside."""
+        if isinstance(made, Passed):
+            self._lane.pass_by(work.job_id, made.resource_id)
+            made = made.outcome
         if not isinstance(made, Detached):
             self._finish([work], [made])
             return

@@ -69,6 +69,17 @@ class Detached:
     resource_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a job returns that is done, and whose place on `resource_id` may be taken while its end is recorded.
+
+    Only what the record refuses where this end is refused may wait on that resource.
+    """
+
+    outcome: Outcome
+    resource_id: str
+
+
 def named(error: BaseException) -> OperationError:
     """Any exception as one with a code. What the device layer did not name is an `internal_error`."""
     if isinstance(error, OperationError):

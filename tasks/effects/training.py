@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from device_operations.errors import failure
+from device_operations.errors import failure, from_job_error
 from device_operations.jobs import Kind, State
 from tasks.store import checkpoints, devices
 from tasks.store import training as store
@@ -79,6 +79,10 @@ def applied(connection: Connection, ending: Ending, facts: dict[str, Any], epoch
     told = facts["applied"]
     held, ended = store.end_applied(connection, ending, epoch, told)
     if held and ended is None:
+        session = store.get(connection, told["session_id"])
+        if session is not None and session["epoch"] == epoch and session["applied_sequence"] < told["sequence"] - 1:
+            # It ran while the step before was being recorded, and that could not be.
+            raise from_job_error(SEQUENCE_GAP)
         raise failure("internal_error", f"step {told['sequence']} of session {told['session_id']} is not the next one")
     return [ended] if ended else []
 

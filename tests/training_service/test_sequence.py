@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
+import numpy as np
+import psycopg2
+
+from tests.support.stack import eventually
 from tests.training_service.calls import Training, arrays, batch, refused, tensor
 
 
@@ -124,3 +129,67 @@ def test_jobs_on_a_session_can_be_submitted_before_it_and_its_checkpoint_are_mad
     assert training.status(resumed["resource"]["id"])["step"] == 6
     training.end(session_id)
     training.end(resumed["resource"]["id"])
+
+
+def test_the_next_step_runs_while_the_one_before_is_recorded(training: Training) -> None:
+    session_id = training.initialize()
+    with unrecordable(training) as recording:
+        jobs = [training.step(session_id, number) for number in (1, 2)]
+        behind = training.step(session_id, mode="evaluate")
+        recording(jobs[0], jobs[1])
+        assert training.status(session_id)["applied_sequence"] == 0
+        assert training.client.get(f"/api/jobs/{behind['job_id']}").json()["state"] in ("queued", "reserved")
+    for number, job in enumerate(jobs, start=1):
+        assert training.done(job)["result"]["step"] == number
+    assert training.done(behind)["result"]["step"] == 2
+    training.end(session_id)
+
+
+def test_a_step_that_cannot_be_recorded_takes_the_one_that_ran_ahead_of_it_with_it(training: Training) -> None:
+    expected, session_id = training.initialize(), training.initialize()
+    for number in (1, 2, 3):
+        training.done(training.step(expected, number))
+    training.done(training.step(session_id, 1))
+    with unrecordable(training) as recording:
+        jobs = [training.step(session_id, number) for number in (2, 3)]
+        (backend,) = recording(*jobs)
+        assert query(training, "SELECT pg_cancel_backend(%s)", backend) == [(True,)]
+        training.failed(jobs[0], "internal_error")
+    training.failed(jobs[1], "sequence_gap")
+    status = training.status(session_id)
+    assert (status["applied_sequence"], status["submitted_sequence"], status["step"]) == (1, 1, 1)
+    for number in (2, 3):
+        training.done(training.step(session_id, number))
+    assert training.state(session_id) == training.state(expected)
+    assert training.losses(session_id) == training.losses(expected)
+    for one in (session_id, expected):
+        training.end(one)
+
+
+@contextmanager
+def unrecordable(training: Training) -> Iterator[Callable[..., list[int]]]:
+    """While inside no end of a step can be recorded. What it gives waits until all of some jobs are at work and the
+    first one's end waits to be recorded, and gives the server's processes that wait for that.
+    """
+    with closing(psycopg2.connect(training.stack.database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute("LOCK TABLE training_history IN SHARE MODE")
+
+        def recording(*jobs: dict) -> list[int]:
+            states = [f"/api/jobs/{job['job_id']}" for job in jobs]
+            eventually(lambda: all(training.client.get(at).json()["state"] == "running" for at in states))
+            return eventually(lambda: [pid for (pid,) in query(training, _WAITING)])
+
+        yield recording
+        connection.rollback()
+
+
+_WAITING = """
+    SELECT pid FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE 'EXECUTE end_applied%%'
+"""
+
+
+def query(training: Training, sql: str, *parameters: object) -> list[tuple]:
+    with closing(psycopg2.connect(training.stack.database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute(sql, parameters)
+        return cursor.fetchall()

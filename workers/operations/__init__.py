@@ -14,10 +14,10 @@ from device_operations.jobs import Kind
 from tasks.lifecycle import Outcome
 from workers.operations import inference, memory
 from workers.resident import Resident
-from workers.work import Detached, Progress, Work
+from workers.work import Detached, Passed, Progress, Work
 
-Steps = Generator[Progress, None, Outcome | Detached]
-Operation = Callable[[Resident, Work], Outcome | Detached | Steps]
+Steps = Generator[Progress, None, Outcome | Passed | Detached]
+Operation = Callable[[Resident, Work], Outcome | Passed | Detached | Steps]
 
 
 def train(resident: Resident, work: Work) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind
+from tasks.effects.training import number_of
 from tasks.lifecycle import Outcome
 from tasks.store import blobs as blob_store
 from tasks.store import training as store
@@ -37,9 +38,9 @@ from workers.training.export import onnx_bytes
 from workers.training.outcomes import StepOutcome, summarize
 from workers.training.runs import DatasetRun
 from workers.training.validation import compare
-from workers.work import Detached, Progress, Work
+from workers.work import Detached, Passed, Progress, Work
 
-Steps = Generator[Progress, None, Outcome]
+Steps = Generator[Progress, None, Outcome | Passed]
 
 #: Seconds between two notes of a long job's history.
 NOTE_SECONDS = 0.5
@@ -68,7 +69,7 @@ def initialize(resident: Resident, work: Work) -> Outcome:
     return work.succeeded(told, session=made)
 
 
-def step(resident: Resident, work: Work) -> Outcome | Steps:
+def step(resident: Resident, work: Work) -> Outcome | Passed | Steps:
     """One step, or the many of a dataset."""
     held = awake(resident, work.request["session_id"], work.job_id, work.request.get("sequence"))
     data = data_of(resident, held.session_id, work.request)
@@ -92,9 +93,10 @@ def step(resident: Resident, work: Work) -> Outcome | Steps:
         resident.training.pop(held.session_id, None)
         raise
     ended = work.succeeded(told, device_ms=device_ms)
-    if sequence is not None:
-        ended.facts["applied"] = _applied(notes, sequence, None, copies)
-    return ended
+    if sequence is None:
+        return ended
+    ended.facts["applied"] = _applied(notes, sequence, None, copies)
+    return _passed(held, sequence, ended)
 
 
 def checkpoint(resident: Resident, work: Work) -> Detached:
@@ -196,10 +198,10 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
     ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
     if sequence is None:
         session.state.unfinished_run = None
-    else:
-        run.finish()
-        ended.facts["applied"] = _applied(notes, sequence, run.steps_done, copies)
-    return ended
+        return ended
+    run.finish()
+    ended.facts["applied"] = _applied(notes, sequence, run.steps_done, copies)
+    return _passed(held, sequence, ended)
 
 
 class _Notes:
@@ -272,6 +274,14 @@ def _applied(
         "session_id": notes.session_id, "sequence": sequence, "steps_applied": steps_applied, "spooled": copies,
         "spooled_ids": [tensor["blob_id"] for tensor in copies.values()],
     }  # fmt: skip
+
+
+def _passed(held: Held, sequence: int, ended: Outcome) -> Passed:
+    """The next step may begin while this one's end is recorded: the record takes it only after this one.
+
+    Everything else on the session waits for the record.
+    """
+    return Passed(ended, number_of(held.session_id, sequence))
 
 
 def _told(resident: Resident, work: Work, held: Held, outcome: StepOutcome) -> dict[str, Any]:
