@@ -83,6 +83,7 @@ def test_before_the_first_batch_the_exporter_has_no_shape_to_go_by() -> None:
     assert compare(session, one.inputs, one.targets, served_by(exported, dict(one.inputs))).largest_difference < 1e-5
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_a_program_exports_as_layers_do(tmp_path: Path) -> None:
     path = tmp_path / "program.pt"
     torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU())), str(path))
@@ -110,3 +111,59 @@ def test_a_full_disk_fails_the_export_and_leaves_nothing(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.code == "storage_full"
     assert not list(tmp_path.iterdir())
+
+
+CLASSIFIER = [
+    {"type": "conv2d", "name": "conv", "in_channels": 1, "out_channels": 4, "kernel_size": 3},
+    {"type": "relu"},
+    {"type": "flatten"},
+    {"type": "linear", "name": "fc", "in_features": 64, "out_features": 4},
+]
+
+
+def pictures(number: int) -> Batch:
+    random = np.random.RandomState(number)
+    return Batch({"input": random.randn(8, 1, 6, 6).astype(np.float32)}, random.randint(0, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("layers", "traced_once"),
+    [
+        (CLASSIFIER, True),
+        # The exporter folds this normalization into the convolution, and its result is no weight of the session.
+        ([CLASSIFIER[0], {"type": "batch_norm2d", "num_features": 4}, *CLASSIFIER[1:]], False),
+        # These two start alike and the exporter merges them; later they differ.
+        ([*CLASSIFIER[:2], *[{"type": "group_norm", "num_groups": 2, "num_channels": 4}] * 2, *CLASSIFIER[2:]], False),
+    ],
+)  # fmt: skip
+def test_a_later_export_is_what_the_exporter_makes_of_the_new_weights(
+    layers: list[dict], traced_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {"model": {"kind": "layers", "layers": layers}, "optimizer": {"type": "adam", "learning_rate": 0.01}}
+    session = start(**spec)
+    traced: list[object] = []
+    export = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *given, **named: traced.append(given) or export(*given, **named))
+    for number in (1, 2, 3):
+        content = onnx_bytes(session.definition, session.spec, session.snapshot(), pictures(number).inputs)
+        count = len(traced)
+        anew = onnx_bytes(start(**spec).definition, session.spec, session.snapshot(), pictures(number).inputs)
+        assert onnx.load_from_string(content) == onnx.load_from_string(anew)
+        del traced[count:]
+        session.perform(pictures(number), StepOptions("train"), number)
+    assert len(traced) == (1 if traced_once else 3)
+    assert len(content) == len(anew)
+
+
+def test_an_export_for_other_shapes_is_traced_anew() -> None:
+    layers = [{"type": "flatten", "start_dim": 2}, {"type": "adaptive_avg_pool1d", "output_size": 1}]
+    layers = [*layers, {"type": "flatten"}, {"type": "linear", "in_features": 3, "out_features": 4}]
+    session = start(model={"kind": "layers", "layers": layers})
+    for side in (2, 4):
+        inputs = {"input": np.ones((5, 3, side, side), np.float32)}
+        content = onnx_bytes(session.definition, session.spec, session.snapshot(), inputs)
+        shape = onnx.load_from_string(content).graph.input[0].type.tensor_type.shape
+        assert [one.dim_value for one in shape.dim][1:] == [3, side, side]
+        assert served_by(content, inputs)["output"] == pytest.approx(
+            session.outputs(inputs)["output"].numpy(), abs=1e-6
+        )

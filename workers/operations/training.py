@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind
 from tasks.effects.training import number_of
@@ -383,7 +385,9 @@ def _kept_and_ended(resident: Resident, work: Work) -> Steps:
 
 def _served(resident: Resident, work: Work, file: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the exported model gives when it is loaded for inference on this device."""
-    onnx = resident.device.open_model(file, ModelOptions(root=file.parent), work.cancel)
+    # As many threads as training has: a pool of more takes longer to start and end than a small model to run.
+    options = ModelOptions(root=file.parent, intra_op_threads=torch.get_num_threads())
+    onnx = resident.device.open_model(file, options, work.cancel)
     try:
         return {name: host_array(value) for name, value in onnx.run(inputs, cancel=work.cancel).items()}
     finally:

@@ -1,7 +1,8 @@
 """What a training session's model is, before it takes memory: read, checked and counted from its description or file.
 
 A definition builds torch modules: one without memory (on the meta device) to count parameters and try shapes on, and
-real ones on the CPU. Once the session is built it does not change, and may be used from any thread.
+real ones on the CPU. Once the session is built it does not change, but for what `export` remembers on the thread that
+steps, and may be used from any thread.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class LayersDefinition(Definition):
         self.inputs = (Port("input", torch.float32 if rows is None else torch.int64, rows=rows),)
         self.output_names = ("output",)
         self.structure = _hash(json.dumps(model.layers, sort_keys=True).encode())
+        #: The inputs' dtypes and shapes of the last export and its graph without weights, for `export` to fill again.
+        self.exported: tuple[dict[str, tuple[str, list[int]]], onnx.ModelProto] | None = None
 
     def build_meta(self) -> nn.Module:
         with torch.device("meta"):
@@ -136,8 +139,7 @@ class OnnxDefinition(Definition):
         model = self._without_weights()
         places = _places(model)
         for name in self._weights:
-            place, tensor = places[name], tensors[name].detach().contiguous()
-            place.raw_data = bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+            places[name].raw_data = raw_bytes(tensors[name])
         return model
 
     def _without_weights(self) -> onnx.ModelProto:
@@ -171,6 +173,11 @@ class ScriptDefinition(Definition):
 
 
 _load_program: Callable[..., Any] = torch.jit.load
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A host tensor's elements as ONNX keeps them: little-endian, row-major."""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def check_hash(path: Path, wanted: str, what: str) -> None:

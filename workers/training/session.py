@@ -134,7 +134,9 @@ class TrainingSession:
         self._set_mode(training=False)
         with self._unchanged_on_failure(), torch.no_grad():
             results = as_list(self._module(*(tensor.to(self.device) for tensor in taken)))
-        return {name: result.cpu() for name, result in zip(self.definition.output_names, results, strict=False)}
+        return {
+            name: result.detach().cpu() for name, result in zip(self.definition.output_names, results, strict=False)
+        }
 
     def memory_bytes(self) -> int:
         """Device memory of parameters, buffers, gradients, optimizer state and accumulated gradients."""
