@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class ShapeTrial:
     """Runs batches through the model's module on the meta device, once for each combination of shapes and dtypes."""
 
     def __init__(self, module: nn.Module | None) -> None:
+        if module is not None:
+            load_meta_kernels()
         self._module = module
         self._known: OrderedDict[_Key, list[Tensor] | None] = OrderedDict()
 
@@ -56,6 +59,13 @@ class ShapeTrial:
             raise failure(
                 "input_mismatch", f"the model cannot take inputs of shape {shapes}: {reason}{place}"
             ) from error
+
+
+@cache
+def load_meta_kernels() -> None:
+    """Lets torch import what its kernels without memory are made with: a second, which the first step need not pay."""
+    nothing = torch.empty(1, 1, device="meta")
+    nn.functional.linear(nothing, nothing, nothing[0])
 
 
 def as_list(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
