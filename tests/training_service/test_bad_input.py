@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,34 @@ def test_more_than_the_device_has_left_is_refused(start_training: Start) -> None
     assert told["context"]["free_bytes"] < told["context"]["needed_bytes"]
     training.client.delete(f"/api/memory/deallocate/{taken['resource']['id']}", headers={"Prefer": "wait=10"})
     assert training.client.get("/api/memory/device/cpu_0").json()["reserved_bytes"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on a running process's memory is Linux's")
+def test_a_step_that_runs_out_of_memory_fails_and_the_session_stays_at_its_last_good_step(training: Training) -> None:
+    import resource
+
+    wide = [{"type": "linear", "in_features": 6, "out_features": 500_000}, {"type": "relu"},
+            {"type": "linear", "in_features": 500_000, "out_features": 4}]  # fmt: skip
+    fields = {"model": {"kind": "layers", "layers": wide}, "optimizer": {"type": "sgd", "learning_rate": 1e-4}}
+    session_id, twin = training.initialize(**fields), training.initialize(**fields)
+    for one in (session_id, twin):
+        training.done(training.step(one, 1, **batch(1, 2)))
+    worker = training.stack.process("cpu_0")
+    # Enough for the activations of two samples, not for those of 32, 64 MB for each layer.
+    limit = worker.memory_info().vms + 80 * 2**20
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        error = training.failed(training.step(session_id, 2, **batch(2, 32)), "out_of_memory")["error"]
+        assert "the step" in error["message"]
+        status = training.status(session_id)
+        assert (status["state"], status["step"], status["applied_sequence"]) == ("ready", 1, 1)
+        assert training.done(training.step(session_id, 2, **batch(3, 2)))["result"]["step"] == 2
+    finally:
+        resource.prlimit(worker.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    training.done(training.step(twin, 2, **batch(3, 2)))
+    assert training.state(session_id) == training.state(twin)
+    for one in (session_id, twin):
+        training.end(one)
 
 
 def test_programs_and_paths_that_are_not_trusted_are_refused(training: Training) -> None:
