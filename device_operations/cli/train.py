@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +14,7 @@ from device_operations.cli.gateway_options import with_client
 from device_operations.cli.output import json_option, print_json, print_object
 from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
+from device_operations.errors import OperationError
 from device_operations.jobs import Job, Kind
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -54,28 +57,49 @@ def train(
         return dict(ended.result or {})
 
     told: dict[str, Any] = {}
-    if spec is not None:
-        made = done(client.submit(Kind.TRAINING_INITIALIZE, _described(spec)))
-        session_id = str(made["session_id"])
-        if not as_json:
-            # Said at once: the session stays where what follows fails.
-            click.echo(f"session {session_id} on {made['device_id']}", err=True)
-    told["session_id"] = session_id = str(session_id)
-    plan = {"batch_size": batch_size, **({"steps": steps} if steps else {"epochs": epochs or 1})}
-    if dataset is not None:
-        given = plan | {"blob_id": _uploaded(client, dataset, quiet=as_json)}
-        told["trained"] = done(client.training.step(session_id, dataset=given))
-    if held_out is not None:
-        given = {"batch_size": batch_size, "epochs": 1, "blob_id": _uploaded(client, held_out, quiet=as_json)}
-        told["evaluated"] = done(client.training.step(session_id, mode="evaluate", dataset=given))
-    if name is not None:
-        told["checkpoint"] = done(client.training.checkpoint(session_id, name=name))
-    if end:
-        told["ended"] = done(client.training.end_session(session_id))
+    with ExitStack() as leaving:
+        if spec is not None:
+            made = done(client.submit(Kind.TRAINING_INITIALIZE, _described(spec)))
+            session_id = str(made["session_id"])
+            leaving.enter_context(_ended_if_untrained(client, session_id, made["step"], quiet=as_json))
+            if not as_json:
+                click.echo(f"session {session_id} on {made['device_id']}", err=True)
+        told["session_id"] = session_id = str(session_id)
+        plan = {"batch_size": batch_size, **({"steps": steps} if steps else {"epochs": epochs or 1})}
+        if dataset is not None:
+            given = plan | {"blob_id": _uploaded(client, dataset, quiet=as_json)}
+            told["trained"] = done(client.training.step(session_id, dataset=given))
+        if held_out is not None:
+            given = {"batch_size": batch_size, "epochs": 1, "blob_id": _uploaded(client, held_out, quiet=as_json)}
+            told["evaluated"] = done(client.training.step(session_id, mode="evaluate", dataset=given))
+        if name is not None:
+            told["checkpoint"] = done(client.training.checkpoint(session_id, name=name))
+        if end:
+            told["ended"] = done(client.training.end_session(session_id))
     if as_json:
         print_json(told)
     else:
         print_object(_flat(told))
+
+
+@contextmanager
+def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bool) -> Iterator[None]:
+    """Ends the session that this command made, where what follows fails before anything was trained into it.
+
+    A session that has learned something stays, whatever failed then: only its owner knows whether it can go.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            if client.training.status(session_id)["step"] == step:
+                client.wait(client.training.end_session(session_id))
+            elif not quiet:
+                click.echo(f"session {session_id} stays; go on with --session {session_id}", err=True)
+        except OperationError as error:
+            # What failed first is what is told; the session ends with its lease, or by hand.
+            click.echo(f"session {session_id} was not ended: {error.message}", err=True)
+        raise
 
 
 def _described(spec: TextIO) -> dict[str, Any]:

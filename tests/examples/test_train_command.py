@@ -69,6 +69,16 @@ def test_a_session_is_trained_measured_kept_and_trained_further(stack: RunningSt
 def test_a_failed_job_fails_the_command_with_its_code(stack: RunningStack, files: Files) -> None:
     done = train(stack, files.spec, "--dataset", files.spec, "--json", status=1)
     assert json.loads(done.stderr)["error"]["code"] == "input_mismatch"
+    assert stack.client.get("/api/memory/device/cpu_0").json()["training_bytes"] == 0, "its session was left behind"
+
+
+def test_a_session_that_has_learned_something_stays_when_what_follows_fails(stack: RunningStack, files: Files) -> None:
+    done = train(stack, files.spec, "--dataset", files.learned, "--evaluate", files.spec, "--end", status=1)
+    assert "no safetensors file" in done.stderr
+    session_id = done.stderr.partition("go on with --session ")[2].split()[0]
+    assert stack.client.get(f"/api/training/status/{session_id}").json()["step"] == 45
+    ended = stack.client.delete(f"/api/training/session/{session_id}", headers={"Prefer": "wait=30"}).json()
+    assert ended["state"] == "succeeded"
 
 
 def test_what_cannot_be_meant_is_refused(stack: RunningStack, files: Files) -> None:
