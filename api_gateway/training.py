@@ -128,7 +128,11 @@ def view(session: Row) -> dict[str, Any]:
             "owner", "error", "opened_at", "last_used_at", "ended_at",
         )
     }  # fmt: skip
-    return told | {"resident": session["epoch"] is not None}
+    operators = session["cpu_fallback_operators"]
+    return told | {
+        "resident": session["epoch"] is not None,
+        "cpu_fallback_ops": len(operators), "cpu_fallback_operators": operators,
+    }  # fmt: skip
 
 
 def view_checkpoint(checkpoint: Row) -> dict[str, Any]:

@@ -126,7 +126,8 @@ _HISTORY = """
 _STANDING = """
     step = %(step)s, loss = coalesce(%(loss)s, loss), gradient_norm = coalesce(%(gradient_norm)s, gradient_norm),
     learning_rate = coalesce(%(learning_rate)s, learning_rate), samples_seen = %(samples_seen)s,
-    steps_per_second = coalesce(%(steps_per_second)s, steps_per_second), last_used_at = clock_timestamp(),
+    steps_per_second = coalesce(%(steps_per_second)s, steps_per_second),
+    cpu_fallback_operators = %(cpu_fallback_operators)s, last_used_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + make_interval(secs => lease_seconds)
 """
 
@@ -157,7 +158,7 @@ _END_APPLIED = Prepared(
         "job": "text", "epoch": "int", "id": "text", "sequence": "bigint", "step": "bigint", "loss": "float8",
         "gradient_norm": "float8", "learning_rate": "float8", "samples_seen": "bigint", "steps_per_second": "float8",
         "steps_applied": "bigint", "spooled": "jsonb", "spooled_ids": "text[]", "history": "jsonb", "state": "text",
-        "result": "jsonb", "error": "jsonb", "device_ms": "float8",
+        "result": "jsonb", "error": "jsonb", "device_ms": "float8", "cpu_fallback_operators": "text[]",
     },
 )  # fmt: skip
 

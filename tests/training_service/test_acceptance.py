@@ -16,6 +16,7 @@ def test_a_session_is_trained_checkpointed_resumed_bit_for_bit_and_ended(trainin
     assert (status["state"], status["step"], status["applied_sequence"]) == ("ready", 20, 20)
     assert [one["step"] for one in status["history"]] == [16, 17, 18, 19, 20]
     assert status["loss"] == status["history"][-1]["loss"] == ended[-1]["result"]["loss"] < ended[0]["result"]["loss"]
+    assert (status["cpu_fallback_ops"], status["cpu_fallback_operators"]) == (0, [])
     assert status["samples_seen"] == 160 and status["memory_bytes"] > 0 and math.isfinite(status["gradient_norm"])
 
     made = training.checkpoint(session_id, name="half-way")

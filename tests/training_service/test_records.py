@@ -20,7 +20,7 @@ from tasks.store.jobs import NewJob
 STANDING = {
     "step": 1, "loss": 0.5, "gradient_norm": 1.0, "learning_rate": 0.1, "samples_seen": 8, "steps_per_second": 1.0,
     "history": [{"step": 1, "loss": 0.5, "gradient_norm": 1.0, "learning_rate": 0.1, "at": 0.0}],
-    "steps_applied": None, "spooled": {}, "spooled_ids": [],
+    "cpu_fallback_operators": ["aten::lerp"], "steps_applied": None, "spooled": {}, "spooled_ids": [],
 }  # fmt: skip
 
 
@@ -90,6 +90,7 @@ def test_a_step_moves_number_loss_history_and_job_on_together(engine: Engine, ep
     assert (ended["id"], ended["state"], ended["result"]) == (job_id, "succeeded", {"step": 1})
     session = read(engine, session_id)
     assert (session["applied_sequence"], session["step"], session["loss"]) == (1, 1, 0.5)
+    assert session["cpu_fallback_operators"] == ["aten::lerp"]
     with engine.connect() as connection:
         assert [one["step"] for one in store.history(connection, session_id, 10)] == [1]
     # Again, as after an answer that was lost: the job has ended, and nothing moves.

@@ -253,6 +253,7 @@ class _Notes:
             "step": self._held.session.step, "loss": last.loss, "gradient_norm": last.gradient_norm,
             "learning_rate": last.learning_rate, "samples_seen": self._held.session.state.samples_seen,
             "steps_per_second": round(len(self.outcomes) / max(self.seconds(), 1e-9), 3), "history": history,
+            "cpu_fallback_operators": list(self._resident.device.cpu_fallback_operators),
         }  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
