@@ -22,7 +22,7 @@ from tasks import submit
 from tasks.database import unavailable
 from tasks.publish import Publisher
 from tasks.store import jobs as store
-from tasks.store.connection import Row, execute
+from tasks.store.connection import Row, relaxed_connection
 from tasks.submit import Plan, Promise
 
 log = structlog.get_logger(__name__)
@@ -121,11 +121,7 @@ class Submitter:
         """A connection in autocommit. A relaxed one does not wait for the disk: a 202 never comes from it."""
         connection = self._connections.get(relaxed)
         if connection is None:
-            connection = self._engine.connect()
-            if relaxed:
-                execute(connection, "SET synchronous_commit = off")
-                # Never back to the pool with that setting.
-                connection.detach()
+            connection = relaxed_connection(self._engine) if relaxed else self._engine.connect()
             self._connections[relaxed] = connection
         return connection
 

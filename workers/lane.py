@@ -109,16 +109,34 @@ class Lane:
             while True:
                 head = self._pop(above)
                 if head is not None:
-                    batch = [head, *self._mates(head)]
-                    for entry in batch:
-                        self._leave(entry)
-                        self._taken.add(entry.job_id)
-                    return batch
+                    return self._out([head, *self._mates(head)])
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if self._closed or self._woken or (remaining is not None and remaining <= 0):
                     self._woken = False
                     return []
                 self._ready.wait(remaining)
+
+    def take_full(self, kind: str, go_on: Callable[[], bool]) -> list[Entry]:
+        """What is to run next, once it is a whole batch of `kind`; waits for that as long as `go_on` says so.
+
+        For whoever prepares it while something else runs: what runs may make something more urgent eligible, and then
+        this gives nothing.
+        """
+        with self._lock:
+            while not self._closed and go_on():
+                head = self._head(None, {*self._finishing, *self._taken})
+                if head is not None and head.kind == kind:
+                    mates = self._mates(head)
+                    if len(mates) + 1 >= head.batch_limit:
+                        heapq.heappop(self._eligible)
+                        return self._out([head, *mates])
+                self._ready.wait(0.5)
+            return []
+
+    def nudge(self) -> None:
+        """Makes a waiting `take_full` ask whether it is to go on."""
+        with self._lock:
+            self._ready.notify_all()
 
     def mates(self, head: Entry, limit: int) -> list[Entry]:
         """At most `limit` more eligible entries of the same batch, waiting for them as long as `head` may be delayed.
@@ -129,11 +147,7 @@ class Lane:
         found: list[Entry] = []
         with self._lock:
             while True:
-                more = self._mates(head, limit - len(found))
-                for entry in more:
-                    self._leave(entry)
-                    self._taken.add(entry.job_id)
-                found += more
+                found += self._out(self._mates(head, limit - len(found)))
                 remaining = until - time.monotonic()
                 if len(found) >= limit or remaining <= 0 or self._closed or self._is_urgent(head):
                     return found
@@ -228,9 +242,23 @@ class Lane:
         heapq.heappush(self._eligible, (entry.rank, entry.job_id))
         if entry.batch_key is not None:
             self._batches.setdefault(entry.batch_key, OrderedDict())[entry.job_id] = None
-        self._ready.notify()
+        self._ready.notify_all()
+
+    def _out(self, entries: list[Entry]) -> list[Entry]:
+        """The entries leave the lane for the runner."""
+        for entry in entries:
+            self._leave(entry)
+            self._taken.add(entry.job_id)
+        return entries
 
     def _pop(self, above: int | None) -> Entry | None:
+        head = self._head(above, self._finishing)
+        if head is not None:
+            heapq.heappop(self._eligible)
+        return head
+
+    def _head(self, above: int | None, ending: Collection[str]) -> Entry | None:
+        """The entry to take next, at the head of the heap; None where what ends next may let in a more urgent one."""
         while self._eligible:
             rank, job_id = self._eligible[0]
             entry = self._entries.get(job_id)
@@ -238,18 +266,17 @@ class Lane:
             if entry is None or entry.rank != rank or entry.after:
                 heapq.heappop(self._eligible)
                 continue
-            if (above is not None and entry.effective <= above) or self._about_to_be_overtaken(entry):
+            if (above is not None and entry.effective <= above) or self._about_to_be_overtaken(entry, ending):
                 return None
-            heapq.heappop(self._eligible)
             return entry
         return None
 
-    def _about_to_be_overtaken(self, head: Entry) -> bool:
-        """Whether something more urgent than `head` waits only for the recording of jobs whose work is done."""
-        for job_id in self._finishing:
+    def _about_to_be_overtaken(self, head: Entry, ending: Collection[str]) -> bool:
+        """Whether something more urgent than `head` waits only for jobs that are `ending`."""
+        for job_id in ending:
             for waiter in self._waiting_for.get(job_id, ()):
                 entry = self._entries.get(waiter)
-                if entry is not None and entry.rank < head.rank and entry.after <= self._finishing:
+                if entry is not None and entry.rank < head.rank and entry.after.issubset(ending):
                     return True
         return False
 

@@ -22,6 +22,9 @@ from workers.devices.onnx_tensors import Feed
 if TYPE_CHECKING:
     from workers.transfers import Transfers
 
+#: Milliseconds of a run from which on it is worth claiming the next one meanwhile: a claim takes about one.
+LONG_MS = 3.0
+
 #: Until a model was asked, its runs go alone.
 ALONE = Batching(False, "not found out")
 
@@ -39,6 +42,8 @@ class ResidentModel:
     batching: Batching = ALONE
     memory_bytes: int = 0
     last_used: float = 0.0
+    #: How long the last run had the device.
+    device_ms: float = 0.0
 
     def batch_of(self, inputs: dict[str, Any], outputs: list[str] | None) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone.
@@ -109,6 +114,11 @@ class Resident:
 
     def __post_init__(self) -> None:
         self.transients = Transients(self.blobs)
+
+    def keeps_device_long(self, model_id: str | None) -> bool:
+        """Whether a run of the model leaves time to claim the next one."""
+        model = self.models.get(model_id or "")
+        return model is not None and model.device_ms >= LONG_MS
 
     def cpu_fallback_ops(self) -> int:
         """How many operators of the resident models run on the CPU instead of the device."""

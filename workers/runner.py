@@ -1,6 +1,7 @@
 """The runner: the one thread that makes device calls. It takes from the lane, claims, performs, hands over.
 
     take ─▶ claim (guarded, under our epoch) ─▶ perform ─▶ recorder
+            ahead: the next batch of runs, while one is performed
 
 A long job is a generator: between its steps the runner first runs whatever in the lane is more urgent. Whatever a job
 raises is that job's outcome; only the loss of the device ends the process.
@@ -15,12 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
+from device_operations.jobs import Kind
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
 from tasks.store import jobs as store
+from tasks.store.connection import Row, relaxed_connection
+from workers.ahead import Ahead
 from workers.lane import Entry, Lane
 from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS, Steps
@@ -68,11 +72,15 @@ class Runner:
         self._inbox: list[Callable[[], None]] = []
         self._stopping = threading.Event()
         self._lost: OperationError | None = None
+        self._ahead = Ahead(lane, self._claim, self._may_begin)
+        self._relaxed: Connection | None = None
+        self._claiming = threading.Lock()
         self.busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)
 
     def start(self) -> None:
         """Begins to run jobs."""
+        self._ahead.start()
         self._thread.start()
 
     def stop(self, *, cold: bool = False) -> None:
@@ -120,19 +128,36 @@ class Runner:
             while self._inbox:
                 self._guarded(self._inbox.pop(0))
             serving = self._resident.transfers is not None and self._resident.transfers.serve()
-            if self._stopping.is_set() and not self._paused:
+            claimed = self._ahead.peek()
+            if self._stopping.is_set() and not self._paused and not claimed:
+                self._ahead.close()
                 return
-            if self._paused:
+            if claimed:
+                self._perform_next(claimed)
+            elif self._paused:
                 self._go_on()
             elif self._lease.safe and not self._lease.draining:
                 self._begin(self._lane.take(timeout_seconds=0 if serving else 0.5))
             elif not serving:
                 time.sleep(0.05)
 
+    def _may_begin(self) -> bool:
+        """Whether this worker may take jobs from its lane now."""
+        return self._lease.safe and not self._lease.draining and not self._stopping.is_set()
+
+    def _perform_next(self, claimed: list[Work]) -> None:
+        """Performs what was claimed ahead, unless the lane holds something more urgent by now."""
+        urgent = max(work.entry.effective for work in claimed)
+        sooner = self._lane.take(timeout_seconds=0, above=urgent) if self._may_begin() else []
+        if sooner:
+            self._begin(sooner)
+        else:
+            self._perform_claimed(self._ahead.take())
+
     def _go_on(self) -> None:
         """One step of the most urgent paused job, unless the lane holds something more urgent still."""
         paused = max(self._paused, key=lambda one: (one.work.entry.effective, -one.work.entry.seq))
-        if self._lease.safe and not self._lease.draining and not self._stopping.is_set():
+        if self._may_begin():
             urgent = self._lane.take(timeout_seconds=0, above=paused.work.entry.effective)
             if urgent:
                 self._begin(urgent)
@@ -146,12 +171,22 @@ class Runner:
         if head.batch_delay_seconds and len(entries) < head.batch_limit:
             entries = [*entries, *self._lane.mates(head, head.batch_limit - len(entries))]
         works = self._claim(entries)
-        if not works:
-            return
+        if works:
+            self._perform_claimed(works)
+
+    def _perform_claimed(self, works: list[Work]) -> None:
         began = time.perf_counter()
+        for work in works:
+            if work.row["timeout_seconds"] is not None:
+                work.deadline = time.monotonic() + work.row["timeout_seconds"]
+            work.started = began
         self._recorder.started(works)
         if works[0].kind in BATCHES:
-            self._finish(works, self._perform_batch(works))
+            if not self._paused and self._resident.keeps_device_long(works[0].request.get("model_id")):
+                self._ahead.begin()
+            outcomes = self._perform_batch(works)
+            self._ahead.end()
+            self._finish(works, outcomes)
         else:
             for work in works:
                 self._perform(work)
@@ -161,26 +196,42 @@ class Runner:
         """The entries that are ours to run; the others go back to the intake, which finds out why."""
         by_id = {entry.job_id: entry for entry in entries}
 
-        def claim() -> list[dict[str, Any]]:
-            with self._engine.connect() as connection:
-                return store.claim(connection, list(by_id), self._resident.device_id, self._lease.epoch)
-
         try:
-            rows = until_reachable(claim, stop=self._stopping.is_set)
+            rows = until_reachable(lambda: self._claim_rows(entries), stop=self._stopping.is_set)
         except Exception as error:  # noqa: BLE001 - a claim that fails for good leaves the jobs to the record
             log.error("claim failed", error=str(error), jobs=len(entries))
             rows = []
         works = []
         for row in rows:
             work = Work(by_id.pop(row["id"]), row, row["request"])
-            if row["timeout_seconds"] is not None:
-                work.deadline = time.monotonic() + row["timeout_seconds"]
             self._running[work.job_id] = work
             works.append(work)
         if by_id:
             self._on_unclaimed(list(by_id.values()))
         works.sort(key=lambda work: work.entry.rank)
         return works
+
+    def _claim_rows(self, entries: list[Entry]) -> list[Row]:
+        """The rows of what could be claimed.
+
+        The claim of a run does not wait for the disk: with the machine only the knowledge would be lost that somebody
+        had begun it, and a run may be begun again.
+        """
+        ids, epoch = [entry.job_id for entry in entries], self._lease.epoch
+        if entries[0].kind != Kind.INFERENCE_RUN:
+            with self._engine.connect() as connection:
+                return store.claim(connection, ids, self._resident.device_id, epoch)
+        with self._claiming:
+            try:
+                if self._relaxed is None:
+                    self._relaxed = relaxed_connection(self._engine)
+                return store.claim(self._relaxed, ids, self._resident.device_id, epoch)
+            except Exception:
+                if self._relaxed is not None:
+                    self._relaxed.invalidate()
+                    self._relaxed.close()
+                    self._relaxed = None
+                raise
 
     def _perform_batch(self, works: list[Work]) -> list[Outcome]:
         try:

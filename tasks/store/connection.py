@@ -67,6 +67,18 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
     return connection.exec_driver_sql(sql, dict(parameters or {})).rowcount
 
 
+def relaxed_connection(engine: Engine) -> Connection:
+    """A connection in autocommit, its caller's to keep, whose commits do not wait for the disk.
+
+    What it writes survives every process; a crash of the machine may lose the last half second of it.
+    """
+    connection = engine.connect()
+    execute(connection, "SET synchronous_commit = off")
+    # Never back to the pool with that setting.
+    connection.detach()
+    return connection
+
+
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """One transaction on its own connection: committed at the end of the block, rolled back when it raises."""

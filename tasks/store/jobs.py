@@ -69,9 +69,14 @@ def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
 
     Only what the database adds comes back from it: reading thirty columns takes both sides as long as writing them.
     """
-    stamped = rows(
-        connection,
-        """
+    stamped = _INSERT.rows(connection, {"jobs": dumps(list(jobs))})
+    by_id = {job.id: job for job in jobs}
+    return [_row(by_id[one["id"]]) | one for one in stamped]
+
+
+_INSERT = Prepared(
+    "insert_jobs",
+    """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
             resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
             webhook_url, error, finished_at)
@@ -86,12 +91,9 @@ def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
             timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
         ON CONFLICT (id) DO NOTHING
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
-        """,
-        {"jobs": dumps(list(jobs))},
-    )
-    by_id = {job.id: job for job in jobs}
-    return [_row(by_id[one["id"]]) | one for one in stamped]
-
+    """,
+    {"jobs": "jsonb"},
+)
 
 #: What a job that was just recorded has in the columns that nobody gives.
 _AT_FIRST: Row = {
@@ -204,15 +206,7 @@ def end_running(
     if claimed is None or "\\ufffd" in told or not all(ending.id in claimed for ending in endings):
         guard = "jobs.state = 'running' AND jobs.epoch = %(epoch)s"
         return _end(connection, endings, guard, {"epoch": epoch})
-    stamped = rows(
-        connection,
-        f"""
-        UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS}
-        WHERE jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
-        RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
-        """,
-        {"endings": told, "epoch": epoch},
-    )
+    stamped = _END_RUNNING.rows(connection, {"endings": told, "epoch": epoch})
     by_id = {ending.id: ending for ending in endings}
     return [
         {**claimed[one["id"]], **one, "result": by_id[one["id"]].result, "error": by_id[one["id"]].error}
@@ -233,6 +227,17 @@ SET_ENDED = """state = ended.state, result = nullif(ended.result, 'null'), error
 
 _ENDINGS = """jsonb_to_recordset(%(endings)s::jsonb)
             AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)"""
+
+
+_END_RUNNING = Prepared(
+    "end_running_jobs",
+    f"""
+    UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS}
+    WHERE jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
+    RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
+    """,
+    {"endings": "jsonb", "epoch": "int"},
+)
 
 
 def _end(connection: Connection, endings: Sequence[Ending], guard: str, parameters: dict[str, Any]) -> list[Row]:

@@ -106,6 +106,19 @@ def test_an_urgent_run_starts_next_in_a_flood(api: Api) -> None:
     assert api.unload(model_id, force=True)["state"] == "succeeded"  # the rest need not run
 
 
+def test_an_urgent_run_goes_before_one_that_is_claimed_already(api: Api) -> None:
+    model_id = api.load(graphs.busy(400, 320), options={"max_batch_size": 1})["model_id"]
+    x = np.zeros((1, 320, 320), np.float32)
+    # How long a run takes is known once one has run; from then on the next is claimed meanwhile.
+    assert api.run(model_id, {"x": x})["state"] == "succeeded"
+    usual = [api.run(model_id, {"x": x}, wait=0)["job_id"] for _ in range(4)]
+    eventually(lambda: [api.job(job_id, wait=0)["state"] for job_id in usual[:2]] == ["running", "running"])
+    urgent = api.run(model_id, {"x": x}, wait=0, job={"priority": 9})["job_id"]
+    first, claimed, *rest = [api.job(job_id) for job_id in usual]
+    ended = api.job(urgent)["finished_at"]
+    assert first["finished_at"] < ended < claimed["finished_at"] < rest[0]["finished_at"]
+
+
 def test_unloading_waits_for_the_runs_before_it(api: Api) -> None:
     model_id = api.load(graphs.busy(200, 256), options={"max_batch_size": 1})["model_id"]
     x = as_tensor(np.zeros((1, 256, 256), np.float32))

@@ -127,3 +127,42 @@ def test_what_waits_its_turn_on_a_resource_passes_a_job_that_is_done_with_it() -
     assert lane.take(0) == []
     lane.ended(["running"])
     assert [one.job_id for one in lane.take(0)] == ["other"]
+
+
+def test_only_whole_batches_of_the_kind_asked_for_are_given_ahead() -> None:
+    lane = Lane()
+    looks = iter([True, False] * 9)
+    go_on = looks.__next__
+    lane.admit(entry("a", 5, 1, batch_key="m", batch_limit=2))
+    assert lane.take_full("inference.run", go_on) == []
+    lane.admit(entry("b", 5, 2, batch_key="m", batch_limit=2))
+    assert lane.take_full("memory.copy", go_on) == []
+    assert [one.job_id for one in lane.take_full("inference.run", go_on)] == ["a", "b"]
+    assert "a" in lane
+    assert lane.eligible == 0
+
+
+def test_nothing_is_given_ahead_that_a_running_job_may_let_something_more_urgent_overtake() -> None:
+    lane = Lane()
+    lane.admit(entry("running", 5, 1))
+    assert lane.take(timeout_seconds=0)
+    lane.admit(entry("urgent", 9, 2, after={"running"}))
+    lane.admit(entry("usual", 5, 3))
+    assert lane.take_full("inference.run", iter([True, False]).__next__) == []
+    lane.ended(["running"])
+    assert drain(lane) == ["urgent", "usual"]
+
+
+def test_entries_count_as_eligible_from_when_nothing_holds_them_until_they_leave() -> None:
+    lane = Lane()
+    lane.admit(entry("first", 5, 1))
+    lane.admit(entry("second", 5, 2, after={"first"}))
+    lane.admit(entry("third", 5, 3, after={"first", "elsewhere"}))
+    assert lane.eligible == 1
+    lane.take(timeout_seconds=0)
+    assert lane.eligible == 0
+    lane.ended(["first"])
+    assert lane.eligible == 1
+    lane.discard("second")
+    lane.discard("third")
+    assert lane.eligible == 0

@@ -151,6 +151,7 @@ def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -
     told |= {name: outputs[name] for name in into}
     staged = model.onnx.staged_bytes + staged_bytes(request["inputs"])
     took = Took(device_ms, model.onnx.graph_ms)
+    model.device_ms = device_ms
     outcome = _outcome(resident, work, told, 1, took, executions=1, staged_bytes=staged)
     if session is not None:
         # The state goes on only with a run whose result can be told.
@@ -174,6 +175,7 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=_Together(works))  # type: ignore[arg-type]
     took = Took(_since(began), model.onnx.graph_ms)
+    model.device_ms = took.device_ms
     for name, value in outputs.items():
         shape = np.shape(value)  # type: ignore[arg-type]
         if not shape or shape[0] != rows * len(works):
