@@ -42,7 +42,7 @@ from tasks.store.connection import transaction
 from workers import lease as leases
 from workers import training_sessions as training
 from workers.devices import open_device
-from workers.events import Dispatcher, EventsInTurns
+from workers.events import SERIALIZER, Dispatcher, EventsInTurns
 from workers.intake import Intake
 from workers.lane import Lane
 from workers.models import bring_back, look_after
@@ -137,6 +137,7 @@ class Service:
         transport.Channel.has_room = staticmethod(lambda: self._lane.eligible < PREFETCH)
         Dispatcher.active = staticmethod(lambda: len(self.runner.running()))
         self.app.events.dispatcher_cls = "workers.events:Dispatcher"
+        self.app.conf.event_serializer = SERIALIZER
         self.app.steps["consumer"].add(control_step(self))
         self.app.steps["consumer"].add(EventsInTurns)
         self.app.Worker(

@@ -29,6 +29,8 @@ def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> Array | Buffe
         return view(resident, allocation_id, tensor.get("offset", 0), dtype, tuple(shape))
     if dtype == "string" and "data" not in tensor:
         return _texts(resident, tensor, what)
+    if tensor.get("base64") is not None:  # checked when it was submitted
+        return from_bytes(base64.b64decode(tensor["base64"]), dtype, shape, what)
     if "transient_id" in tensor or tensor.get("blob_id"):
         return from_bytes(_raw(resident, tensor, math.prod(shape) * FIXED_DTYPES[dtype]), dtype, shape, what)
     return decode(Tensor.model_construct(**tensor), what)

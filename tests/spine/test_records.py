@@ -49,6 +49,49 @@ def test_migrations_and_tables_say_the_same(databases: object) -> None:
         assert set(metadata.tables) <= set(inspect(open_engine(url)).get_table_names())
 
 
+def test_the_hot_path_never_reads_the_whole_table_and_a_claim_writes_to_no_index(databases: object) -> None:
+    with databases.migrated() as url:  # type: ignore[attr-defined]
+        engine = open_engine(url)
+        epoch = make_device(engine)
+        with engine.connect() as connection:
+            # Plans are made while the table is empty, and kept when it is not.
+            for _ in range(40):
+                made = [new_job() for _ in range(20)]
+                jobs.insert(connection, made)
+                claimed = {row["id"]: row for row in jobs.claim(connection, [job.id for job in made], "cpu_0", epoch)}
+                endings = [Ending(job.id, "succeeded", result={}) for job in made]
+                assert len(jobs.end_running(connection, endings, epoch, claimed)) == 20
+            execute(connection, "SELECT pg_stat_force_next_flush()")
+            told = "SELECT seq_scan, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE relname = 'jobs'"
+            (found,) = rows(connection, told)
+        assert found["seq_scan"] <= 3, "its indexes were made, each by a look at the empty table"
+        assert found["hot"] > 600, found
+        engine.dispose()
+
+
+def test_what_an_end_gives_back_is_what_the_record_says(engine: Engine) -> None:
+    epoch = make_device(engine)
+    told = {"text": "a\u0000b", "number": 0.1 + 0.2, "none": None, "list": [1, {"a": "\ufffd"}]}
+    made = [new_job(), new_job()]
+    results = [{"plain": "é", "number": 1e300}, told]
+    with engine.connect() as connection:
+        for job, result in zip(made, results, strict=True):
+            jobs.insert(connection, [job])
+            claimed = {row["id"]: row for row in jobs.claim(connection, [job.id], "cpu_0", epoch)}
+            ending = Ending(job.id, "succeeded", result=result, device_ms=1.5)
+            (ended,) = jobs.end_running(connection, [ending], epoch, claimed)
+            found = jobs.get(connection, job.id)
+            assert found is not None
+            assert jobs.view(ended) == jobs.view(found)
+
+
+def test_what_recording_gives_back_is_what_the_record_says(engine: Engine) -> None:
+    job = new_job(priority=7, labels={"a": "b"}, needs=["m"], timeout_seconds=3.0, expires_in_seconds=60.0)
+    with engine.connect() as connection:
+        (made,) = jobs.insert(connection, [job])
+        assert made == jobs.get(connection, job.id)
+
+
 @pytest.mark.parametrize("state", sorted(TERMINAL))
 def test_the_database_refuses_to_change_a_terminal_state(engine: Engine, state: State) -> None:
     job = new_job()
