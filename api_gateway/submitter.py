@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
 from device_operations.errors import failure
@@ -22,7 +22,7 @@ from tasks import submit
 from tasks.database import unavailable
 from tasks.publish import Publisher
 from tasks.store import jobs as store
-from tasks.store.connection import Row, relaxed_connection
+from tasks.store.connection import Relaxed, Row
 from tasks.submit import Plan, Promise
 
 log = structlog.get_logger(__name__)
@@ -48,7 +48,7 @@ class Submitter:
         self._publisher = publisher
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._record_until_stopped, name="submitter", daemon=True)
-        self._connections: dict[bool, Connection] = {}
+        self._relaxed = Relaxed(engine)
 
     def start(self) -> None:
         """Begins to take plans."""
@@ -107,29 +107,17 @@ class Submitter:
         return [[by_id[plan.job.id] for plan in waiting.plans] for waiting in together]
 
     def _insert(self, jobs: list[store.NewJob], relaxed: bool) -> list[Row]:
-        """One INSERT on a connection that is kept; a broken one is replaced once."""
+        """One INSERT, once more after a broken connection. A 202 never comes from a relaxed one."""
         for attempt in (1, 2):
             try:
-                return store.insert(self._connection(relaxed), jobs)
+                if relaxed:
+                    return self._relaxed.run(lambda connection: store.insert(connection, jobs))
+                with self._engine.connect() as connection:
+                    return store.insert(connection, jobs)
             except Exception as error:
-                self._close(relaxed)
                 if attempt == 2 or unavailable(error) is error:
                     raise
         raise AssertionError("unreachable")
-
-    def _connection(self, relaxed: bool) -> Connection:
-        """A connection in autocommit. A relaxed one does not wait for the disk: a 202 never comes from it."""
-        connection = self._connections.get(relaxed)
-        if connection is None:
-            connection = relaxed_connection(self._engine) if relaxed else self._engine.connect()
-            self._connections[relaxed] = connection
-        return connection
-
-    def _close(self, relaxed: bool) -> None:
-        connection = self._connections.pop(relaxed, None)
-        if connection is not None:
-            connection.invalidate()
-            connection.close()
 
 
 def _is_simple(plan: Plan) -> bool:

@@ -18,8 +18,8 @@ _databases: dict[str, Databases] = {}
 
 @contextmanager
 def servers() -> Iterator[Servers]:
-    """PostgreSQL and Valkey of the run's own."""
-    with reachable_folder() as folder, running(folder) as started:
+    """PostgreSQL and Valkey of the run's own, which keep what they say they keep, as a user's do."""
+    with reachable_folder() as folder, running(folder, durable=True) as started:
         yield started
 
 

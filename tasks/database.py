@@ -31,8 +31,8 @@ def open_engine(url: str, *, pool_size: int = 5, max_overflow: int = 10) -> Engi
         max_overflow=max_overflow,
         pool_pre_ping=False,
         pool_timeout=10,
-        # UTC keeps times readable whatever the server's own zone is. Statements are few and fixed, each has an index for
-        # its way, and some are prepared: a plan made while a table is still empty would else read all of it for ever.
+        # UTC keeps times readable whatever the server's own zone is. Statements are few and fixed, each has an index
+        # for its way, and some are prepared: a plan made while a table is empty would else read all of it for ever.
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "application_name": "device-operations",

@@ -24,7 +24,7 @@ from tasks import effects
 from tasks.publish import Publisher
 from tasks.store import devices as device_store
 from tasks.store import jobs as store
-from tasks.store.connection import Row, transaction
+from tasks.store.connection import Relaxed, Row, transaction
 from tasks.store.jobs import Ending
 
 log = structlog.get_logger(__name__)
@@ -58,16 +58,25 @@ class Outcome:
         return Ending(self.job_id, self.state.value, self.result, self.error, self.device_ms)
 
 
-def finish(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
+def finish(
+    engine: Engine,
+    outcomes: Sequence[Outcome],
+    claimed: Mapping[str, Row],
+    epoch: int,
+    relaxed: Relaxed | None = None,
+) -> list[Row]:
     """Ends jobs that ran under `epoch`, and everything that falls with them. Gives all rows that ended.
 
     `claimed` are the jobs' rows as they were claimed. A job that is not among the rows had been ended by someone else:
-    its outcome is dropped. Kinds without effects take one statement in autocommit.
+    its outcome is dropped. Kinds without effects take one statement in autocommit, which for runs goes by `relaxed`.
     """
     kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
+        endings = [outcome.ending() for outcome in outcomes]
+        if relaxed is not None and set(kinds.values()) == {Kind.INFERENCE_RUN}:
+            return relaxed.run(lambda connection: store.end_running(connection, endings, epoch, claimed))
         with engine.connect() as connection:
-            return store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
+            return store.end_running(connection, endings, epoch, claimed)
     alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
     if alone:
         rest = [outcome for outcome in outcomes if outcome not in alone]

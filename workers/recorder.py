@@ -25,7 +25,7 @@ from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import models as model_store
-from tasks.store.connection import Row
+from tasks.store.connection import Relaxed, Row
 from workers.lane import Lane
 from workers.pool import Handle, Note
 from workers.uses import Uses
@@ -65,6 +65,7 @@ class Recorder:
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
         self._followed: dict[str, float] = {}
+        self._relaxed = Relaxed(engine)
         self._uses = Uses()
         self._uses_written_at = time.monotonic()
         self._stopping = threading.Event()
@@ -225,7 +226,8 @@ class Recorder:
         claimed = {one.work.job_id: one.work.row for one in ending}
         try:
             return until_reachable(
-                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch), stop=self._stopping.is_set
+                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch, self._relaxed),
+                stop=self._stopping.is_set,
             )
         except Exception as error:
             if len(ending) > 1:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
 from tasks.store import jobs as store
-from tasks.store.connection import Row, relaxed_connection
+from tasks.store.connection import Relaxed, Row
 from workers.ahead import Ahead
 from workers.lane import Entry, Lane
 from workers.lease import Lease
@@ -73,8 +73,7 @@ class Runner:
         self._stopping = threading.Event()
         self._lost: OperationError | None = None
         self._ahead = Ahead(lane, self._claim, self._may_begin)
-        self._relaxed: Connection | None = None
-        self._claiming = threading.Lock()
+        self._relaxed = Relaxed(engine)
         self.busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)
 
@@ -212,26 +211,12 @@ class Runner:
         return works
 
     def _claim_rows(self, entries: list[Entry]) -> list[Row]:
-        """The rows of what could be claimed.
-
-        The claim of a run does not wait for the disk: with the machine only the knowledge would be lost that somebody
-        had begun it, and a run may be begun again.
-        """
+        """The rows of what could be claimed. The claim of a run does not wait for the disk: it may be begun again."""
         ids, epoch = [entry.job_id for entry in entries], self._lease.epoch
-        if entries[0].kind != Kind.INFERENCE_RUN:
-            with self._engine.connect() as connection:
-                return store.claim(connection, ids, self._resident.device_id, epoch)
-        with self._claiming:
-            try:
-                if self._relaxed is None:
-                    self._relaxed = relaxed_connection(self._engine)
-                return store.claim(self._relaxed, ids, self._resident.device_id, epoch)
-            except Exception:
-                if self._relaxed is not None:
-                    self._relaxed.invalidate()
-                    self._relaxed.close()
-                    self._relaxed = None
-                raise
+        if entries[0].kind == Kind.INFERENCE_RUN:
+            return self._relaxed.run(lambda connection: store.claim(connection, ids, self._resident.device_id, epoch))
+        with self._engine.connect() as connection:
+            return store.claim(connection, ids, self._resident.device_id, epoch)
 
     def _perform_batch(self, works: list[Work]) -> list[Outcome]:
         try:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import psycopg2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 #: A parameter of a statement, as psycopg2 has them: `%(name)s`.
 _PARAMETER = re.compile(r"%\((\w+)\)s")
@@ -67,16 +69,35 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
     return connection.exec_driver_sql(sql, dict(parameters or {})).rowcount
 
 
-def relaxed_connection(engine: Engine) -> Connection:
-    """A connection in autocommit, its caller's to keep, whose commits do not wait for the disk.
+class Relaxed:
+    """A connection of its own, in autocommit, whose commits do not wait for the disk.
 
-    What it writes survives every process; a crash of the machine may lose the last half second of it.
+    What it writes outlives every process; a crash of the machine may lose the last half second of it. So it is for what
+    may be lost: that a run without a session was begun or is done, since it may be run again; and that a job was
+    submitted of which nobody was told yet.
     """
-    connection = engine.connect()
-    execute(connection, "SET synchronous_commit = off")
-    # Never back to the pool with that setting.
-    connection.detach()
-    return connection
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+
+    def run(self, action: Callable[[Connection], T]) -> T:
+        """What `action` gives. After an error the connection is replaced by the next call's."""
+        with self._lock:
+            try:
+                if self._connection is None:
+                    self._connection = self._engine.connect()
+                    execute(self._connection, "SET synchronous_commit = off")
+                    # Never back to the pool with that setting.
+                    self._connection.detach()
+                return action(self._connection)
+            except Exception:
+                if self._connection is not None:
+                    self._connection.invalidate()
+                    self._connection.close()
+                    self._connection = None
+                raise
 
 
 @contextmanager
