@@ -206,7 +206,8 @@ def end_running(
     if claimed is None or "\\ufffd" in told or not all(ending.id in claimed for ending in endings):
         guard = "jobs.state = 'running' AND jobs.epoch = %(epoch)s"
         return _end(connection, endings, guard, {"epoch": epoch})
-    stamped = _END_RUNNING.rows(connection, {"endings": told, "epoch": epoch})
+    ids = [ending.id for ending in endings]
+    stamped = _END_RUNNING.rows(connection, {"endings": told, "ids": ids, "epoch": epoch})
     by_id = {ending.id: ending for ending in endings}
     return [
         {**claimed[one["id"]], **one, "result": by_id[one["id"]].result, "error": by_id[one["id"]].error}
@@ -233,10 +234,10 @@ _END_RUNNING = Prepared(
     "end_running_jobs",
     f"""
     UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS}
-    WHERE jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
+    WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
     RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
     """,
-    {"endings": "jsonb", "epoch": "int"},
+    {"endings": "jsonb", "ids": "text[]", "epoch": "int"},
 )
 
 

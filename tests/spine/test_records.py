@@ -64,8 +64,10 @@ def test_the_hot_path_never_reads_the_whole_table_and_a_claim_writes_to_no_index
             execute(connection, "SELECT pg_stat_force_next_flush()")
             told = "SELECT seq_scan, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE relname = 'jobs'"
             (found,) = rows(connection, told)
+            read = rows(connection, "SELECT sum(idx_tup_read) AS read FROM pg_stat_user_indexes WHERE relname = 'jobs'")
         assert found["seq_scan"] <= 3, "its indexes were made, each by a look at the empty table"
         assert found["hot"] > 600, found
+        assert read[0]["read"] < 800 * 8, "each job is looked up, not looked for"
         engine.dispose()
 
 
