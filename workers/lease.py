@@ -2,6 +2,8 @@
 
 The database's clock alone says whether a lease stands. The worker stops its lane by its own monotonic clock before its
 lease can have run out, and goes on with what it holds once it hears that its epoch still stands.
+
+A library that holds the interpreter keeps the renewing thread from running: `extended` takes the time beforehand.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -43,7 +46,10 @@ class Lease:
         self.lost = threading.Event()
         self._engine = engine
         self._lease_seconds = lease_seconds
-        self._renewed_at = time.monotonic()
+        #: What `extended` adds for now. Who renews reads it under the lock, so that no renewal takes it back.
+        self._extra_seconds = 0.0
+        self._renewing = threading.Lock()
+        self._renewed_at, self._granted_seconds = time.monotonic(), lease_seconds
         self._stop = threading.Event()
         self._free_bytes: Callable[[], int | None] = lambda: None
         self._on_lost: Callable[[], None] = lambda: None
@@ -65,7 +71,24 @@ class Lease:
     @property
     def safe(self) -> bool:
         """Whether the lease cannot have run out yet, by our own clock: only then may a new job be claimed."""
-        return not self.lost.is_set() and time.monotonic() - self._renewed_at < self._lease_seconds * STOP_AT_SHARE
+        lasts = self._granted_seconds - self._lease_seconds * (1 - STOP_AT_SHARE)
+        return not self.lost.is_set() and time.monotonic() - self._renewed_at < lasts
+
+    @contextmanager
+    def extended(self, seconds: float) -> Iterator[None]:
+        """While inside, the lease lasts `seconds` longer from each renewal, the first of them now; then as before.
+
+        For calls during which no other thread of this process runs. Where the database cannot be reached, what is
+        inside runs all the same, and ends with the lease as any call does.
+        """
+        self._extra_seconds = seconds
+        self._renew()
+        try:
+            yield
+        finally:
+            self._extra_seconds = 0.0
+            # At once: else a worker that dies now would be missed only after the longer time.
+            self._renew()
 
     def stop_renewing(self) -> None:
         """Renews no more: before the epoch is declared over, which a renewal would take for a loss."""
@@ -85,20 +108,30 @@ class Lease:
     def _renew_until_stopped(self) -> None:
         interval = self._lease_seconds / RENEWALS_PER_LEASE
         while not self._stop.wait(interval if self.safe else 0.2):
+            self._renew()
+            if self.lost.is_set():
+                return
+
+    def _renew(self) -> None:
+        """Prolongs the lease, from whichever thread; a lease that is lost is told once."""
+        with self._renewing:
+            if self._stop.is_set() or self.lost.is_set():
+                return
             asked_at = time.monotonic()
+            seconds = self._lease_seconds + self._extra_seconds
             try:
                 with self._engine.connect() as connection:
-                    row = store.renew(connection, self.device_id, self.epoch, self._lease_seconds, self._free_bytes())
+                    row = store.renew(connection, self.device_id, self.epoch, seconds, self._free_bytes())
             except DBAPIError as error:
                 log.warning("lease not renewed", device_id=self.device_id, error=str(error.orig).strip())
-                continue
+                return
             if row is None:
                 log.error("lease lost: another worker holds the device, or its jobs were given up", epoch=self.epoch)
                 self.lost.set()
                 self._on_lost()
                 return
             # The database counts from when it ran the statement, which is not before we asked.
-            self._renewed_at = asked_at
+            self._renewed_at, self._granted_seconds = asked_at, seconds
             if row["draining"] != self.draining:
                 self.draining = row["draining"]
                 self._on_drain(self.draining)

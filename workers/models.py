@@ -39,7 +39,8 @@ def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> Re
     make_room(resident)
     while True:
         try:
-            onnx = loader(resident.device, file, root, options, cancel)
+            with resident.loading(row["reserved_bytes"]):
+                onnx = loader(resident.device, file, root, options, cancel)
             break
         except OperationError as error:
             if error.code != "out_of_memory":

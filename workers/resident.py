@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Milliseconds of a run from which on it is worth claiming the next one meanwhile: a claim takes about one.
 LONG_MS = 3.0
+
+#: How long a load that holds the interpreter may take: so much, and as long as reading the file this fast would take.
+LOAD_SECONDS, LOAD_BYTES_PER_SECOND, LONGEST_LOAD_SECONDS = 30.0, 32 << 20, 600.0
 
 #: Until a model was asked, its runs go alone.
 ALONE = Batching(False, "not found out")
@@ -110,6 +114,8 @@ class Resident:
     record: Callable[[Callable[[], None]], None] = lambda step: step()
     #: Tells everybody of jobs that this worker ended without having run them.
     announce: Callable[[list[Row]], None] = lambda rows: None
+    #: Keeps the device ours for so many seconds more while no other thread of this process can run.
+    extend_lease: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext()
     transients: Transients = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,6 +125,12 @@ class Resident:
         """Whether a run of the model leaves time to claim the next one."""
         model = self.models.get(model_id or "")
         return model is not None and model.device_ms >= LONG_MS
+
+    def loading(self, size_bytes: int) -> AbstractContextManager[None]:
+        """What a model of so many bytes is loaded inside: the lease outlasts it where nobody can renew it meanwhile."""
+        if not self.device.describe().capabilities.get("load_holds_interpreter"):
+            return nullcontext()
+        return self.extend_lease(min(LONGEST_LOAD_SECONDS, LOAD_SECONDS + size_bytes / LOAD_BYTES_PER_SECOND))
 
     def cpu_fallback_ops(self) -> int:
         """How many operators of the resident models run on the CPU instead of the device."""

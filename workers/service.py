@@ -97,6 +97,7 @@ class Service:
         self._lane = Lane()
         self.app = make_app(settings, self.device_id)
         self.resident = Resident(self.device_id, epoch, device, self._engine, settings, blobs)
+        self.resident.extend_lease = self._lease.extended
         self._recorder = Recorder(self._engine, self._publisher, self._lane, self.device_id, epoch, self.app)
         context = Context(
             self._engine, settings, Directory(self._engine, settings), blobs, "default", device_id=self.device_id

@@ -90,8 +90,7 @@ class WindowsWorker:
 def windows(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WindowsWorker]:
     folder = tmp_path_factory.mktemp("windows")
     with databases.migrated() as database_url, pytest.MonkeyPatch.context() as patch:
-        # ONNX Runtime 1.24 holds the interpreter while it loads a model, so that no lease is renewed meanwhile.
-        stack = RunningStack(folder, database_url, databases.redis_url(), "directml:0", settings={"LEASE_SECONDS": 30})
+        stack = RunningStack(folder, database_url, databases.redis_url(), "directml:0")
         for name, value in stack.environment.items():
             if name.startswith(PREFIX):
                 patch.setenv(name, value)

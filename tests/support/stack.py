@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ class RunningStack:
         """Stops parts in good order and starts them again, without waiting for them to be ready."""
         self.stop(*names)
         self.start(*names)
+
+    def run_instead(self, device_id: str, module: str, **environment: str) -> None:
+        """From its next start on, the device's worker is `python -m module`, with more in its environment."""
+        service = self._services[device_id]
+        arguments = services.python("-m", module, "--device", device_id)
+        given = {**(service.command.environment or {}), **environment}
+        self._services[device_id] = replace(
+            service, command=replace(service.command, arguments=arguments, environment=given)
+        )
 
     def process(self, name: str) -> psutil.Popen:
         """The running process of a part, for signals and for its memory."""

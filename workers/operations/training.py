@@ -388,7 +388,8 @@ def _served(resident: Resident, work: Work, file: Path, inputs: dict[str, Any]) 
     """What the exported model gives when it is loaded for inference on this device."""
     # As many threads as training has: a pool of more takes longer to start and end than a small model to run.
     options = ModelOptions(root=file.parent, intra_op_threads=torch.get_num_threads())
-    onnx = resident.device.open_model(file, options, work.cancel)
+    with resident.loading(file.stat().st_size):
+        onnx = resident.device.open_model(file, options, work.cancel)
     try:
         return {name: host_array(value) for name, value in onnx.run(inputs, cancel=work.cancel).items()}
     finally:
