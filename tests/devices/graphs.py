@@ -182,7 +182,7 @@ def slow(rounds: int = 10_000_000, width: int = 512) -> bytes:
         [("y", FLOAT, [width, width])],
         [
             weight("w", width, width, scale=0.04),
-            numpy_helper.from_array(np.array(rounds), "rounds"),
+            constant("rounds", rounds),
             numpy_helper.from_array(np.array(True), "true"),
         ],
     )

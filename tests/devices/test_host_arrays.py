@@ -10,15 +10,11 @@ import pytest
 
 from device_operations.errors import OperationError
 from tests.devices import graphs
+from tests.devices.tensors import floats
 from workers.devices import BufferView, Device
 from workers.devices.onnx import OnnxModel
 
 Opened = Callable[[str], OnnxModel]
-RNG = np.random.default_rng(5)
-
-
-def floats(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
 
 
 def test_outputs_stay_as_they_are_through_later_runs_of_other_sizes(opened: Opened) -> None:
@@ -71,7 +67,7 @@ def test_inputs_and_outputs_that_are_the_processors_own_are_right_too(
     model = device.open_model(save(graphs.reshaped()))
     for rows, columns in ((2, 6), (12, 1), (3, 4)):
         x = floats(3, 4)
-        got = model.run({"x": x, "shape": np.array([rows, columns])})
+        got = model.run({"x": x, "shape": np.array([rows, columns], np.int64)})
         assert np.array_equal(got["y"], np.maximum(x, 0).reshape(rows, columns))  # type: ignore[arg-type]
         assert list(got["size"]) == [rows, columns]  # type: ignore[arg-type]
     model.close()

@@ -39,9 +39,11 @@ inside() {
 
 devices=$project/tests/devices directml=$project/tests/directml
 inside devices "$devices/test_memory.py" -k directml
-once="free_dimensions or every_dtype or symbol_that or breaks_its"   # each of these makes a session of its own
+once="free_dimensions or every_dtype or every_level"   # each of these makes a session of its own
 inside devices "$devices/test_models.py" -k "directml and not ($once)"
 inside devices "$devices/test_models.py" -k "directml and ($once)"
+inside devices "$devices/test_models_in_allocations.py" -k directml
+inside devices "$devices/test_host_arrays.py" "$devices/test_stopping.py" -k directml
 inside devices "$devices/test_model_files.py" "$devices/test_tensors.py" "$devices/test_facts.py" \
     -k "test_facts or directml"
 inside directml "$directml/test_adapters.py" "$directml/test_errors.py"
