@@ -158,6 +158,20 @@ def picky() -> bytes:
     )
 
 
+def one_row() -> bytes:
+    """The row of a table of four that a scalar says: an input and, of a table of scalars, an output without axes."""
+    return build(
+        [
+            node("Relu", "x", "r"),
+            node("Gather", "r i", "y", axis=0),
+            node("Relu", "v", "w"),
+            node("Gather", "w i", "z", axis=0),
+        ],
+        [("x", FLOAT, [4, 2]), ("v", FLOAT, [4]), ("i", INT64, [])],
+        [("y", FLOAT, [2]), ("z", FLOAT, [])],
+    )
+
+
 def slow(rounds: int = 10_000_000, width: int = 512) -> bytes:
     """A loop of matrix products, each a node at which a run can stop.
 

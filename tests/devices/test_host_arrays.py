@@ -73,6 +73,17 @@ def test_inputs_and_outputs_that_are_the_processors_own_are_right_too(
     model.close()
 
 
+def test_a_scalar_goes_in_and_comes_out_as_a_scalar(device: Device, save: Callable[..., Path]) -> None:
+    model = device.open_model(save(graphs.one_row()))
+    x, v = floats(4, 2), floats(4)
+    for index in range(4):
+        got = model.run({"x": x, "v": v, "i": np.array(index, np.int64)})
+        assert np.array_equal(got["y"], np.maximum(x[index], 0))  # type: ignore[arg-type]
+        assert np.shape(got["z"]) == ()  # type: ignore[arg-type]
+        assert got["z"] == max(v[index], 0)
+    model.close()
+
+
 def test_text_goes_in_and_comes_out_and_has_no_place_in_an_allocation(
     device: Device, save: Callable[..., Path]
 ) -> None:

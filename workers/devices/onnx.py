@@ -211,7 +211,7 @@ class OnnxModel:
             if isinstance(feed, Kept) and not isinstance(feed.value, np.ndarray):
                 binding.bind_ortvalue_input(name, feed.value)
                 continue
-            array = np.ascontiguousarray(self._on_host(feed))
+            array = np.asarray(self._on_host(feed), order="C")  # ascontiguousarray would give a scalar an axis
             held.append(array)
             if transfers is not None and name in takes and array.nbytes:
                 binding.bind_input(name, where, number, array.dtype, array.shape, transfers.put(name, array))
