@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workers.devices.base import Device, ModelOptions
+from workers.devices.base import Device
 from workers.devices.onnx import Cancel, OnnxModel
+from workers.devices.values import ModelOptions
 
 Loader = Callable[[Device, Path, Path, dict[str, Any], Cancel | None], OnnxModel]
 

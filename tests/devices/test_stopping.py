@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from device_operations.errors import OperationError
@@ -20,31 +19,27 @@ from workers.devices.onnx_tensors import Feed
 Opened = Callable[[str], OnnxModel]
 
 
-def ends_by_itself(device: Device, save: Callable[..., Path], feed: Callable[[np.ndarray], Feed] = lambda x: x) -> None:
-    """DirectML may have queued a whole graph when it is told to stop: then the run goes to its end, and is right."""
-    model = device.open_model(save(graphs.slow(60, 256)))
-    x = floats(256, 256)
-    expected = model.run({"x": x})["y"]
+def side(device: Device) -> int:
+    """How wide the looping graph is: a round must be much shorter than a tenth of a second, also in software."""
+    return 64 if device.backend == "directml" else 512
+
+
+def stopped_once(model: OnnxModel, feed: Feed) -> None:
+    """A first run, stopped as soon as it is under way: some backends compile a graph in it, and hear of nothing."""
     cancel = Cancel()
     threading.Timer(0.05, cancel.trip).start()
-    told = "cancelled"
-    try:
-        got = model.run({"x": feed(x)}, cancel=cancel)["y"]
-        np.testing.assert_allclose(got, expected, atol=1e-4)  # type: ignore[arg-type]
-    except OperationError as error:
-        told = error.code
-    assert told == "cancelled"
-    np.testing.assert_allclose(model.run({"x": feed(x)}, cancel=Cancel())["y"], expected, atol=1e-4)  # type: ignore[arg-type]
+    with pytest.raises(OperationError) as stopped:
+        model.run({"x": feed}, cancel=cancel)
+    assert stopped.value.code == "cancelled"
 
 
 def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_usable(
     device: Device, save: Callable[..., Path]
 ) -> None:
-    if device.backend == "directml":
-        ends_by_itself(device, save)
-        return
-    model = device.open_model(save(graphs.slow()), ModelOptions(intra_op_threads=1))
-    x = floats(512, 512)
+    width = side(device)
+    model = device.open_model(save(graphs.slow(width=width)), ModelOptions(intra_op_threads=1))
+    x = floats(width, width)
+    stopped_once(model, x)
     cancel = Cancel()
     ended: dict[str, float | str] = {}
 
@@ -64,10 +59,11 @@ def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_u
     cancel.trip()
     runner.join(30)
     assert ended["code"] == "cancelled"
-    assert float(ended["at"]) - tripped < 0.1
+    # In software DirectML's queue takes its time to run dry; what it takes on a GPU, only a GPU tells.
+    assert float(ended["at"]) - tripped < (5.0 if device.backend == "directml" else 0.1)
     assert tripped - started >= 0.3
-    small = device.open_model(save(graphs.slow(rounds=3), "small.onnx"))
-    assert small.run({"x": x}, cancel=Cancel())["y"].shape == (512, 512)
+    small = device.open_model(save(graphs.slow(3, width), "small.onnx"))
+    assert small.run({"x": x}, cancel=Cancel())["y"].shape == (width, width)
     with pytest.raises(OperationError):
         model.run({"x": x}, cancel=cancel)
     again = Cancel()
@@ -78,11 +74,10 @@ def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_u
 
 
 def test_a_run_with_allocations_stops_too(device: Device, save: Callable[..., Path]) -> None:
-    if device.backend == "directml":
-        ends_by_itself(device, save, lambda x: placed(device, x))
-        return
-    model = device.open_model(save(graphs.slow()), ModelOptions(intra_op_threads=1))
-    x = placed(device, floats(512, 512))
+    width = side(device)
+    model = device.open_model(save(graphs.slow(width=width)), ModelOptions(intra_op_threads=1))
+    x = placed(device, floats(width, width))
+    stopped_once(model, x)
     out = BufferView(device.allocate(1 << 20))
     cancel = Cancel()
     threading.Timer(0.05, cancel.trip).start()
@@ -90,7 +85,7 @@ def test_a_run_with_allocations_stops_too(device: Device, save: Callable[..., Pa
     with pytest.raises(OperationError) as stopped:
         model.run({"x": x}, into={"y": out}, cancel=cancel)
     assert stopped.value.code == "cancelled"
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < (5.0 if device.backend == "directml" else 0.5)
 
 
 def test_a_run_cancelled_before_it_began_never_begins(opened: Opened) -> None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workers.devices.base import DTYPES, Array, Description, Provider, Reading
+from workers.devices.base import DTYPES, Array
 from workers.devices.cpu import CpuDevice
 from workers.devices.torch_memory import TorchDevice
 from workers.devices.transfers import Transfers
+from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:
     import torch

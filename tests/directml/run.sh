@@ -43,7 +43,8 @@ once="free_dimensions or every_dtype or every_level"   # each of these makes a s
 inside devices "$devices/test_models.py" -k "directml and not ($once)"
 inside devices "$devices/test_models.py" -k "directml and ($once)"
 inside devices "$devices/test_models_in_allocations.py" -k directml
-inside devices "$devices/test_host_arrays.py" "$devices/test_stopping.py" -k directml
+inside devices "$devices/test_host_arrays.py" -k directml
+inside devices "$devices/test_stopping.py" -k directml
 inside devices "$devices/test_model_files.py" "$devices/test_tensors.py" "$devices/test_facts.py" \
     -k "test_facts or directml"
 inside directml "$directml/test_adapters.py" "$directml/test_errors.py"

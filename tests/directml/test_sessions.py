@@ -12,9 +12,9 @@ import pytest
 from device_operations.errors import OperationError
 from tests.devices import graphs
 from workers.devices import Device, open_device
-from workers.devices.base import Provider
 from workers.devices.directml import DirectMLDevice
 from workers.devices.onnx import OnnxModel, resolve_provider
+from workers.devices.values import Provider
 
 Load = Callable[..., OnnxModel]
 IMAGE = np.ones((2, 3, 8, 8), np.float32)

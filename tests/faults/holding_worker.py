@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from workers.__main__ import main
-from workers.devices.base import Description, ModelOptions
 from workers.devices.cpu import CpuDevice
 from workers.devices.onnx import Cancel, OnnxModel
+from workers.devices.values import Description, ModelOptions
 
 _described, _opened = CpuDevice.describe, CpuDevice.open_model
 

@@ -18,8 +18,8 @@ from tests.inference.conftest import Api, as_tensor
 from tests.support.stack import eventually
 from workers.batching import find_out
 from workers.devices import open_device
-from workers.devices.base import ModelOptions
 from workers.devices.onnx import OnnxModel
+from workers.devices.values import ModelOptions
 
 
 def blocked(api: Api) -> tuple[str, Any]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 
 from device_operations.errors import failure
-from workers.devices.base import Buffer, BufferView, Description, Device, ModelOptions, Reading
+from workers.devices.base import Buffer, BufferView, Device
 from workers.devices.inventory import BACKENDS, Found, enumerate_devices
+from workers.devices.values import Description, ModelOptions, Reading
 
 
 def open_device(backend: str, ordinal: int = 0) -> Device:

@@ -17,14 +17,15 @@ import math
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from device_operations.errors import OperationError, failure
+from workers.devices.values import Description, ModelOptions, Provider, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -44,67 +45,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What a device is. `total_bytes` and `driver` are None where the backend cannot tell."""
-
-    backend: str
-    ordinal: int
-    name: str
-    vendor: str | None = None
-    driver: str | None = None
-    total_bytes: int | None = None
-    capabilities: Mapping[str, Any] = field(default_factory=dict)
-    providers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How a device's memory stands now, in bytes; None is "cannot be told" and never stands for 0.
-
-    `used_bytes` counts every process, `process_bytes` this one alone; `budget_bytes` is what the operating system lets
-    this process have; `busy_share` is the device's utilisation from 0 to 1.
-    """
-
-    total_bytes: int | None = None
-    free_bytes: int | None = None
-    used_bytes: int | None = None
-    process_bytes: int | None = None
-    budget_bytes: int | None = None
-    busy_share: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """How a model is to be loaded.
-
-    `graph_optimization` is disable, basic, extended or all. `free_dimensions` fixes symbolic dimensions by name.
-    `root` is the folder that external data must not leave; the model's own folder unless said.
-    """
-
-    intra_op_threads: int | None = None
-    graph_optimization: str = "all"
-    free_dimensions: Mapping[str, int] = field(default_factory=dict)
-    deterministic: bool = False
-    root: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Provider:
-    """An ONNX Runtime execution provider as a backend wants it: its options, and the session settings it demands."""
-
-    name: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    memory_pattern: bool = True
-    #: Session settings of the backend's own, by ONNX Runtime's names.
-    settings: Mapping[str, str] = field(default_factory=dict)
-    #: What ONNX Runtime calls the device's memory in I/O binding; None where it cannot bind the backend's tensors.
-    binding: str | None = None
-    device_id: int = 0
-    #: Where a backend may not run two sessions at once, the lock that every run holds.
-    lock: threading.RLock | None = None
 
 
 class Buffer:

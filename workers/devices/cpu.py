@@ -14,8 +14,9 @@ import numpy as np
 import psutil
 
 from device_operations.errors import failure
-from workers.devices.base import DTYPES, Array, Description, Device, Provider, Reading, installed
+from workers.devices.base import DTYPES, Array, Device, installed
 from workers.devices.inventory import Found
+from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,10 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from workers.devices import nvml
-from workers.devices.base import DTYPES, BufferView, Description, Provider, Reading, installed, tidy
+from workers.devices.base import DTYPES, BufferView, installed, tidy
 from workers.devices.inventory import Found
 from workers.devices.torch_memory import TorchDevice, host_tensor
+from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:
     import torch

@@ -27,9 +27,10 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from workers.devices import dxgi
-from workers.devices.base import Buffer, Description, Provider, Reading, installed, tidy
+from workers.devices.base import Buffer, installed, tidy
 from workers.devices.inventory import Found
 from workers.devices.torch_memory import TorchDevice
+from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:
     import torch

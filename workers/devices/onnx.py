@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
-from workers.devices.base import Array, BufferView, ModelOptions, flat_bytes, tidy
+from workers.devices.base import Array, BufferView, flat_bytes, tidy
+from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_session import (
     Cancel,
@@ -30,15 +32,12 @@ from workers.devices.onnx_session import (
     tensor_specs,
 )
 from workers.devices.onnx_tensors import Feed, Fetched, Kept, TensorSpec, aligned, drawn, kind, overlap, unfit
+from workers.devices.values import ModelOptions
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
 
 __all__ = ["Cancel", "Kept", "OnnxModel", "TensorSpec", "resolve_provider"]
-
-
-#: No input and no output.
-_NOWHERE: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
 
 class OnnxModel:
@@ -69,11 +68,13 @@ class OnnxModel:
         self._input_specs = {spec.name: spec for spec in self.inputs}
         self._output_specs = {spec.name: spec for spec in self.outputs}
         self._output_names = [spec.name for spec in self.outputs]
-        #: Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers.
-        self.graph_ms: float | None = None
-        self._transfers = device.transfers()
-        #: What the session itself takes and gives on the device: only that is worth a transfer of ours.
-        self._there = self._placed_on_device() if self._transfers is not None else _NOWHERE
+        bindable = self._provider.binding is not None
+        self._bound = BoundRuns(device, self._session, self._provider, self.inputs, self.outputs) if bindable else None
+
+    @property
+    def graph_ms(self) -> float | None:
+        """Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers."""
+        return None if self._bound is None else self._bound.graph_ms
 
     def run(
         self,
@@ -92,12 +93,13 @@ class OnnxModel:
         """
         names = self._output_names if outputs is None else list(outputs)
         self.staged_bytes = 0
-        self.graph_ms = None
+        if self._bound is not None:
+            self._bound.graph_ms = None
         try:
-            if into or keep or not _only_arrays(feeds):
+            if into or keep or not only_arrays(feeds):
                 return self._run_with_buffers(feeds, names, into or {}, keep, cancel)
-            if any(self._there):
-                return self._run_bound(feeds, names, {}, (), cancel)
+            if self._bound is not None and self._bound.carries:
+                return self._bound.run(Wanted(feeds, names), self._on_host, cancel)
             return dict(zip(names, self._call(names, feeds, cancel), strict=True))
         except OperationError:
             raise
@@ -122,8 +124,9 @@ class OnnxModel:
         """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
         held = _held(self.device)
         self._session = None
-        if self._transfers is not None:
-            self._transfers.close()
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
         self.device.trim()
         return _grown(_held(self.device), held)
 
@@ -151,106 +154,33 @@ class OnnxModel:
     ) -> dict[str, Fetched]:
         self.check(feeds, [*names, *into, *keep])
         names = [*names, *(name for name in [*into, *keep] if name not in names)]
-        places = self._places(feeds, into)
+        wanted = Wanted(feeds, names, self._places(feeds, into), {*keep, *into})
         try:
-            got = self._run_placed(feeds, names, places, {*keep, *into}, cancel)
+            got = self._run_placed(wanted, cancel)
         except Exception as error:
-            if not places or isinstance(error, OperationError) or "shape" not in str(error):
+            if not wanted.places or isinstance(error, OperationError) or "shape" not in str(error):
                 raise
             # The model gave an output another shape than its own dimension names promise: let it say, then copy.
-            places = {}
-            got = self._run_placed(feeds, names, places, {*keep, *into}, cancel)
+            wanted = replace(wanted, places={})
+            got = self._run_placed(wanted, cancel)
         fetched: dict[str, Fetched] = {}
         for name in names:
-            if name in into:
-                fetched[name] = places[name] if name in places else self._store(name, got[name], into[name])
+            if name in wanted.places:
+                fetched[name] = wanted.places[name]
+            elif name in into:
+                fetched[name] = self._store(name, got[name], into[name])
             elif name in keep:
                 fetched[name] = self._kept(name, got[name])
             else:
                 fetched[name] = got[name]
         return fetched
 
-    def _run_placed(
-        self,
-        feeds: Mapping[str, Feed],
-        names: list[str],
-        places: Mapping[str, BufferView],
-        stay: Collection[str],
-        cancel: Cancel | None,
-    ) -> dict[str, Any]:
-        if self._provider.binding is None or (self.device.host_memory and not places):
-            return self._run_on_host(feeds, names, cancel)
-        return self._run_bound(feeds, names, places, stay, cancel)
-
-    def _run_on_host(self, feeds: Mapping[str, Feed], names: list[str], cancel: Cancel | None) -> dict[str, Any]:
-        arrays = {name: self._on_host(feed) for name, feed in feeds.items()}
-        return dict(zip(names, self._call(names, arrays, cancel), strict=True))
-
-    def _run_bound(
-        self,
-        feeds: Mapping[str, Feed],
-        names: list[str],
-        places: Mapping[str, BufferView],
-        stay: Collection[str],
-        cancel: Cancel | None,
-    ) -> dict[str, Any]:
-        """Runs with I/O binding: inputs where they lie, outputs in `places`, on the device for `stay`, else on host.
-
-        Arrays and outputs for the host take the way of `Transfers` where there is one.
-        """
-        session = self._live()
-        where, number = self._provider.binding, self._provider.device_id
-        transfers, (takes, gives) = self._transfers, self._there
-        binding = session.io_binding()
-        held = []  # arrays that the binding points into, or that are on their way
-        for name, feed in feeds.items():
-            if isinstance(feed, BufferView) and aligned(feed):
-                address = self._pointer(feed)
-                binding.bind_input(name, where, number, np.dtype(feed.dtype), feed.shape, address)
-                continue
-            if isinstance(feed, Kept) and not isinstance(feed.value, np.ndarray):
-                binding.bind_ortvalue_input(name, feed.value)
-                continue
-            array = np.asarray(self._on_host(feed), order="C")  # ascontiguousarray would give a scalar an axis
-            held.append(array)
-            if transfers is not None and name in takes and array.nbytes:
-                binding.bind_input(name, where, number, array.dtype, array.shape, transfers.put(name, array))
-            else:
-                binding.bind_cpu_input(name, array)
-        coming = [name for name in names if name in gives and name not in places and name not in stay]
-        for name in names:
-            if name in places:
-                view = places[name]
-                binding.bind_output(name, where, number, np.dtype(view.dtype), view.shape, self._pointer(view))
-            elif name in stay or name in coming:
-                binding.bind_output(name, where, number)
-            else:
-                binding.bind_output(name, "cpu")
-        self._run_binding(binding, cancel, alone=_only_arrays(feeds) and not places and not stay)
-        values = dict(zip(names, binding.get_outputs(), strict=True))
-        got = {name: value if name in places or name in stay else None for name, value in values.items()}
-        if transfers is not None:
-            wanted = [(values[name], self._output_specs[name].dtype) for name in coming]
-            got |= zip(coming, transfers.fetch(wanted), strict=True)
-            self.graph_ms = transfers.graph_ms()
-        return {name: values[name].numpy() if value is None else value for name, value in got.items()}
-
-    def _run_binding(self, binding: ort.IOBinding, cancel: Cancel | None, *, alone: bool) -> None:
-        """The run itself. `alone` says that only `Transfers` brought tensors, whose stream is the run's own."""
-        session = self._live()
-        options = ort.RunOptions()
-        in_order = alone and self._transfers is not None
-        if not in_order:
-            self.device.synchronize()
-            binding.synchronize_inputs()
-        with self._provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
-            if self._transfers is not None:
-                self._transfers.begin()
-            session.run_with_iobinding(binding, options)
-            if self._transfers is not None:
-                self._transfers.end()
-            if not in_order:
-                binding.synchronize_outputs()
+    def _run_placed(self, wanted: Wanted, cancel: Cancel | None) -> dict[str, Any]:
+        self._live()
+        if self._bound is None or (self.device.host_memory and not wanted.places):
+            arrays = {name: self._on_host(feed) for name, feed in wanted.feeds.items()}
+            return dict(zip(wanted.names, self._call(list(wanted.names), arrays, cancel), strict=True))
+        return self._bound.run(wanted, self._on_host, cancel)
 
     # ---- outputs into buffers
 
@@ -324,32 +254,6 @@ class OnnxModel:
             array = array.copy()
         return array.view(feed.dtype).reshape(feed.shape or ())
 
-    def _placed_on_device(self) -> tuple[frozenset[str], frozenset[str]]:
-        """The inputs that the session wants on the device, and the outputs that it gives there.
-
-        The others are the processor's: bringing them to the device would only have them brought back.
-        """
-        session = self._live()
-        # ONNX Runtime binds no text; and before 1.23 it does not tell where it wants what.
-        textual = any(spec.dtype == "string" for spec in (*self.inputs, *self.outputs))
-        if textual or not hasattr(session, "get_input_memory_infos"):
-            return _NOWHERE
-        where = self._provider.binding
-
-        def there(arguments: Sequence[Any], places: Sequence[Any]) -> frozenset[str]:
-            pairs = zip(arguments, places, strict=True)
-            return frozenset(argument.name for argument, place in pairs if place.name.lower() == where)
-
-        return (
-            there(session.get_inputs(), session.get_input_memory_infos()),
-            there(session.get_outputs(), session.get_output_memory_infos()) & frozenset(self._output_names),
-        )
-
-    def _pointer(self, view: BufferView) -> int:
-        address = self.device.address(view)
-        assert address is not None, "a backend that names a binding has addresses"
-        return address
-
     def _staged(self, size_bytes: int) -> None:
         if not self.device.host_memory:
             self.staged_bytes += size_bytes
@@ -370,10 +274,6 @@ class OnnxModel:
         if named.code == "internal_error" and text.startswith("Error in execution"):
             return failure("run_failed", f"ONNX Runtime failed on {self.device}: {text}")
         return named
-
-
-def _only_arrays(feeds: Mapping[str, Feed]) -> bool:
-    return all(feed.__class__ is np.ndarray for feed in feeds.values())
 
 
 def _held(device: Device) -> int | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
-from workers.devices.base import ModelOptions, Provider, tidy
+from workers.devices.base import tidy
 from workers.devices.onnx_tensors import DTYPE_OF, TensorSpec
+from workers.devices.values import ModelOptions, Provider
 
 if TYPE_CHECKING:
     from workers.devices.base import Device

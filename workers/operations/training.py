@@ -21,7 +21,7 @@ from tasks.effects.training import number_of
 from tasks.lifecycle import Outcome
 from tasks.store import blobs as blob_store
 from tasks.store import training as store
-from workers.devices.base import ModelOptions
+from workers.devices.values import ModelOptions
 from workers.operations.training_batches import data_of, options_of, plan_of, resident_tensors, spooled, taken
 from workers.operations.training_files import drop_checkpoint, keep_checkpoint, keep_gradients, scratch
 from workers.operations.training_sessions import (
