@@ -61,7 +61,6 @@ class Cancel:
             for cancel in cancels:
                 if cancel.code is not None:
                     cancel.check()
-            for cancel in cancels:
                 cancel._running = options
 
     @staticmethod

@@ -172,8 +172,9 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, 
         else:
             feeds[name] = first
     works = [work for work, _ in fed]
+    together: Any = _Together(works)
     began = time.perf_counter()
-    outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=_Together(works))  # type: ignore[arg-type]
+    outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=together)
     took = Took(_since(began), model.onnx.graph_ms)
     model.device_ms = took.device_ms
     for name, value in outputs.items():
