@@ -148,7 +148,9 @@ def allocate(http: httpx.Client, size_bytes: int) -> str:
 
 def load_model(http: httpx.Client, name: str) -> str:
     body = {"name": name, "source": {"path": f"{name}.onnx"}, "device_id": DEVICE}
-    return str(succeeded(http.post("/api/inference/load-model", json=body, headers=WAIT))["resource"]["id"])
+    job = ended(http, http.post("/api/inference/load-model", json=body, headers=WAIT).json()["job_id"])
+    assert job["state"] == "succeeded", job
+    return str(job["resource"]["id"])
 
 
 def run(http: httpx.Client, name: str, headers: dict[str, str] | None = None, **inputs: Any) -> dict[str, Any]:
