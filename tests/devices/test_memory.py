@@ -267,7 +267,6 @@ def test_releasing_gives_the_memory_back_to_the_system_or_the_device_says_that_i
         # Freed or not, the process holds it; our own count is the truth there, and the room can be had again.
         for buffer in [device.allocate(size // 12) for _ in range(12)]:
             device.release(buffer)
-        assert (device.memory().process_bytes or 0) - (before or 0) < 1.5 * size
         assert device.allocated_bytes == held
         return
     assert grown > 0.9 * size
