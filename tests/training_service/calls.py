@@ -57,13 +57,17 @@ class Training:
     def __init__(self, stack: RunningStack, client: httpx.Client | None = None) -> None:
         self.stack = stack
         self.client = client or stack.client
+        #: Sessions that were asked for, whatever became of them.
+        self.made: list[str] = []
 
     def initialize(self, **fields: Any) -> str:
         """The id of a session that is ready."""
         return str(self.done(self.initialize_job(**fields))["resource"]["id"])
 
     def initialize_job(self, **fields: Any) -> dict[str, Any]:
-        return self.submit("initialize", described(**fields))
+        job = self.submit("initialize", described(**fields))
+        self.made.append(job["resource"]["id"])
+        return job
 
     def step(self, session_id: str, number: int | None = None, **fields: Any) -> dict[str, Any]:
         content = {} if fields.get("mode") == "apply" or "dataset" in fields else batch(number or 1)
@@ -75,6 +79,13 @@ class Training:
 
     def end(self, session_id: str, **params: Any) -> dict[str, Any]:
         return self.done(self.answered(self.client.delete(f"/api/training/session/{session_id}", params=params)))
+
+    def end_all(self) -> None:
+        """Ends what is still open of the sessions that were made."""
+        while self.made:
+            session_id = self.made.pop()
+            if self.status(session_id)["state"] not in ("ended", "failed", "lost"):
+                self.end(session_id)
 
     def submit(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
         return self.answered(self.client.post(f"/api/training/{verb}", json=body))

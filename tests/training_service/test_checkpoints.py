@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from safetensors.numpy import save
 
 from tests.support.stack import RunningStack, eventually
 from tests.training_service.calls import LAYERS, Training, arrays, batch, described, refused, tensor
-
-Start = Callable[..., Training]
 
 
 def stored(stack: RunningStack, blob_id: str) -> Path:
@@ -116,8 +113,8 @@ def test_a_checkpoint_of_another_model_is_refused(training: Training) -> None:
     training.end(session_id)
 
 
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_serves(start_training: Start) -> None:
-    training = start_training(LEASE_SECONDS=3)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_serves(mortal: Training) -> None:
+    training = mortal
     stack = training.stack
     session_id = training.initialize()
     train(training, session_id, 1, 4)
@@ -145,8 +142,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_serves(st
     assert training.state(twin) == training.state(session_id)
 
 
-def test_a_session_that_cannot_come_back_says_lost_and_so_do_its_jobs(start_training: Start) -> None:
-    training = start_training(LEASE_SECONDS=3)
+def test_a_session_that_cannot_come_back_says_lost_and_so_do_its_jobs(mortal: Training) -> None:
+    training = mortal
     stack = training.stack
     session_id = training.initialize()
     for number in range(3):
@@ -167,10 +164,10 @@ def test_a_session_that_cannot_come_back_says_lost_and_so_do_its_jobs(start_trai
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files is POSIX's")
-def test_with_a_full_disk_the_checkpoint_fails_and_training_goes_on(start_training: Start) -> None:
+def test_with_a_full_disk_the_checkpoint_fails_and_training_goes_on(mortal: Training) -> None:
     import resource
 
-    training = start_training()
+    training = mortal
     wide = [{"type": "linear", "in_features": 6, "out_features": 60_000}, {"type": "relu"},
             {"type": "linear", "in_features": 60_000, "out_features": 4}]  # fmt: skip
     session_id = training.initialize(checkpoint_every_steps=4, model={"kind": "layers", "layers": wide})
@@ -195,8 +192,7 @@ def test_with_a_full_disk_the_checkpoint_fails_and_training_goes_on(start_traini
     training.end(session_id)
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(start_training: Start) -> None:
-    training = start_training()
+def test_steps_go_on_while_a_checkpoint_is_written(training: Training) -> None:
     wide = [{"type": "linear", "in_features": 6, "out_features": 700_000}, {"type": "relu"},
             {"type": "linear", "in_features": 700_000, "out_features": 4}]  # fmt: skip
     session_id = training.initialize(model={"kind": "layers", "layers": wide}, optimizer={
@@ -214,8 +210,8 @@ def test_steps_go_on_while_a_checkpoint_is_written(start_training: Start) -> Non
     training.end(session_id)
 
 
-def test_a_session_nobody_touches_leaves_the_device_and_wakes_with_its_next_step(start_training: Start) -> None:
-    training = start_training()
+def test_a_session_nobody_touches_leaves_the_device_and_wakes_with_its_next_step(mortal: Training) -> None:
+    training = mortal
     session_id = training.initialize(lease_seconds=1)
     train(training, session_id, 1, 3)
     assert training.status(session_id)["lease_expires_at"] is not None
@@ -237,8 +233,8 @@ def test_a_session_nobody_touches_leaves_the_device_and_wakes_with_its_next_step
     training.end(session_id)
 
 
-def test_a_checkpoint_cut_off_by_a_death_is_made_again_or_said_to_have_failed(start_training: Start) -> None:
-    training = start_training(LEASE_SECONDS=3)
+def test_a_checkpoint_cut_off_by_a_death_is_made_again_or_said_to_have_failed(mortal: Training) -> None:
+    training = mortal
     session_id = training.initialize()
     train(training, session_id, 1, 3)
     worker = training.stack.process("cpu_0")
