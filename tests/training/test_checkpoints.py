@@ -148,4 +148,4 @@ def test_steps_hardly_wait_while_half_a_gigabyte_is_written(tmp_path: Path) -> N
         assert len(steps) > 20
         return max(steps) - usual
 
-    assert min(stall(attempt) for attempt in range(3)) < 0.2
+    assert any(stall(attempt) < 0.2 for attempt in range(3))
