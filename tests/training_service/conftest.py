@@ -1,7 +1,7 @@
 """Training over HTTP on a whole stack.
 
 training        module    the routes of a stack that the folder's tests share and leave running as it was
-mortal          function  the same of another, whose workers may be killed; one lease is 3 s there
+mortal          function  the same of another, whose worker may be killed: a lease is 3 s there; it trusts programs
 start_training  function  starts a stack of the test's own and gives its routes
 
 Sessions that a test left open are ended after it (`mortal`), or after its module (`training`).
@@ -28,7 +28,7 @@ def shared_stack(databases: Databases, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="package")
 def mortal_stack(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    with running(databases, tmp_path_factory.mktemp("mortal"), LEASE_SECONDS=3) as stack:
+    with running(databases, tmp_path_factory.mktemp("mortal"), LEASE_SECONDS=3, TRAINING__TRUST_PROGRAMS=True) as stack:
         yield stack
 
 
