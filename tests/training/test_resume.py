@@ -16,6 +16,8 @@ from tests.training.sessions import LAYERS, OPTIMIZERS, batch, carried_over, dig
 from workers.training import checkpoints
 from workers.training.dataset import Dataset, Plan
 from workers.training.outcomes import StepOptions, StepOutcome, StepRecord
+from workers.training.ports import Batch
+from workers.training.shapes import ShapeTrial
 
 SCHEDULES = [
     {},
@@ -170,3 +172,23 @@ def test_a_new_learning_rate_may_be_given_with_an_old_checkpoint(tmp_path: Path)
     train(session, 2)
     resumed = carried_over(session, tmp_path, optimizer={"type": "adamw", "learning_rate": 0.5})
     assert resumed.perform(batch(3), StepOptions(), 3).learning_rate == 0.5
+
+
+def test_steps_made_again_tell_what_batches_of_their_shapes_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, session = start(), start()
+    tried: list[object] = []
+    attempt = ShapeTrial._try
+    monkeypatch.setattr(ShapeTrial, "_try", lambda *given: tried.append(given) or attempt(*given))
+    session.replay(StepRecord(1, StepOptions(), None, None), batch(1))
+    outcome = session.perform(batch(2), StepOptions(), 2)
+    assert tried == [], "a trial imports torch's compiler, which a session on its way back need not wait for"
+    for wrong in (Batch(batch(3).inputs, batch(3).targets[:, None]), Batch(batch(3).inputs, batch(3).targets + 99)):
+        with pytest.raises(OperationError) as caught:
+            session.perform(wrong, StepOptions(), 3)
+        assert caught.value.code == "input_mismatch"
+    session.perform(batch(3, 5), StepOptions(), 3)
+    assert len(tried) == 1
+    monkeypatch.undo()
+    train(twin, 2)
+    twin.perform(batch(3, 5), StepOptions(), 3)
+    assert digest(session) == digest(twin) and outcome.step == 2

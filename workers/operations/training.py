@@ -65,6 +65,7 @@ def initialize(resident: Resident, work: Work) -> Outcome:
             f"the checkpoint stands at sequence {held.session.sequence}, and {row['applied_sequence']} was expected "
             "when it was submitted: a step before it was not applied; initialize again",
         )
+    held.session.prepare()
     resident.training[session_id] = held
     made = facts(held)
     told = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}

@@ -268,7 +268,10 @@ def _replay(resident: Resident, held: Held, until: int) -> None:
                 place["inputs"][name.removeprefix("inputs.")] = tensor
         record = StepRecord(step["sequence"], options_of(request), plan_of(request), step["steps_applied"])
         session.replay(record, data_of(resident, held.session_id, request))
-    if steps:
+    if not steps:
+        # Nothing was made again that would have told what the next step's batch gives.
+        session.prepare()
+    else:
         held.run_job_id = None
         log.info("steps replayed", session_id=held.session_id, steps=len(steps), step=session.step)
 

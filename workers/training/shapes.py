@@ -24,10 +24,10 @@ class ShapeTrial:
     """Runs batches through the model's module on the meta device, once for each combination of shapes and dtypes."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        if module is not None:
-            load_meta_kernels()
         self._module = module
         self._known: OrderedDict[_Key, list[Tensor] | None] = OrderedDict()
+        #: Whether batches are known to fit, so that none is tried; `learn` then tells what a real run gave.
+        self.trusting = False
 
     def outputs(self, inputs: Sequence[Tensor], training: bool) -> list[Tensor] | None:
         """The outputs' shapes and dtypes, as meta tensors; None where only a real run can tell.
@@ -36,12 +36,22 @@ class ShapeTrial:
         """
         if self._module is None:
             return None
-        key = (training, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
+        key = _key(inputs, training)
         if key not in self._known:
-            self._known[key] = self._try(self._module, inputs, training)
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
+            if self.trusting:
+                return None
+            self._remember(key, self._try(self._module, inputs, training))
         return self._known[key]
+
+    def learn(self, inputs: Sequence[Tensor], training: bool, outputs: Sequence[Tensor]) -> None:
+        """Remembers what a real run gave: batches of these shapes and dtypes need no trial any more."""
+        if self._module is not None:
+            self._remember(_key(inputs, training), [torch.empty_like(output, device="meta") for output in outputs])
+
+    def _remember(self, key: _Key, outputs: list[Tensor] | None) -> None:
+        self._known[key] = outputs
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
 
     def _try(self, module: nn.Module, inputs: Sequence[Tensor], training: bool) -> list[Tensor] | None:
         module.train(training)
@@ -61,9 +71,13 @@ class ShapeTrial:
             ) from error
 
 
+def _key(inputs: Sequence[Tensor], training: bool) -> _Key:
+    return training, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+
+
 @cache
 def load_meta_kernels() -> None:
-    """Lets torch import what its kernels without memory are made with: a second, which the first step need not pay."""
+    """Lets torch import what its kernels without memory are made of, for about a second: not in a step, then."""
     nothing = torch.empty(1, 1, device="meta")
     nn.functional.linear(nothing, nothing, nothing[0])
 
