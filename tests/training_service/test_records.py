@@ -69,11 +69,17 @@ def make_step(engine: Engine, session_id: str, sequence: int, epoch: int, blob_i
 
 
 def finish(engine: Engine, session_id: str, job_id: str, sequence: int, epoch: int) -> list[dict[str, Any]]:
-    facts = {"applied": {**STANDING, "session_id": session_id, "sequence": sequence, "step": sequence}}
-    outcome = Outcome(job_id, State.SUCCEEDED, result={"step": sequence}, facts=facts)
+    return finish_together(engine, [(session_id, job_id, sequence)], epoch)
+
+
+def finish_together(engine: Engine, steps: list[tuple[str, str, int]], epoch: int) -> list[dict[str, Any]]:
+    outcomes = []
+    for session_id, job_id, sequence in steps:
+        facts = {"applied": {**STANDING, "session_id": session_id, "sequence": sequence, "step": sequence}}
+        outcomes.append(Outcome(job_id, State.SUCCEEDED, result={"step": sequence}, facts=facts))
     with engine.connect() as connection:
-        claimed = jobs.get_many(connection, [job_id])
-    return lifecycle.finish(engine, [outcome], claimed, epoch)
+        claimed = jobs.get_many(connection, [job_id for _, job_id, _ in steps])
+    return lifecycle.finish(engine, outcomes, claimed, epoch)
 
 
 def read(engine: Engine, session_id: str) -> dict[str, Any]:
@@ -129,6 +135,21 @@ def test_a_number_that_is_not_the_next_cannot_be_applied(engine: Engine, epoch: 
     assert ended["state"] == "failed"
     assert read(engine, session_id)["applied_sequence"] == 0
     assert [one["state"] for one in finish(engine, session_id, first, 1, epoch)] == ["succeeded"]
+
+
+def test_steps_that_ended_together_are_recorded_up_to_the_one_that_is_refused(engine: Engine, epoch: int) -> None:
+    one, other = make_session(engine, epoch), make_session(engine, epoch)
+    steps = [(one, make_step(engine, one, number, epoch), number) for number in (1, 2, 3, 4)]
+    elsewhere = [(other, make_step(engine, other, number, epoch), number) for number in (1, 2)]
+    ended = finish_together(engine, [steps[0], steps[1], steps[3], *elsewhere], epoch)
+    states = {row["id"]: (row["state"], (row["error"] or {}).get("code")) for row in ended}
+    done = ("succeeded", None)
+    assert states == {
+        steps[0][1]: done, steps[1][1]: done, steps[3][1]: ("failed", "sequence_gap"),
+        elsewhere[0][1]: done, elsewhere[1][1]: done,
+    }  # fmt: skip
+    assert [read(engine, session_id)["applied_sequence"] for session_id in (one, other)] == [2, 2]
+    assert [row["state"] for row in finish_together(engine, steps[2:3], epoch)] == ["succeeded"]
 
 
 def test_what_a_replay_may_need_is_kept_until_two_checkpoints_lie_behind_it(engine: Engine, epoch: int) -> None:
