@@ -78,7 +78,8 @@ class BoundRuns:
             if name in self._gives and name not in wanted.places and name not in wanted.stay
         ]
         self._bind_outputs(binding, wanted, coming)
-        self._run(binding, cancel, in_order=wanted.only_arrays and self._transfers is not None)
+        carried = wanted.only_arrays and self._transfers is not None
+        self._run(binding, cancel, in_order=carried, fetched=carried and len(coming) == len(wanted.names))
         values: dict[str, Any] = dict(zip(wanted.names, binding.get_outputs(), strict=True))
         fetched: dict[str, Array] = {}
         if self._transfers is not None:
@@ -128,9 +129,15 @@ class BoundRuns:
             else:
                 binding.bind_output(name, "cpu")
 
-    def _run(self, binding: ort.IOBinding, cancel: Cancel | None, *, in_order: bool) -> None:
-        """The run itself. `in_order` says that only `Transfers` brought tensors, whose stream is the run's own."""
+    def _run(self, binding: ort.IOBinding, cancel: Cancel | None, *, in_order: bool, fetched: bool) -> None:
+        """The run itself.
+
+        `in_order` says that only `Transfers` brought tensors, whose stream is the run's own; `fetched` that it fetches
+        all outputs too, and so waits for the device: ONNX Runtime need not wait before, with the host idle meanwhile.
+        """
         options = ort.RunOptions()
+        if fetched:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if not in_order:
             self._device.synchronize()
             binding.synchronize_inputs()
