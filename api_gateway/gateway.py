@@ -9,6 +9,7 @@ import redis
 from fastapi import Request
 from sqlalchemy import Engine
 
+from api_gateway.rings import Rings
 from api_gateway.submitter import Submitter
 from api_gateway.waiting import Waiters
 from device_operations.settings import Settings
@@ -41,6 +42,7 @@ class Gateway:
     transients: Transients
     waiters: Waiters
     submitter: Submitter
+    rings: Rings
 
     def context(self, caller: Caller) -> Context:
         """What planners need to know of the caller and the world."""
@@ -63,6 +65,7 @@ def build(settings: Settings) -> Gateway:
         transients=Transients(blobs),
         waiters=Waiters(settings.require_redis_url(), engine),
         submitter=Submitter(engine, publisher),
+        rings=Rings(settings.require_database_url()),
     )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
+from api_gateway import passing
 from api_gateway.auth import Known
 from api_gateway.blobs import receive, wanted_hash
 from api_gateway.documents import body_schema
@@ -20,19 +18,19 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import (
     MAX_WAIT_SECONDS,
     json_response,
+    make_plan,
     preferred_wait,
     promise_of,
     read_body,
     submit_job,
     submit_parsed,
 )
-from device_operations.errors import failure, from_job_error
-from device_operations.jobs import Job, Kind
+from device_operations.errors import failure
+from device_operations.jobs import Job, Kind, new_id
 from device_operations.requests.kinds import invalid, parse
 from device_operations.requests.memory import AllocationState, Renew
 from tasks.plans import memory as plans
 from tasks.store import allocations as store
-from tasks.store import blobs as blob_store
 from tasks.store import memory as standing_store
 from tasks.store.connection import Row
 
@@ -217,40 +215,8 @@ async def read_data(
     body: dict[str, Any] = {"allocation_id": allocation_id, "offset": offset}
     if size_bytes is not None:
         body["size_bytes"] = size_bytes
-    wait_seconds = preferred_wait(request) or MAX_WAIT_SECONDS
-    answer = await submit_parsed(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), None, wait_seconds)
-    if answer.status_code != 200:
-        return answer
-    job = orjson.loads(bytes(answer.body))
-    if job["state"] != "succeeded":
-        raise from_job_error(job["error"])
-    told = job["result"]
-    digest = base64.b64encode(bytes.fromhex(told["sha256"])).decode()
-    headers = {
-        "Content-Length": str(told["size_bytes"]),
-        "Digest": f"sha-256={digest}",
-        "Repr-Digest": f"sha-256=:{digest}:",
-        "X-Content-SHA256": told["sha256"],
-        "X-Job-Id": job["job_id"],
-    }
-    passing = _passing(gateway, told["blob_id"], told["size_bytes"])
-    return StreamingResponse(passing, 200, headers, "application/octet-stream")
-
-
-async def _passing(gateway: Gateway, blob_id: str, size_bytes: int) -> AsyncIterator[bytes | memoryview]:
-    """A blob's bytes; the blob is gone once they are sent, or the caller has left."""
-    try:
-        async for block in gateway.blobs.stream(blob_id, 0, size_bytes):
-            yield block
-    finally:
-        # Not awaited: where the caller has left, nothing may be awaited any more.
-        asyncio.get_running_loop().run_in_executor(None, _drop, gateway, blob_id)
-
-
-def _drop(gateway: Gateway, blob_id: str) -> None:
-    with gateway.engine.connect() as connection:
-        if blob_store.delete(connection, blob_id):
-            gateway.blobs.delete(blob_id)
+    made = await make_plan(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), new_id())
+    return await passing.answer(gateway, made, preferred_wait(request) or MAX_WAIT_SECONDS)
 
 
 def view(allocation: Row) -> dict[str, Any]:

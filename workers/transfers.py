@@ -23,11 +23,11 @@ from device_operations.errors import OperationError, failure, from_job_error
 from device_operations.jobs import new_id
 from tasks.blobs import CHUNK_BYTES, BlobWriter
 from tasks.publish import Publisher
+from tasks.ring import SLOTS, Ring, segment_name, sweep
 from tasks.store import blobs as blob_store
 from tasks.store import devices as device_store
 from tasks.store.connection import Row
 from workers import lease
-from workers.ring import SLOTS, Ring, segment_name, sweep
 from workers.work import Progress
 
 log = structlog.get_logger(__name__)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from tasks.ring import SLOT_BYTES, Ring, segment_name, sweep
 from tests.memory.calls import Memory, refused
 from tests.support.stack import RunningStack, eventually
-from workers.ring import SLOT_BYTES, Ring, segment_name, sweep
 
 SHM = Path("/dev/shm")
 

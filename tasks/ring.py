@@ -1,8 +1,8 @@
 """A ring in shared memory: one process puts pieces in, another takes them out, and neither ever waits for the other.
 
-The taker makes the segment, names it after its device and epoch, touches every page of it, and removes the name as soon
+The taker makes the segment, names it after itself and its epoch, touches every page of it, and removes the name as soon
 as the putter is attached: from then on nothing of it outlives the two processes, however they end. What a taker that
-died before that left behind is swept by its device's next epoch.
+died before that left behind is swept by its next epoch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SLOT_BYTES = 2 * 2**20
 
 #: The header: counters of 8 bytes first, then the length of each slot's piece, then an error as JSON.
 _HEADER_BYTES = 4096
-_ATTACHED, _PUT, _TAKEN, _CLOSED, _ERROR = range(5)
+_ATTACHED, _PUT, _TAKEN, _CLOSED, _ERROR, _WITHDRAWN = range(6)
 _LENGTHS = 16
 _ERROR_AT = 1024
 
@@ -67,10 +67,14 @@ class Ring:
 
     @classmethod
     def attach(cls, name: str) -> Ring:
-        """The other end of a ring that is there. Raises `OSError` where it is not, or not on this machine."""
+        """The other end of a ring. Raises `OSError` where it is not there, not on this machine, or withdrawn."""
         with _untracked():
             ring = cls(shared_memory.SharedMemory(name), mine=False)
         ring._words[_ATTACHED] = 1
+        ring._settle()
+        if ring._words[_WITHDRAWN]:
+            ring.close()
+            raise FileNotFoundError(f"the ring {name} was withdrawn")
         return ring
 
     # ---- the putter's end
@@ -101,13 +105,13 @@ class Ring:
 
     # ---- the taker's end
 
-    def piece(self) -> memoryview | None:
-        """The oldest piece, valid until `taken`; None while there is none."""
-        taken = int(self._words[_TAKEN])
-        if self._words[_PUT] <= taken:
+    def piece(self, ahead: int = 0) -> memoryview | None:
+        """The oldest piece, or the one `ahead` of it, valid until `taken`; None while there is none."""
+        number = int(self._words[_TAKEN]) + ahead
+        if self._words[_PUT] <= number:
             return None
         self._settle()
-        return self._slot(taken)[: int(self._words[_LENGTHS + taken % SLOTS])]
+        return self._slot(number)[: int(self._words[_LENGTHS + number % SLOTS])]
 
     def taken(self) -> None:
         """Gives the oldest piece's slot back."""
@@ -118,6 +122,15 @@ class Ring:
     def attached(self) -> bool:
         """Whether the putter is there."""
         return bool(self._words[_ATTACHED])
+
+    def withdraw(self) -> bool:
+        """Takes the ring back: from now on nobody can attach. False where a putter may have done so already.
+
+        Each side writes its own word before it reads the other's, so at least one of the two sees the other.
+        """
+        self._words[_WITHDRAWN] = 1
+        self._settle()
+        return not self.attached
 
     def forget_name(self) -> None:
         """Removes the segment's name: the putter is attached, so nobody needs it any more."""
@@ -161,12 +174,12 @@ class Ring:
 
 
 def segment_name(owner: str, epoch: int, number: int) -> str:
-    """The name of a device's segment under an epoch. `owner` tells this device from any other on the machine."""
+    """The name of a taker's segment under an epoch. `owner` tells this taker from any other on the machine."""
     return f"{_prefix(owner)}{epoch}-{number}"
 
 
 def sweep(owner: str, epoch: int) -> int:
-    """Removes the segments of a device's earlier epochs; gives how many there were. Only Linux can list them."""
+    """Removes the segments of a taker's earlier epochs; gives how many there were. Only Linux can list them."""
     folder = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     if not sys.platform.startswith("linux") or not folder.is_dir():
         return 0
