@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import socket
 import sys
@@ -17,18 +16,12 @@ from tasks.logs import configure
 
 log = structlog.get_logger(__name__)
 
-#: glibc's names for what it keeps: freed bytes at a heap's end, and the size from which a block is mapped by itself.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 16 * 2**20
-_MAPPED_BYTES = 8 * 2**20
-
 
 def main() -> int:
     """Serves until stopped. Exit status 2 for settings that cannot be served with, 3 for a port that is taken."""
     try:
         settings = load()
         configure(settings, "gateway")
-        _keep_freed_memory()
         _require_keys_beyond_loopback(settings)
         app = create_app(settings)
         settings.require_database_url()
@@ -57,23 +50,6 @@ def main() -> int:
         date_header=False,
     )
     return 0
-
-
-def _keep_freed_memory() -> None:
-    """Lets streamed bodies use the same memory again and again.
-
-    As it comes, glibc gives each block of some hundred KiB back to the system once it is freed; the next is then
-    faulted in page by page, which on virtual machines takes several times as long as moving the bytes.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        # Not glibc: other C libraries have ways of their own.
-        return
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-    mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def _require_keys_beyond_loopback(settings: Settings) -> None:

@@ -41,9 +41,10 @@ async def receive(
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise failure("payload_too_large", f"a {what} may have {limit} bytes (BLOBS__MAX_BYTES)")
+    expected = int(announced) if announced.isdigit() else 0
     wanted = wanted_hash(request, sha256)
     try:
-        stored = await gateway.blobs.put_stream(request.stream(), limit, wanted)
+        stored = await gateway.blobs.put_stream(request.stream(), limit, wanted, expected)
     except ClientDisconnect:
         raise failure("malformed_request", "the body was cut off; nothing was stored") from None
     seconds = gateway.settings.blobs.ttl_hours * 3600 if ttl_seconds is None else ttl_seconds

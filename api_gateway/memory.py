@@ -195,7 +195,10 @@ async def write_data(
     # The same bytes again are the same request, whatever blob they came in as.
     promise = promise_of(request, caller, {"sha256": stored.sha256, "size_bytes": stored.size_bytes})
     parsed = parse(Kind.MEMORY_WRITE, body)
-    return await submit_parsed(gateway, caller, Kind.MEMORY_WRITE, parsed, promise, preferred_wait(request))
+    wait_seconds = preferred_wait(request)
+    # Once the bytes are on the device, nobody needs the blob any more.
+    also = {"passing": True}
+    return await submit_parsed(gateway, caller, Kind.MEMORY_WRITE, parsed, promise, wait_seconds, also=also)
 
 
 @router.get("/api/memory/data/{allocation_id}")

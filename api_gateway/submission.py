@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -78,10 +78,12 @@ async def submit_parsed(
     wait_seconds: float,
     *,
     heavy: bool = True,
+    also: Mapping[str, Any] | None = None,
 ) -> Response:
-    """The same for a request that is checked already."""
+    """The same for a request that is checked already. `also` is what the worker is told beside it."""
     job_id = new_id()
     made = await make_plan(gateway, caller, kind, parsed, job_id, heavy=heavy)
+    made.job.request.update(also or {})
     if not wait_seconds:
         rows = await gateway.submitter.submit([made], promise)
         return accepted(rows[0])

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,21 @@ class BlobWriter(ABC):
 
 
 class FileWriter(BlobWriter):
-    """Writes beside, and renames."""
+    """Writes beside, over the file `spare` where there is one, and renames."""
 
     def __init__(
-        self, blob_id: str, sha256: str | None, threads: ThreadPoolExecutor, beside: Path, target: Path
+        self,
+        blob_id: str,
+        sha256: str | None,
+        threads: ThreadPoolExecutor,
+        beside: Path,
+        target: Path,
+        spare: Path | None = None,
     ) -> None:
         super().__init__(blob_id, sha256, threads)
         self._path = beside / f"{blob_id}.{os.getpid()}"
         self._target = target
-        self._file = self._path.open("xb", buffering=0)
+        self._file = _taken(spare, self._path) or self._path.open("xb", buffering=0)
 
     def _store(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
@@ -122,6 +129,8 @@ class FileWriter(BlobWriter):
             rest = rest[self._file.write(rest) or 0 :]
 
     def _complete(self) -> None:
+        # What a file that is written over held beyond is nobody's to read.
+        self._file.truncate(self.size_bytes)
         self._file.close()
         self._target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self._path, self._target)
@@ -129,6 +138,17 @@ class FileWriter(BlobWriter):
     def _discard(self) -> None:
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+
+def _taken(spare: Path | None, path: Path) -> FileIO | None:
+    """A file that nobody needs any more, under a new name; of several who want it, one gets it."""
+    if spare is None:
+        return None
+    try:
+        os.replace(spare, path)
+        return FileIO(path, "r+")
+    except OSError:
+        return None
 
 
 class UploadWriter(BlobWriter):

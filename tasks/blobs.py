@@ -32,6 +32,10 @@ __all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "BlobStore", "BlobWriter", "Stored"]
 #: The folder of a local store in which blobs are written, beside those that are whole.
 _PARTIAL = "partial"
 
+#: The file of a blob that was retired, there, and how much of it is kept.
+_SPARE = "spare"
+SPARE_BYTES = 2**30
+
 
 class BlobStore:
     """Blobs behind one URL: `file:///folder`, `s3://bucket/prefix`, `memory://` (one process only).
@@ -53,16 +57,23 @@ class BlobStore:
 
     # ---- in
 
-    def writer(self, blob_id: str | None = None, *, sha256: str | None = None) -> BlobWriter:
-        """A new blob to be written piece by piece. With `sha256`, the content's known hash, none is computed."""
+    def writer(self, blob_id: str | None = None, *, sha256: str | None = None, expected_bytes: int = 0) -> BlobWriter:
+        """A new blob to be written piece by piece. With `sha256`, the content's known hash, none is computed.
+
+        Where `expected_bytes` are about as many as the last retired blob had, its file is written over.
+        """
         blob_id = blob_id or new_id()
         if self.folder is not None:
-            return FileWriter(blob_id, sha256, self._threads, self.folder / _PARTIAL, self.folder / _key(blob_id))
+            beside = self.folder / _PARTIAL
+            spare = beside / _SPARE if _size(beside / _SPARE) <= 2 * expected_bytes else None
+            return FileWriter(blob_id, sha256, self._threads, beside, self.folder / _key(blob_id), spare)
         return UploadWriter(blob_id, sha256, self._threads, self.objects, _key(blob_id))
 
-    async def put_stream(self, chunks: AsyncIterable[bytes], max_bytes: int, sha256: str | None = None) -> Stored:
+    async def put_stream(
+        self, chunks: AsyncIterable[bytes], max_bytes: int, sha256: str | None = None, expected_bytes: int = 0
+    ) -> Stored:
         """Stores a stream as a new blob. `payload_too_large` over `max_bytes`, `checksum_mismatch` on other content."""
-        writer = self.writer()
+        writer = self.writer(expected_bytes=expected_bytes)
         loop = asyncio.get_running_loop()
         writing: asyncio.Future[None] | None = None
         block: list[bytes] = []
@@ -200,6 +211,24 @@ class BlobStore:
         except FileNotFoundError:
             return
 
+    def retire(self, blob_id: str) -> None:
+        """Deletes a blob whose bytes have only passed through; a folder keeps the file to be written over by the next.
+
+        Writing over pages that are there takes a third of the time that new ones take, and a tenth of what they take
+        on a virtual machine whose host has yet to give it the memory.
+        """
+        path = self.file(blob_id)
+        if self.folder is None or path is None or _size(path) < CHUNK_BYTES:
+            self.delete(blob_id)
+            return
+        try:
+            if _size(path) > SPARE_BYTES:
+                os.truncate(path, SPARE_BYTES)
+            os.replace(path, self.folder / _PARTIAL / _SPARE)
+        except OSError:
+            # Windows does not move a file that somebody has open.
+            self.delete(blob_id)
+
     def file(self, blob_id: str) -> Path | None:
         """The blob's file where the store is a folder of this machine."""
         return self.folder / _key(blob_id) if self.folder is not None else None
@@ -289,6 +318,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _size(path: Path) -> int:
+    """A file's bytes; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _key(blob_id: str) -> str:

@@ -97,6 +97,10 @@ def test_memory_is_written_and_read_through_s3(start_stack: Callable[..., Runnin
     memory.done(memory.write(allocation, data, headers={"X-Content-SHA256": digest}))
     assert memory.read(allocation) == data
     assert memory.read(allocation, offset=10_000_000, size_bytes=99) == data[10_000_000:10_000_099]
+    read = {"kind": "memory.read", "request": {"allocation_id": allocation}}
+    job = memory.done(stack.client.post("/api/jobs", json={"jobs": [read]}).json()["jobs"][0])
+    assert stack.client.get(f"/api/blobs/{job['result']['blob_id']}").content == data
+    stack.client.delete(f"/api/blobs/{job['result']['blob_id']}")
     engine = sqlalchemy.create_engine(dialect_url(stack.database_url))
     with engine.connect() as connection:
         left = connection.exec_driver_sql("SELECT count(*) FROM blobs WHERE expires_at > now() + interval '2 min'")

@@ -128,6 +128,37 @@ def test_what_is_not_finished_leaves_nothing_behind(blobs: BlobStore, size: int)
     eventually(lambda: there(blobs) == before, seconds=10)
 
 
+def test_a_retired_blobs_file_is_written_over_and_nothing_of_it_can_be_read(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path.as_uri())
+    old = blobs.put(b"\xaa" * (2 * CHUNK_BYTES))
+    file = blobs.file(old.blob_id)
+    assert file is not None
+    number = file.stat().st_ino
+    blobs.retire(old.blob_id)
+    assert blobs.size(old.blob_id) is None
+
+    with blobs.writer(expected_bytes=1000) as small:
+        small.write(b"small")
+        first = small.finish()
+    # The expected number of bytes is the caller's word: what comes may be less.
+    with blobs.writer(expected_bytes=2 * CHUNK_BYTES) as one, blobs.writer(expected_bytes=2 * CHUNK_BYTES) as two:
+        one.write(b"\x01" * 5)
+        two.write(b"\x02" * CHUNK_BYTES)
+        stored = [one.finish(), two.finish()]
+    assert bytes(blobs.read(first.blob_id)) == b"small"
+    assert [bytes(blobs.read(blob.blob_id)) for blob in stored] == [b"\x01" * 5, b"\x02" * CHUNK_BYTES]
+    inodes = [path.stat().st_ino for path in (blobs.file(blob.blob_id) for blob in [first, *stored]) if path]
+    assert [inode == number for inode in inodes] == [False, True, False]
+
+
+def test_a_retired_blob_is_gone_where_the_store_is_no_folder(s3_endpoint: str) -> None:
+    blobs = BlobStore(s3_url(s3_endpoint))
+    stored = blobs.put(b"passing")
+    blobs.retire(stored.blob_id)
+    assert blobs.size(stored.blob_id) is None
+    assert list(blobs.objects.list(prefix=f"blobs/{stored.blob_id[-2:]}")) == []
+
+
 def test_a_blob_that_is_gone_is_not_found_however_it_is_read(blobs: BlobStore, tmp_path: Path) -> None:
     blob_id = blobs.put(b"soon gone").blob_id
     blobs.delete(blob_id)

@@ -136,4 +136,4 @@ def test_a_cancelled_clear_stops_between_two_steps_and_the_next_job_goes_on(stac
 
 def files(stack: RunningStack) -> set[Path]:
     folder = stack.folder / "data" / "blobs"
-    return {path for path in folder.rglob("*") if path.is_file()}
+    return {path for path in folder.rglob("*") if path.is_file() and path.name != "spare"}

@@ -68,6 +68,19 @@ def test_a_large_read_passes_through_memory_and_leaves_neither_blob_nor_segment(
     memory.done(memory.deallocate(allocation))
 
 
+def test_what_was_uploaded_leaves_no_blob_once_it_is_on_the_device_and_the_next_is_written_over_it(
+    stack: RunningStack, memory: Memory
+) -> None:
+    spare = stack.folder / "data" / "blobs" / "partial" / "spare"
+    before = files(stack)
+    for data in (NOISE, NOISE[1:], NOISE[: 40 * MIB]):
+        allocation = written(memory, data)
+        eventually(lambda: files(stack) == before, seconds=5)
+        assert spare.stat().st_size == len(data)
+        assert memory.read(allocation) == data
+        memory.done(memory.deallocate(allocation))
+
+
 def test_the_hash_of_what_was_never_hashed_is_told_before_the_bytes(memory: Memory) -> None:
     allocation = memory.made(size_bytes=20 * MIB, fill=7)
     assert memory.allocation(allocation)["sha256"] is None
@@ -139,8 +152,7 @@ def test_a_worker_killed_in_the_middle_cuts_the_bytes_short(start_stack: Callabl
         # While it still has most of the bytes to give.
         stack.kill("cpu_0")
         with pytest.raises(httpx.RemoteProtocolError):
-            for piece in answer.iter_raw():
-                got.append(piece)
+            got.extend(answer.iter_raw())
     whole = b"".join(got)
     assert 0 < len(whole) < len(NOISE) and NOISE.startswith(whole)
     job = job_of(memory, answer)
@@ -221,22 +233,3 @@ def test_a_ring_that_was_withdrawn_is_never_attached_and_one_that_is_attached_ne
     assert not other.withdraw()
     putter.close()
     other.close()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux tells them")
-def test_a_streamed_body_does_not_fault_in_new_memory_for_each_block(stack: RunningStack, memory: Memory) -> None:
-    size = 256 * MIB
-    allocation = memory.made(size_bytes=size)
-    block = bytes(MIB)
-    pid = stack.process("gateway").pid
-
-    def faults() -> int:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
-        return int(text.rpartition(")")[2].split()[7])
-
-    before = faults()
-    body = (block for _ in range(size // MIB))
-    memory.done(memory.write(allocation, body, headers={"Content-Length": str(size)}))  # type: ignore[arg-type]
-    # One for each page of the body is what glibc does by itself.
-    assert faults() - before < size // 4096 // 3
-    memory.done(memory.deallocate(allocation))

@@ -211,6 +211,8 @@ def write(resident: Resident, work: Work) -> Outcome | Steps:
             raise failure("checksum_mismatch", f"what was written has sha256 {told}, not {request['sha256']}")
         if offset == 0 and size == buffer.size_bytes and told:
             resident.hashes[allocation_id] = told
+        if request.get("passing"):
+            resident.aside.submit(resident.blobs.retire, request["blob_id"])
 
     result = {
         "allocation_id": allocation_id,
