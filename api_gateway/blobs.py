@@ -20,6 +20,9 @@ from tasks.store.connection import Row
 
 router = APIRouter(tags=["blobs"])
 
+#: Seconds that bytes on their way through the gateway are kept once nothing uses them any more.
+PASSING_SECONDS = 60.0
+
 
 @router.post("/api/blobs", status_code=201)
 async def upload(request: Request, caller: Known, sha256: str | None = None) -> Response:
@@ -30,24 +33,25 @@ async def upload(request: Request, caller: Known, sha256: str | None = None) -> 
 
 
 async def receive(
-    request: Request, caller: Caller, sha256: str | None = None, *, ttl_seconds: float | None = None, what: str = "blob"
+    request: Request, caller: Caller, sha256: str | None = None, *, passing: bool = False, what: str = "blob"
 ) -> Stored:
     """Streams the body into the store and records the blob; a cut-off body leaves nothing behind.
 
-    The blob expires as any other unless `ttl_seconds` says otherwise. `sha256` is refused where headers name another.
+    With `passing` it is only on its way elsewhere. `sha256` is refused where headers name another.
     """
     gateway = of(request)
     limit = gateway.settings.blobs.max_bytes
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise failure("payload_too_large", f"a {what} may have {limit} bytes (BLOBS__MAX_BYTES)")
-    expected = int(announced) if announced.isdigit() else 0
+    # Only what nobody reads as a blob is written over an old file: after a power cut, that might show instead.
+    expected = int(announced) if passing and announced.isdigit() else 0
     wanted = wanted_hash(request, sha256)
     try:
         stored = await gateway.blobs.put_stream(request.stream(), limit, wanted, expected)
     except ClientDisconnect:
         raise failure("malformed_request", "the body was cut off; nothing was stored") from None
-    seconds = gateway.settings.blobs.ttl_hours * 3600 if ttl_seconds is None else ttl_seconds
+    seconds = PASSING_SECONDS if passing else gateway.settings.blobs.ttl_hours * 3600
 
     def record() -> None:
         told = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}

@@ -36,9 +36,6 @@ from tasks.store.connection import Row
 
 router = APIRouter(tags=["memory"])
 
-#: Seconds that bytes on their way through the gateway are kept once nothing uses them any more.
-PASSING_SECONDS = 60.0
-
 MAX_OFFSET = 2**63 - 1
 
 
@@ -190,7 +187,7 @@ async def write_data(
 
     # Before the body is taken in: what cannot be written need not be sent.
     await run_in_threadpool(check)
-    stored = await receive(request, caller, wanted, ttl_seconds=PASSING_SECONDS, what="body")
+    stored = await receive(request, caller, wanted, passing=True, what="body")
     body = {"allocation_id": allocation_id, "offset": offset, "blob_id": stored.blob_id}
     # The same bytes again are the same request, whatever blob they came in as.
     promise = promise_of(request, caller, {"sha256": stored.sha256, "size_bytes": stored.size_bytes})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import os
+import secrets
 import time
 
 import structlog
@@ -24,16 +23,15 @@ class Rings:
 
     def __init__(self, database_url: str) -> None:
         self._owner = f"{database_url} gateway"
-        self._numbers = itertools.count(os.getpid())
         self._offered: set[Ring] = set()
-        sweep(self._owner, _epoch(FORGOTTEN_SECONDS))
 
     def offer(self) -> Ring | None:
         """A new ring; None where there are enough, or shared memory is not to be had."""
+        sweep(self._owner, _epoch(FORGOTTEN_SECONDS))
         if len(self._offered) >= RINGS:
             return None
         try:
-            ring = Ring.make(segment_name(self._owner, _epoch(), next(self._numbers) % 10_000))
+            ring = Ring.make(segment_name(self._owner, _epoch(), secrets.randbelow(10_000)))
         except OSError as error:
             log.warning("no shared memory for a read; it goes through a blob", error=str(error))
             return None

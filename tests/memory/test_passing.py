@@ -23,7 +23,6 @@ from tasks.plans import plan
 from tasks.ring import Ring, segment_name
 from tests.memory.bench import Bench
 from tests.memory.calls import Memory
-from tests.memory.test_across_devices import segments
 from tests.memory.test_faults import files
 from tests.support.stack import RunningStack, eventually
 
@@ -36,6 +35,12 @@ NOISE = os.urandom(64 * MIB + 12_345)
 @pytest.fixture
 def memory(stack: RunningStack) -> Memory:
     return Memory(stack)
+
+
+def segments(database_url: str) -> set[str]:
+    """What gateways on this database have offered and nobody has taken."""
+    prefix = segment_name(f"{database_url} gateway", 0, 0).removesuffix("0-0")
+    return {path.name for path in Path("/dev/shm").glob(f"{prefix}*")}
 
 
 def written(memory: Memory, data: bytes = NOISE) -> str:
@@ -64,7 +69,7 @@ def test_a_large_read_passes_through_memory_and_leaves_neither_blob_nor_segment(
         result = job_of(memory, answer)["result"]
         assert (result["sha256"], result["size_bytes"]) == (answer.headers["x-content-sha256"], size)
         assert result["blob_id"] is None or result["passed_bytes"] < size
-    eventually(lambda: files(stack) == before and not segments(), seconds=5)
+    eventually(lambda: files(stack) == before and not segments(stack.database_url), seconds=5)
     memory.done(memory.deallocate(allocation))
 
 
@@ -91,7 +96,9 @@ def test_the_hash_of_what_was_never_hashed_is_told_before_the_bytes(memory: Memo
     memory.done(memory.deallocate(allocation))
 
 
-def test_more_readers_at_once_than_there_are_rings_each_get_their_own_bytes(memory: Memory) -> None:
+def test_more_readers_at_once_than_there_are_rings_each_get_their_own_bytes(
+    stack: RunningStack, memory: Memory
+) -> None:
     size = 12 * MIB
     allocations = [written(memory, NOISE[number : number + size]) for number in range(3)]
     wrong: list[int] = []
@@ -108,7 +115,7 @@ def test_more_readers_at_once_than_there_are_rings_each_get_their_own_bytes(memo
     assert not wrong and not any(reader.is_alive() for reader in readers)
     for allocation in allocations:
         memory.done(memory.deallocate(allocation))
-    eventually(lambda: not segments(), seconds=5)
+    eventually(lambda: not segments(stack.database_url), seconds=5)
 
 
 def test_a_slow_reader_holds_neither_the_device_nor_the_allocation_and_gets_what_it_asked_for(
@@ -119,14 +126,15 @@ def test_a_slow_reader_holds_neither_the_device_nor_the_allocation_and_gets_what
     with reading(memory, allocation) as answer:
         pieces = answer.iter_raw(MIB)
         got = [next(pieces)]
-        later = Memory(stack, httpx.Client(base_url=stack.http_url, timeout=60))
-        for job in (later.clear(other, value=1), later.clear(allocation, value=1), later.deallocate(allocation)):
-            later.done(job)
-        assert 0 < job_of(later, answer)["result"]["passed_bytes"] < len(NOISE)
+        with httpx.Client(base_url=stack.http_url, timeout=60) as client:
+            later = Memory(stack, client)
+            for job in (later.clear(other, value=1), later.clear(allocation, value=1), later.deallocate(allocation)):
+                later.done(job)
+            assert 0 < job_of(later, answer)["result"]["passed_bytes"] < len(NOISE)
         got += pieces
     assert b"".join(got) == NOISE
     assert answer.headers["x-content-sha256"] == hashlib.sha256(NOISE).hexdigest()
-    eventually(lambda: files(stack) == before and not segments(), seconds=10)
+    eventually(lambda: files(stack) == before and not segments(stack.database_url), seconds=10)
     memory.done(memory.deallocate(other))
 
 
@@ -138,7 +146,7 @@ def test_a_reader_that_leaves_ends_its_job_and_the_next_one_goes_on(stack: Runni
     memory.done(memory.clear(allocation, offset=5, size_bytes=1, value=1))
     assert job_of(memory, answer)["state"] == "cancelled"
     assert memory.read(allocation, offset=4, size_bytes=3) == b"\x00\x01\x00"
-    eventually(lambda: files(stack) == before and not segments(), seconds=10)
+    eventually(lambda: files(stack) == before and not segments(stack.database_url), seconds=10)
     memory.done(memory.deallocate(allocation))
 
 
@@ -157,7 +165,7 @@ def test_a_worker_killed_in_the_middle_cuts_the_bytes_short(start_stack: Callabl
     assert 0 < len(whole) < len(NOISE) and NOISE.startswith(whole)
     job = job_of(memory, answer)
     assert (job["state"], job["error"]["code"]) in (("failed", "worker_lost"), ("failed", "allocation_lost"))
-    eventually(lambda: not segments(), seconds=5)
+    eventually(lambda: not segments(stack.database_url), seconds=5)
 
 
 def test_a_read_cancelled_in_the_middle_cuts_the_bytes_short(stack: RunningStack, memory: Memory) -> None:
@@ -172,7 +180,9 @@ def test_a_read_cancelled_in_the_middle_cuts_the_bytes_short(stack: RunningStack
     memory.done(memory.deallocate(allocation))
 
 
-def test_a_read_that_nobody_waits_for_any_more_names_a_blob_that_holds_the_bytes(memory: Memory) -> None:
+def test_a_read_that_nobody_waits_for_any_more_names_a_blob_that_holds_the_bytes(
+    stack: RunningStack, memory: Memory
+) -> None:
     allocation = written(memory)
     memory.clear(allocation, offset=0, size_bytes=1, value=1, job={"delay_seconds": 2})
     answer = memory.client.get(f"/api/memory/data/{allocation}", headers={"Prefer": "wait=0.3"})
@@ -184,7 +194,7 @@ def test_a_read_that_nobody_waits_for_any_more_names_a_blob_that_holds_the_bytes
     assert hashlib.sha256(blob).hexdigest() == result["sha256"]
     memory.client.delete(f"/api/blobs/{result['blob_id']}")
     memory.done(memory.deallocate(allocation))
-    eventually(lambda: not segments(), seconds=5)
+    eventually(lambda: not segments(stack.database_url), seconds=5)
 
 
 def test_a_worker_that_cannot_reach_the_ring_writes_a_blob(
@@ -206,20 +216,22 @@ def test_a_worker_that_cannot_reach_the_ring_writes_a_blob(
 def test_a_gateway_offers_few_rings_and_sweeps_what_a_killed_one_left() -> None:
     url = f"postgresql://nowhere/{os.getpid()}"
     rings = Rings(url)
-    offered = [rings.offer() for _ in range(RINGS + 1)]
-    held = [ring for ring in offered if ring is not None]
-    assert len(held) == RINGS and offered[-1] is None
-    rings.take_back(held.pop())
-    again = rings.offer()
-    assert again is not None
     long_ago = int(time.time() - FORGOTTEN_SECONDS) // 60 - 1
     left = Ring.make(segment_name(f"{url} gateway", long_ago, 1))
-    Rings(url)
-    assert not (Path("/dev/shm") / left.name).exists()
-    for ring in [*held, again]:
-        Ring.attach(ring.name).close()
-        rings.take_back(ring)
-    left.close()
+    held = []
+    try:
+        while ring := rings.offer():
+            held.append(ring)
+            assert len(held) <= RINGS
+        assert len(held) == RINGS
+        assert {ring.name for ring in held} == segments(url)
+        rings.take_back(held.pop())
+        held.append(rings.offer())
+        assert held[-1] is not None
+    finally:
+        for one in filter(None, held):
+            rings.take_back(one)
+        left.close()
 
 
 def test_a_ring_that_was_withdrawn_is_never_attached_and_one_that_is_attached_never_withdrawn() -> None:
