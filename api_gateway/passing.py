@@ -16,17 +16,20 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import orjson
+import structlog
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.gateway import Gateway
 from api_gateway.submission import accepted, read_row
-from device_operations.errors import from_job_error
+from device_operations.errors import OperationError, from_job_error
 from tasks.blobs import CHUNK_BYTES
 from tasks.ring import Ring
 from tasks.store import blobs as blob_store
 from tasks.submit import Plan
+
+log = structlog.get_logger(__name__)
 
 #: Pieces whose bytes the server may still have to send once it asks for the next: it waits until nearly all of the
 #: last is out before it takes another, so the one before that is out.
@@ -72,6 +75,7 @@ class Passing(StreamingResponse):
         self._gateway = gateway
         self._ring = ring
         self._ended = ended
+        self._plan = plan
         self._size = plan.job.request["size_bytes"]
         self._held = held
         digest = base64.b64encode(bytes.fromhex(sha256)).decode()
@@ -88,6 +92,9 @@ class Passing(StreamingResponse):
         """Sends everything. Nothing in the clean-up is waited for: the caller may have left."""
         try:
             await super().__call__(scope, receive, send)
+        except OperationError as error:
+            # The head is out. The server cuts off a body that ends short of its length.
+            log.warning("a read broke off", job_id=self._plan.job.id, code=error.code, error=error.message)
         finally:
             await self._held.aclose()
             if self._ended.done():

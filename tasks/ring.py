@@ -37,7 +37,7 @@ _untracked_lock = threading.Lock()
 class Ring:
     """One end of a ring. `make` is the taker's, `attach` the putter's."""
 
-    def __init__(self, segment: shared_memory.SharedMemory, *, mine: bool) -> None:
+    def __init__(self, segment: _Segment, *, mine: bool) -> None:
         self.name = segment.name
         self._segment = segment
         assert segment.buf is not None
@@ -52,11 +52,11 @@ class Ring:
         """A new ring, every page of it held. Raises `OSError` where shared memory is too small, or not to be had."""
         size = _HEADER_BYTES + SLOTS * SLOT_BYTES
         with _untracked():
-            segment = shared_memory.SharedMemory(name, create=True, size=size)
+            segment = _Segment(name, create=True, size=size)
         try:
             if hasattr(os, "posix_fallocate"):
                 # Without it, a full /dev/shm shows only at the first touch, as a SIGBUS.
-                os.posix_fallocate(segment._fd, 0, size)  # type: ignore[attr-defined]
+                os.posix_fallocate(segment._fd, 0, size)
             ring = cls(segment, mine=True)
             np.frombuffer(ring._bytes, np.uint8, size).fill(0)
         except OSError:
@@ -69,7 +69,7 @@ class Ring:
     def attach(cls, name: str) -> Ring:
         """The other end of a ring. Raises `OSError` where it is not there, not on this machine, or withdrawn."""
         with _untracked():
-            ring = cls(shared_memory.SharedMemory(name), mine=False)
+            ring = cls(_Segment(name), mine=False)
         ring._words[_ATTACHED] = 1
         ring._settle()
         if ring._words[_WITHDRAWN]:
@@ -153,11 +153,7 @@ class Ring:
             self._words[_CLOSED] = 1
             self.forget_name()
         del self._words
-        try:
-            self._segment.close()
-        except BufferError:
-            # A view of a slot is still held; the mapping goes with it.
-            return
+        self._segment.close()
 
     def _slot(self, number: int) -> memoryview:
         start = _HEADER_BYTES + number % SLOTS * SLOT_BYTES
@@ -198,7 +194,23 @@ def _prefix(owner: str) -> str:
     return f"{_NAME}-{hashlib.sha256(owner.encode()).hexdigest()[:10]}-"
 
 
-def _unlink(segment: shared_memory.SharedMemory) -> None:
+class _Segment(shared_memory.SharedMemory):
+    """A segment whose views may outlive it."""
+
+    _fd: int
+
+    def close(self) -> None:
+        """Lets it go; where a view of a slot is still held, the mapping goes with the view."""
+        try:
+            super().close()
+        except BufferError:
+            self._mmap = None
+            descriptor, self._fd = self._fd, -1
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _unlink(segment: _Segment) -> None:
     with _untracked():
         try:
             segment.unlink()

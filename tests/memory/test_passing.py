@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from api_gateway.rings import FORGOTTEN_SECONDS, RINGS, Rings
@@ -245,3 +246,23 @@ def test_a_ring_that_was_withdrawn_is_never_attached_and_one_that_is_attached_ne
     assert not other.withdraw()
     putter.close()
     other.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts descriptors")
+def test_a_ring_closed_while_somebody_holds_a_piece_leaves_no_descriptor_and_the_piece_readable() -> None:
+    process = psutil.Process()
+    before = process.num_fds()
+    ring = Ring.make(segment_name("test", 3, os.getpid() % 10_000))
+    putter = Ring.attach(ring.name)
+    room = putter.room()
+    assert room is not None
+    room[:5] = b"bytes"
+    room.release()
+    putter.put(5)
+    piece = ring.piece()
+    ring.close()
+    putter.close()
+    del ring, putter
+    assert piece == b"bytes"
+    del piece
+    assert process.num_fds() == before
