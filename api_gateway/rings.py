@@ -11,8 +11,10 @@ from tasks.ring import Ring, segment_name, sweep
 
 log = structlog.get_logger(__name__)
 
-#: Rings of one gateway at once, each some MiB of memory; further reads go through blobs.
-RINGS = 8
+#: Rings of one gateway at once, and pieces in each: 16 MiB, so that a busy machine need not run both ends at the same
+#: moment. Further reads go through blobs.
+RINGS = 4
+SLOTS = 8
 
 #: Seconds after which nobody waits for a ring's first piece any more: longer than a request waits for its job.
 FORGOTTEN_SECONDS = 600
@@ -31,7 +33,7 @@ class Rings:
         if len(self._offered) >= RINGS:
             return None
         try:
-            ring = Ring.make(segment_name(self._owner, _epoch(), secrets.randbelow(10_000)))
+            ring = Ring.make(segment_name(self._owner, _epoch(), secrets.randbelow(10_000)), SLOTS)
         except OSError as error:
             log.warning("no shared memory for a read; it goes through a blob", error=str(error))
             return None

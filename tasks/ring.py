@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import orjson
 
-#: Pieces in the ring, and the bytes of each: together small enough to stay in the processor's own cache.
+#: Pieces in a ring unless its taker wants more, and the bytes of each: together small enough to stay in the
+#: processor's own cache.
 SLOTS = 4
 SLOT_BYTES = 2 * 2**20
 
 #: The header: counters of 8 bytes first, then the length of each slot's piece, then an error as JSON.
 _HEADER_BYTES = 4096
-_ATTACHED, _PUT, _TAKEN, _CLOSED, _ERROR, _WITHDRAWN = range(6)
+_ATTACHED, _PUT, _TAKEN, _CLOSED, _ERROR, _WITHDRAWN, _SLOTS = range(7)
 _LENGTHS = 16
 _ERROR_AT = 1024
 
@@ -48,9 +49,9 @@ class Ring:
         self._fence = threading.Lock()
 
     @classmethod
-    def make(cls, name: str) -> Ring:
+    def make(cls, name: str, slots: int = SLOTS) -> Ring:
         """A new ring, every page of it held. Raises `OSError` where shared memory is too small, or not to be had."""
-        size = _HEADER_BYTES + SLOTS * SLOT_BYTES
+        size = _HEADER_BYTES + slots * SLOT_BYTES
         with _untracked():
             segment = _Segment(name, create=True, size=size)
         try:
@@ -59,6 +60,7 @@ class Ring:
                 os.posix_fallocate(segment._fd, 0, size)
             ring = cls(segment, mine=True)
             np.frombuffer(ring._bytes, np.uint8, size).fill(0)
+            ring._words[_SLOTS] = slots
         except OSError:
             segment.close()
             _unlink(segment)
@@ -81,13 +83,13 @@ class Ring:
 
     def room(self) -> memoryview | None:
         """The next free slot, to be filled and then `put`; None while all are full."""
-        if self._words[_PUT] - self._words[_TAKEN] >= SLOTS:
+        if self._words[_PUT] - self._words[_TAKEN] >= self._words[_SLOTS]:
             return None
         return self._slot(int(self._words[_PUT]))
 
     def put(self, size_bytes: int) -> None:
         """Hands over the slot that `room` gave, with that many bytes in it."""
-        self._words[_LENGTHS + int(self._words[_PUT]) % SLOTS] = size_bytes
+        self._words[_LENGTHS + int(self._words[_PUT]) % int(self._words[_SLOTS])] = size_bytes
         self._settle()
         self._words[_PUT] += 1
 
@@ -111,7 +113,7 @@ class Ring:
         if self._words[_PUT] <= number:
             return None
         self._settle()
-        return self._slot(number)[: int(self._words[_LENGTHS + number % SLOTS])]
+        return self._slot(number)[: int(self._words[_LENGTHS + number % int(self._words[_SLOTS])])]
 
     def taken(self) -> None:
         """Gives the oldest piece's slot back."""
@@ -156,7 +158,7 @@ class Ring:
         self._segment.close()
 
     def _slot(self, number: int) -> memoryview:
-        start = _HEADER_BYTES + number % SLOTS * SLOT_BYTES
+        start = _HEADER_BYTES + number % int(self._words[_SLOTS]) * SLOT_BYTES
         return self._bytes[start : start + SLOT_BYTES]
 
     def _settle(self) -> None:
