@@ -33,7 +33,7 @@ class Rings:
         if len(self._offered) >= RINGS:
             return None
         try:
-            ring = Ring.make(segment_name(self._owner, _epoch(), secrets.randbelow(10_000)), SLOTS)
+            ring = Ring.make(segment_name(self._owner, _epoch(), secrets.randbelow(10_000)), SLOTS, once=True)
         except OSError as error:
             log.warning("no shared memory for a read; it goes through a blob", error=str(error))
             return None

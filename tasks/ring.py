@@ -49,8 +49,11 @@ class Ring:
         self._fence = threading.Lock()
 
     @classmethod
-    def make(cls, name: str, slots: int = SLOTS) -> Ring:
-        """A new ring, every page of it held. Raises `OSError` where shared memory is too small, or not to be had."""
+    def make(cls, name: str, slots: int = SLOTS, *, once: bool = False) -> Ring:
+        """A new ring, every page of it held. Raises `OSError` where shared memory is too small, or not to be had.
+
+        Its pages are touched beforehand, except where it serves `once`: then that is no sooner done than used.
+        """
         size = _HEADER_BYTES + slots * SLOT_BYTES
         with _untracked():
             segment = _Segment(name, create=True, size=size)
@@ -59,7 +62,8 @@ class Ring:
                 # Without it, a full /dev/shm shows only at the first touch, as a SIGBUS.
                 os.posix_fallocate(segment._fd, 0, size)
             ring = cls(segment, mine=True)
-            np.frombuffer(ring._bytes, np.uint8, size).fill(0)
+            if not (once and hasattr(os, "posix_fallocate")):
+                np.frombuffer(ring._bytes, np.uint8, size).fill(0)
             ring._words[_SLOTS] = slots
         except OSError:
             segment.close()
