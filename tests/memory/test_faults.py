@@ -109,6 +109,26 @@ def test_a_reader_that_leaves_in_the_middle_leaves_no_blob_behind(stack: Running
     memory.done(memory.deallocate(allocation))
 
 
+def test_status_answers_at_once_while_the_device_does_not(stack: RunningStack) -> None:
+    memory = Memory(stack)
+    held = memory.made(size_bytes=4096)
+    worker = psutil.Process(stack.process("cpu_0").pid)
+    worker.suspend()
+    try:
+        clear = memory.clear(held)
+        began = time.monotonic()
+        entry = stack.client.get("/api/memory/status").json()["devices"][0]
+        there = stack.client.get("/api/memory/device/cpu_0", params={"map": True}).json()["map"]
+        assert time.monotonic() - began < 2
+        assert entry["reserved_bytes"] >= 4096
+        assert held in {thing["id"] for thing in there}
+        assert stack.client.get(f"/api/jobs/{clear['job_id']}").json()["state"] not in ("succeeded", "running")
+    finally:
+        worker.resume()
+    memory.done(clear)
+    memory.done(memory.deallocate(held))
+
+
 def test_memory_comes_back_to_the_system_when_it_is_freed(stack: RunningStack) -> None:
     memory = Memory(stack)
     worker = psutil.Process(stack.process("cpu_0").pid)
