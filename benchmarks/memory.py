@@ -43,6 +43,7 @@ BLOCK = np.random.default_rng(1).bytes(1 << 20)
 BARE = """
 import hashlib, sys, uvicorn
 size, block = int(sys.argv[2]), bytes(1 << 20)
+whole = memoryview(b"1" * size)
 async def app(scope, receive, send):
     if scope["type"] != "http":
         return
@@ -55,8 +56,9 @@ async def app(scope, receive, send):
         for _ in range(length >> 20):
             hasher.update(block)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(length).encode())]})
-    for _ in range(length >> 20):
-        await send({"type": "http.response.body", "body": block, "more_body": True})
+    for start in range(0, length, len(block)):
+        sent = whole[start : start + len(block)] if scope["path"] == "/whole" else block
+        await send({"type": "http.response.body", "body": sent, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 uvicorn.run(app, port=int(sys.argv[1]), log_level="error", access_log=False)
 """
@@ -153,6 +155,12 @@ def over_http(stack: RunningStack) -> list[Figure]:
             "bare uvicorn that sends one block again and again", at_least=0.8,
         )  # fmt: skip
 
+        whole = compare(
+            "read over HTTP, hash known", "GB/s",
+            lambda: rate(lambda: get(stack.http_url, path)), lambda: rate(lambda: get(url, "/whole")),
+            "bare uvicorn that sends as many bytes of its memory, each once",
+        )  # fmt: skip
+
         def changed() -> float:
             memory = Memory(stack)
             memory.done(memory.clear(allocation, offset=0, size_bytes=1, value=1))
@@ -166,7 +174,7 @@ def over_http(stack: RunningStack) -> list[Figure]:
             "read over HTTP, hashed first", "GB/s", changed, lambda: rate(lambda: get(url, "/hashed")),
             "bare uvicorn that hashes as many bytes, then sends them",
         )  # fmt: skip
-    return [upload, known, unknown, hashed]
+    return [upload, known, whole, unknown, hashed]
 
 
 def in_bulk(stack: RunningStack) -> Figure:
