@@ -149,8 +149,9 @@ def answer(
 def _elements(tensor: dict[str, Any], transients: Transients) -> Raw:
     if "base64" in tensor:
         return base64.b64decode(tensor["base64"])
-    # Copied, since the file is deleted before the answer is sent.
-    return bytes(transients.read(tensor["transient_id"], tensor["offset"], tensor["size_bytes"]))
+    raw = transients.read(tensor["transient_id"], tensor["offset"], tensor["size_bytes"])
+    # What is mapped is copied, since the file is deleted before the answer is sent.
+    return raw if isinstance(raw.obj, bytes) else bytes(raw)
 
 
 def _given(entry: dict[str, Any], view: memoryview, at: int) -> tuple[str, Given, int]:

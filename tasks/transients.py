@@ -16,13 +16,17 @@ from typing import Any
 
 import obstore
 
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import new_id
 from tasks.blobs import BlobStore
 
 #: Above this many bytes a tensor of a waiting request leaves the job's row: a file costs less than its way through
 #: JSON, a message and two statements.
 TRANSIENT_BYTES = 8_192
+
+
+#: Above this many bytes a range is mapped: below, reading takes half the time of touching fresh pages.
+MAPPED_BYTES = 32 << 20
 
 
 class Transients:
@@ -53,8 +57,10 @@ class Transients:
         return transient_id
 
     def read(self, transient_id: str, offset: int = 0, size_bytes: int | None = None) -> memoryview:
-        """A range of the bytes, mapped from the file where the store is a folder."""
+        """A range of the bytes; mapped from the file where that is large and the store is a folder."""
         try:
+            if self._folder is not None and size_bytes is not None and size_bytes <= MAPPED_BYTES:
+                return self._read(transient_id, offset, size_bytes)
             whole = self._whole(transient_id)
         except FileNotFoundError as error:
             raise failure(
@@ -62,7 +68,7 @@ class Transients:
             ) from error
         end = len(whole) if size_bytes is None else offset + size_bytes
         if end > len(whole):
-            raise failure("input_mismatch", f"{end} bytes are needed, {len(whole)} came with the request")
+            raise _too_few(end, len(whole))
         return whole[offset:end]
 
     def drop(self, transient_ids: Iterable[str]) -> None:
@@ -95,6 +101,15 @@ class Transients:
         self.drop(old)
         return len(old)
 
+    def _read(self, transient_id: str, offset: int, size_bytes: int) -> memoryview:
+        assert self._folder is not None
+        with (self._folder / transient_id).open("rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size_bytes)
+            if len(data) < size_bytes:
+                raise _too_few(offset + size_bytes, offset + len(data))
+        return memoryview(data)
+
     def _whole(self, transient_id: str) -> memoryview:
         if self._folder is None:
             return memoryview(obstore.get(self._objects, _key(transient_id)).bytes())
@@ -102,6 +117,10 @@ class Transients:
             if file.seek(0, 2) == 0:
                 return memoryview(b"")
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _too_few(needed: int, there: int) -> OperationError:
+    return failure("input_mismatch", f"{needed} bytes are needed, {there} came with the request")
 
 
 def _write_whole(file: Any, part: bytes | bytearray | memoryview) -> None:

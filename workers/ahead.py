@@ -3,8 +3,9 @@
     device     run ───────────────▶ end, take ─▶ run
     beside        whole batch? ─▶ claim ──┘
 
-Only whole batches, so that none is claimed before those that would join it have come; and none while what runs may make
-something more urgent eligible. Whatever is more urgent by the time the device is free goes first all the same.
+What came with its requests is read there too. Only whole batches, so that none is claimed before those that would join
+it have come; and none while what runs may make something more urgent eligible. Whatever is more urgent by the time the
+device is free goes first all the same.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ log = structlog.get_logger(__name__)
 class Ahead:
     """The next batch of runs, claimed while another is on the device. `begin`, `end` and `take` are the device's."""
 
-    def __init__(self, lane: Lane, claim: Callable[[list[Entry]], list[Work]], may_claim: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        claim: Callable[[list[Entry]], list[Work]],
+        prepare: Callable[[list[Work]], None],
+        may_claim: Callable[[], bool],
+    ) -> None:
         self._lane = lane
         self._claim = claim
+        self._prepare = prepare
         self._may_claim = may_claim
         self._changed = threading.Condition()
         self._busy = self._looking = self._closed = False
@@ -81,6 +89,7 @@ class Ahead:
             try:
                 entries = self._lane.take_full(Kind.INFERENCE_RUN.value, lambda: self._busy and self._may_claim())
                 works = self._claim(entries) if entries else []
+                self._prepare(works)
             except Exception:
                 # Not claimed is not lost: the records still say that they wait.
                 log.exception("claiming ahead failed")

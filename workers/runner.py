@@ -28,6 +28,7 @@ from workers.ahead import Ahead
 from workers.lane import Entry, Lane
 from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS, Steps
+from workers.operations.inference import read_ahead
 from workers.recorder import Recorder
 from workers.resident import Resident
 from workers.work import Detached, Passed, Progress, Work, named
@@ -72,7 +73,7 @@ class Runner:
         self._inbox: list[Callable[[], None]] = []
         self._stopping = threading.Event()
         self._lost: OperationError | None = None
-        self._ahead = Ahead(lane, self._claim, self._may_begin)
+        self._ahead = Ahead(lane, self._claim, lambda works: read_ahead(resident, works), self._may_begin)
         self._relaxed = Relaxed(engine)
         self.busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)

@@ -24,6 +24,8 @@ class Work:
     request: dict[str, Any]
     cancel: Cancel = field(default_factory=Cancel)
     deadline: float | None = None
+    #: The inputs, where they were read while another job had the device.
+    feeds: dict[str, Any] | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property

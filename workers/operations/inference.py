@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,18 @@ def close_session(resident: Resident, work: Work) -> Outcome:
     session = resident.sessions.pop(session_id, None)
     freed = sum(value.size_bytes for value in session.state.values() if isinstance(value, Kept)) if session else 0
     return work.succeeded({"session_id": session_id, "state_bytes": freed})
+
+
+def read_ahead(resident: Resident, works: Sequence[Work]) -> None:
+    """Reads what came with runs that get the device next, on another thread than the device's.
+
+    What lies on the device, or may fail, is left to the run itself.
+    """
+    for work in works:
+        inputs = work.request["inputs"].values()
+        if all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
+            with suppress(OperationError):
+                work.feeds = _feeds(resident, work)
 
 
 def run(resident: Resident, work: Work) -> Outcome:
@@ -232,6 +244,8 @@ class _Together:
 
 def _feeds(resident: Resident, work: Work) -> Feeds:
     work.cancel.check()
+    if work.feeds is not None:
+        return work.feeds
     return {name: feed(resident, name, tensor) for name, tensor in work.request["inputs"].items()}
 
 
