@@ -27,6 +27,10 @@ from tasks.submit import Plan, Promise, body_hash
 #: The longest that a request may wait for its job, in seconds.
 MAX_WAIT_SECONDS = 60.0
 
+#: Seconds after which what was written without waiting for the disk is there (three times PostgreSQL's
+#: wal_writer_delay, and some more): who waits for less may be given a 202, which is a promise.
+ON_DISK_SECONDS = 1.0
+
 JSON = "application/json"
 
 
@@ -88,7 +92,8 @@ async def submit_parsed(
         rows = await gateway.submitter.submit([made], promise)
         return accepted(rows[0])
     async with gateway.waiters.awaiting(job_id) as ended:
-        rows = await gateway.submitter.submit([made], promise, awaited=promise is None)
+        awaited = promise is None and wait_seconds >= ON_DISK_SECONDS
+        rows = await gateway.submitter.submit([made], promise, awaited=awaited)
         row = rows[0]
         if row["id"] != job_id:
             return await wait_for(gateway, row, wait_seconds)

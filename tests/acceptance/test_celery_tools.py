@@ -87,7 +87,8 @@ def test_celery_inspect_answers_while_jobs_run(stack: RunningStack) -> None:
     body = {"name": "busy", "source": {"path": "busy.onnx"}, "options": {"max_batch_size": 1}}
     assert stack.client.post("/api/inference/load-model", json=body, headers={"Prefer": "wait=30"}).status_code == 200
     run = {"model_name": "busy", "inputs": {"x": graphs.tensor(np.zeros((1, 256, 256), np.float32))}}
-    entries = [{"kind": "inference.run", "request": run}] * 6
+    # More than end while the command line starts three times.
+    entries = [{"kind": "inference.run", "request": run}] * 60
     jobs = stack.client.post("/api/jobs", json={"jobs": entries}).json()["jobs"]
     ids = [job["job_id"] for job in jobs]
     try:
