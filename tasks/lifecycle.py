@@ -69,12 +69,13 @@ def finish(
     """Ends jobs that ran under `epoch`, and everything that falls with them. Gives all rows that ended.
 
     `claimed` are the jobs' rows as they were claimed. A job that is not among the rows had been ended by someone else:
-    its outcome is dropped. Kinds without effects take one statement in autocommit, which for runs goes by `relaxed`.
+    its outcome is dropped. Kinds without effects take one statement in autocommit, by `relaxed` where they leave
+    nothing behind.
     """
     kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
         endings = [outcome.ending() for outcome in outcomes]
-        if relaxed is not None and set(kinds.values()) == {Kind.INFERENCE_RUN}:
+        if relaxed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
             return relaxed.run(lambda connection: store.end_running(connection, endings, epoch, claimed))
         with engine.connect() as connection:
             return store.end_running(connection, endings, epoch, claimed)
@@ -86,6 +87,14 @@ def finish(
         rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
         facts = {outcome.job_id: outcome.facts for outcome in outcomes}
         return rows + settle(connection, rows, facts, epoch)
+
+
+def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
+    """Whether such a job changes nothing but its own record, so that it may be run again whatever came after it.
+
+    A run that needs more than its model writes into an allocation, reads one, or moves a session on.
+    """
+    return len(needs) == 1 and kind in (Kind.INFERENCE_RUN, Kind.TRAINING_VALIDATE)
 
 
 def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:

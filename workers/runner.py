@@ -19,9 +19,8 @@ import structlog
 from sqlalchemy import Engine
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import Kind
 from tasks.database import until_reachable
-from tasks.lifecycle import Outcome
+from tasks.lifecycle import Outcome, leaves_nothing
 from tasks.store import jobs as store
 from tasks.store.connection import Relaxed, Row
 from workers.ahead import Ahead
@@ -212,9 +211,9 @@ class Runner:
         return works
 
     def _claim_rows(self, entries: list[Entry]) -> list[Row]:
-        """The rows of what could be claimed. The claim of a run does not wait for the disk: it may be begun again."""
+        """The rows of what could be claimed. The claim of what may be begun again does not wait for the disk."""
         ids, epoch = [entry.job_id for entry in entries], self._lease.epoch
-        if entries[0].kind == Kind.INFERENCE_RUN:
+        if all(leaves_nothing(entry.kind, entry.needs) for entry in entries):
             return self._relaxed.run(lambda connection: store.claim(connection, ids, self._resident.device_id, epoch))
         with self._engine.connect() as connection:
             return store.claim(connection, ids, self._resident.device_id, epoch)

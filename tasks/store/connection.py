@@ -72,9 +72,9 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
 class Relaxed:
     """A connection of its own, in autocommit, whose commits do not wait for the disk.
 
-    What it writes outlives every process; a crash of the machine may lose the last half second of it. So it is for what
-    may be lost: that a run without a session was begun or is done, since it may be run again; and that a job was
-    submitted of which nobody was told yet.
+    A crash of the machine, or of PostgreSQL itself, may lose the last half second of what it writes. So it is for what
+    may be lost: that a run which leaves nothing behind was begun or is done, since it may be run again; and that a job
+    was submitted of which nobody was told yet.
     """
 
     def __init__(self, engine: Engine) -> None:
