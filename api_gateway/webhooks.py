@@ -21,6 +21,7 @@ from sqlalchemy import Engine
 from device_operations.errors import failure
 from device_operations.settings import Settings
 from tasks.store import jobs as store
+from tasks.store import webhooks as webhook_store
 from tasks.store.connection import Row
 
 log = structlog.get_logger(__name__)
@@ -48,7 +49,7 @@ class Webhooks:
     def deliver_due(self) -> None:
         """Starts the deliveries that are due; each is leased, so that none is started twice at a time."""
         with self._engine.connect() as connection:
-            due = store.due_webhooks(connection, AT_ONCE, LEASE_SECONDS)
+            due = webhook_store.due(connection, AT_ONCE, LEASE_SECONDS)
         for job in due:
             self._threads.submit(self._deliver, job)
 
@@ -68,7 +69,7 @@ class Webhooks:
             retry = None
         try:
             with self._engine.connect() as connection:
-                store.settle_webhook(connection, job["id"], retry)
+                webhook_store.settle(connection, job["id"], retry)
         except Exception:
             # Its lease runs out, and it is delivered once more: at least once is what a webhook promises.
             log.exception("webhook not settled", job_id=job["id"])

@@ -18,6 +18,7 @@ from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
 from tasks.publish import Publisher
 from tasks.store import jobs as store
+from tasks.store import order
 from tasks.store.connection import Row, execute, transaction
 from tasks.store.jobs import NewJob
 
@@ -94,7 +95,7 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
         if earlier is not None:
             return earlier
     resources = {resource for plan in plans for resource in plan.exclusive}
-    last = store.lock_order(connection, resources) if resources else {}
+    last = order.lock_order(connection, resources) if resources else {}
     known = _record_together(connection, plans)
     new = [plan for plan in plans if plan.job.id not in known.answered and plan.job.id not in known.dropped]
     ordered = _with_predecessors(connection, new, last, known.after)
@@ -142,7 +143,7 @@ def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) ->
 
 
 def _keep(connection: Connection, promise: Promise, job_ids: list[str]) -> list[Row] | None:
-    earlier = store.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, job_ids)
+    earlier = order.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, job_ids)
     if earlier is None:
         return None
     if earlier["body_sha256"] != promise.body_sha256:
@@ -184,5 +185,5 @@ def _with_predecessors(
         jobs.append(replace(plan.job, after=sorted(after)))
     used = {resource for plan in plans for resource in plan.exclusive}
     if used:
-        store.set_order(connection, {resource: str(last[resource]) for resource in used})
+        order.set_order(connection, {resource: str(last[resource]) for resource in used})
     return jobs

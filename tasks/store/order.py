@@ -1,0 +1,59 @@
+"""The order of jobs on one resource, and the answers that were promised for idempotency keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from sqlalchemy import Connection
+
+from tasks.store.connection import Row, execute, row, rows
+
+
+def lock_order(connection: Connection, resource_ids: Collection[str]) -> dict[str, str | None]:
+    """Locks the resources in order of id, and gives the last job of each."""
+    found = rows(
+        connection,
+        """
+        INSERT INTO resource_order (resource_id) SELECT resource_id FROM unnest(%(ids)s::text[]) AS resource_id
+        ORDER BY resource_id
+        ON CONFLICT (resource_id) DO UPDATE SET last_job_id = resource_order.last_job_id
+        RETURNING resource_id, last_job_id
+        """,
+        {"ids": sorted(set(resource_ids))},
+    )
+    return {entry["resource_id"]: entry["last_job_id"] for entry in found}
+
+
+def set_order(connection: Connection, last: dict[str, str]) -> None:
+    """Notes the last job of each resource."""
+    execute(
+        connection,
+        """
+        UPDATE resource_order SET last_job_id = new.last_job_id
+        FROM unnest(%(ids)s::text[], %(jobs)s::text[]) AS new (resource_id, last_job_id)
+        WHERE resource_order.resource_id = new.resource_id
+        """,
+        {"ids": list(last), "jobs": list(last.values())},
+    )
+
+
+def remember_key(
+    connection: Connection, owner: str, route: str, key: str, body_sha256: str, job_ids: Sequence[str]
+) -> Row | None:
+    """Keeps the answer for an idempotency key; gives the earlier answer where there is one."""
+    parameters = {"owner": owner, "route": route, "key": key, "sha": body_sha256, "ids": list(job_ids)}
+    inserted = execute(
+        connection,
+        """
+        INSERT INTO idempotency (owner, route, key, body_sha256, job_ids)
+        VALUES (%(owner)s, %(route)s, %(key)s, %(sha)s, %(ids)s) ON CONFLICT DO NOTHING
+        """,
+        parameters,
+    )
+    if inserted:
+        return None
+    return row(
+        connection,
+        "SELECT body_sha256, job_ids FROM idempotency WHERE owner = %(owner)s AND route = %(route)s AND key = %(key)s",
+        parameters,
+    )
