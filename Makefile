@@ -9,7 +9,7 @@ PEERS := .cache/peers-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training up test lint format bench soak test-directml lock peers
+.PHONY: help install demo demo-training up test lint format bench streams soak test-directml lock peers
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
@@ -17,6 +17,7 @@ help:
 	@echo "make up             start everything and stay; Ctrl-C stops it"
 	@echo "make test           linters, types, import rules, all tests"
 	@echo "make bench          each figure beside its yardstick"
+	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults"
 	@echo "make test-directml RIG=folder   the DirectML tests, with Windows' own wheels"
 	@echo "make lint, make format, make lock   the linters alone; reformat; write the lock files anew"
@@ -66,6 +67,10 @@ $(PEERS): requirements/peers.lock
 	@touch $@
 
 peers: $(PEERS)
+
+# What the tests show with one gibibyte, with four; about a minute and a half.
+streams: $(INSTALLED)
+	BLOBS_GIB=4 $(BIN)/python -m pytest tests/blobs/test_routes.py -k gibibyte
 
 soak: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.soak

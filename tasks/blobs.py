@@ -24,6 +24,7 @@ import obstore
 import obstore.store
 
 from device_operations.errors import failure
+from device_operations.folders import sync_folder
 from device_operations.jobs import new_id
 from tasks.blob_writers import BLOCK_BYTES, CHUNK_BYTES, BlobWriter, FileWriter, Stored, UploadWriter
 
@@ -120,7 +121,7 @@ class BlobStore:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.replace(path, target)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
                 return Stored(blob_id, sha256, size)
             except OSError as error:
                 if error.errno != errno.EXDEV:
@@ -307,17 +308,6 @@ def _open(url: str) -> Any:
     if options.pop("allow_http", "") == "true" or options.get("endpoint", "").startswith("http://"):
         options["client_options"] = {"allow_http": True}
     return obstore.store.from_url(urllib.parse.urlunsplit(parts._replace(query="")), **options)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable. A folder cannot be opened on Windows, where os.replace is as durable as it gets."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size(path: Path) -> int:

@@ -37,8 +37,7 @@ class Channel(redis.Channel):
 
     QoS = QoS
 
-    #: Set by the worker: takes a recorded job's message as it came, and whether there is room for more.
-    take: ClassVar[Callable[[dict[str, Any]], None] | None] = None
+    #: Set by the worker: whether there is room for more messages.
     has_room: ClassVar[Callable[[], bool]] = staticmethod(lambda: True)
 
     #: Whether the server has BLMPOP; asked once for each channel.
@@ -82,14 +81,9 @@ class Channel(redis.Channel):
 
     def _hand_out(self, queue: str, key: bytes, items: list[bytes]) -> None:
         """Delivers in order. What a failing delivery leaves over goes back to where it was taken from."""
-        take = type(self).take
         for number, item in enumerate(items):
             try:
-                payload = orjson.loads(item)
-                if take is not None and NOTED in payload["headers"]:
-                    take(payload)
-                else:
-                    self.connection._deliver(payload, queue)
+                self.connection._deliver(orjson.loads(item), queue)
             except BaseException:
                 left = items[number + 1 :]
                 if left:
@@ -102,3 +96,13 @@ class Transport(redis.Transport):
     """The transport that `broker_transport` names."""
 
     Channel = Channel
+
+    #: Set by the worker: takes a recorded job's message as it came.
+    take: ClassVar[Callable[[dict[str, Any]], None] | None] = None
+
+    def _deliver(self, message: dict[str, Any], queue: str) -> None:
+        take = type(self).take
+        if take is not None and NOTED in (message.get("headers") or {}):
+            take(message)
+        else:
+            super()._deliver(message, queue)

@@ -29,15 +29,14 @@ log = structlog.get_logger(__name__)
 class Handle:
     """One message's way back to Celery. Each step is taken at most once, whoever takes it."""
 
-    __slots__ = ("_accepted", "_done", "_request", "_started_at", "headers", "ignore_result")
+    __slots__ = ("_accepted", "_done", "_request", "_started_at", "ignore_result")
 
     def __init__(self, request: Any) -> None:
         self._request = request
         self._accepted = False
         self._done = False
         self._started_at = time.monotonic()
-        self.headers: dict[str, Any] = request.request_dict
-        self.ignore_result = bool(self.headers.get("ignore_result"))
+        self.ignore_result = bool(request.request_dict.get("ignore_result"))
 
     @property
     def job_id(self) -> str:
@@ -112,13 +111,12 @@ class Handle:
 class Note:
     """The same for a recorded job's message, of which Celery knows nothing: it is told by events alone."""
 
-    __slots__ = ("_headers", "_reported", "job_id", "received_at", "started_at")
+    __slots__ = ("_headers", "_reported", "job_id", "started_at")
 
     def __init__(self, headers: dict[str, Any]) -> None:
         self.job_id: str = headers["id"]
         self._headers = headers
         self._reported = False
-        self.received_at = time.time()
         self.started_at: float | None = None
 
     @property

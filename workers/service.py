@@ -134,7 +134,7 @@ class Service:
         self._tell_burial()
         restore_unacked(self.app, self._redis)
         LanePool.intake = self
-        transport.Channel.take = staticmethod(self._intake.receive_recorded)
+        transport.Transport.take = staticmethod(self._intake.receive_recorded)
         transport.Channel.has_room = staticmethod(lambda: self._lane.eligible < PREFETCH)
         Dispatcher.active = staticmethod(lambda: len(self.runner.running()))
         self.app.events.dispatcher_cls = "workers.events:Dispatcher"

@@ -40,15 +40,17 @@ def find_checkpoint(context: Context, checkpoint_id: str) -> Row:
 
 def known_session(context: Context, session_id: str) -> Row:
     """What never changes of a session that is the caller's, mostly without a read: a step costs one less."""
-    found = context.directory.training_session(session_id)
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("session_not_found", f"there is no training session {session_id!r}")
-    return found
+    return _callers(context, context.directory.training_session(session_id), session_id)
 
 
 def session_of(context: Context, session_id: str) -> Row:
     with context.engine.connect() as connection:
         found = store.get(connection, session_id)
+    return _callers(context, found, session_id)
+
+
+def _callers(context: Context, found: Row | None, session_id: str) -> Row:
+    """The session that was found, if it is the caller's."""
     if found is None or not context.may_see(found["owner"]):
         raise failure("session_not_found", f"there is no training session {session_id!r}")
     return found

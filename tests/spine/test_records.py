@@ -13,6 +13,7 @@ from tasks.records import metadata
 from tasks.store import devices, jobs
 from tasks.store.connection import execute, rows, transaction
 from tasks.store.jobs import Ending, NewJob
+from tests.support.records import make_device
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +24,6 @@ def engine(database_url: str) -> Engine:
 def new_job(**more: object) -> NewJob:
     values = {"id": new_id(), "kind": "inference.run", "device_id": "cpu_0", "queue": "device.cpu_0", "request": {}}
     return NewJob(**{**values, "owner": "default", **more})  # type: ignore[arg-type]
-
-
-def make_device(engine: Engine) -> int:
-    facts = {
-        "device_id": "cpu_0", "backend": "cpu", "ordinal": 0, "node": None, "name": "CPU", "vendor": None,
-        "driver": None, "total_bytes": 1, "free_bytes": 1, "capabilities": {}, "providers": [], "host": "h", "pid": 1,
-        "pid_started": 0.0,
-    }  # fmt: skip
-    with engine.connect() as connection:
-        return devices.register(connection, facts, 15)
 
 
 def test_migrations_and_tables_say_the_same(databases: object) -> None:

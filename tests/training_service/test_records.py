@@ -16,6 +16,7 @@ from tasks.store import blobs, checkpoints, devices, jobs
 from tasks.store import training as store
 from tasks.store.connection import execute, row, transaction
 from tasks.store.jobs import NewJob
+from tests.support.records import make_device
 
 STANDING = {
     "step": 1, "loss": 0.5, "gradient_norm": 1.0, "learning_rate": 0.1, "samples_seen": 8, "steps_per_second": 1.0,
@@ -31,14 +32,9 @@ def engine(database_url: str) -> Engine:
 
 @pytest.fixture
 def epoch(engine: Engine) -> int:
-    facts = {
-        "device_id": "cpu_0", "backend": "cpu", "ordinal": 0, "node": None, "name": "CPU", "vendor": None,
-        "driver": None, "total_bytes": 1, "free_bytes": 1, "capabilities": {}, "providers": [], "host": "h", "pid": 1,
-        "pid_started": 0.0,
-    }  # fmt: skip
     with engine.connect() as connection:
         devices.set_budget(connection, "cpu_0", 2**30)
-        return devices.register(connection, facts, 15)
+    return make_device(engine)
 
 
 def make_session(engine: Engine, epoch: int) -> str:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from device_operations.errors import failure
+from device_operations.folders import sync_folder
 from workers.training.definition import check_hash
 
 FORMAT = 1
@@ -113,7 +114,7 @@ def _write_whole(parts: Iterable[memoryview], path: Path) -> WrittenFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         sha256, size = _write_parts(parts, temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         code = "storage_full" if error.errno in _FULL else "storage_unavailable"
         remedy = "free space there" if code == "storage_full" else "check the folder and its permissions"
@@ -163,13 +164,3 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there; os.replace is as durable as it gets
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
