@@ -30,7 +30,7 @@ from workers.operations import BATCHES, OPERATIONS, Steps
 from workers.operations.inference import read_ahead
 from workers.recorder import Recorder
 from workers.resident import Resident
-from workers.work import Detached, Passed, Progress, Work, named
+from workers.work import Detached, Passed, Progress, Work, clear_calls, named
 
 log = structlog.get_logger(__name__)
 
@@ -312,6 +312,9 @@ class Runner:
         )
         if known.code == "internal_error":
             log.error("operation failed", error=known.message, exc_info=error)
+        if known.code == "out_of_memory":
+            clear_calls(error)
+            self._resident.device.trim()
         if known.code == "device_lost":
             self._stopping.set()
             self._lost = known

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,3 +91,15 @@ def named(error: BaseException) -> OperationError:
     if isinstance(error, MemoryError):
         return failure("out_of_memory", f"the worker ran out of memory: {error}")
     return failure("internal_error", f"{type(error).__name__}: {error}", detail={"type": type(error).__name__})
+
+
+def clear_calls(error: BaseException) -> None:
+    """Frees what the calls that an error came through still hold: their tensors, for as long as the error lives.
+
+    torch's error of CUDA's memory outlived its job, and with it all that had filled the device.
+    """
+    told: BaseException | None = error
+    while told is not None:
+        traceback.clear_frames(told.__traceback__)
+        told = told.__cause__ or told.__context__
+    gc.collect()

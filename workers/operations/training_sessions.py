@@ -37,7 +37,7 @@ from workers.operations.training_files import (
 from workers.resident import Resident
 from workers.training.outcomes import StepRecord
 from workers.training.session import Limits, TrainingSession, build_session
-from workers.work import named
+from workers.work import clear_calls, named
 
 log = structlog.get_logger(__name__)
 
@@ -341,6 +341,8 @@ def _unload(resident: Resident, held: Held) -> None:
 def classified(resident: Resident, error: BaseException) -> OperationError:
     """A step's error with its code; raised on where the device is lost."""
     known = named(error) if isinstance(error, (OperationError, MemoryError)) else resident.device.classify(error)
+    if known.code == "out_of_memory":
+        clear_calls(error)
     if known.code == "device_lost":
         raise known from error
     return known
