@@ -4,6 +4,7 @@
     device        copy, fill, and pinned transfers beside plain torch
     stack         gateway, PostgreSQL, Valkey and a worker on gpu_0: allocations, a killed training session, and a
                   4096-wide MLP at 512 waiting jobs beside in-process ONNX Runtime at the batch that was formed
+    faults        memory running out in a run and in a step, and a kernel that takes the context with it
     training      a GPT-2-sized model, 200 steps beside a bare loop over the same module
     two           two workers on two GPUs, where the machine has two: placement, and copies from one to the other
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks import running
 from benchmarks.gpu.device import conformance, device_figures
+from benchmarks.gpu.faults import faults_over_http
 from benchmarks.gpu.inference import inference_over_http
 from benchmarks.gpu.memory import memory_over_http
 from benchmarks.gpu.training import training_figures, training_over_http
@@ -34,8 +36,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("report", type=Path)
     parts: dict[str, Callable[[], list[Figure]]] = {
-        "conformance": conformance, "device": device_figures, "stack": stack_figures, "training": training_figures,
-        "two": two_gpus,
+        "conformance": conformance, "device": device_figures, "stack": stack_figures, "faults": fault_figures,
+        "training": training_figures, "two": two_gpus,
     }  # fmt: skip
     parser.add_argument("--only", nargs="*", default=[], choices=[*parts, []], metavar="PART", help="the parts to run")
     given = parser.parse_args()
@@ -86,6 +88,12 @@ def stack_figures() -> list[Figure]:
             absolute("the worker's device is gpu_0 on cuda", "", float(device["backend"] == "cuda"), at_least=1)
         )
     return figures
+
+
+def fault_figures() -> list[Figure]:
+    """The whole product again, on a GPU that fails it."""
+    with running.servers() as servers, running.stack(servers, "cuda:0", LEASE_SECONDS=10) as stack:
+        return faults_over_http(stack)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.gpu.faults import ROWS, write_gatherer
 from device_operations.errors import OperationError
 from tests.training.sessions import CPU, LIMITS, describe
 from workers.training.definition import Sources
@@ -169,6 +170,20 @@ def test_an_index_outside_a_graphs_embedding_is_refused_before_torch_sees_it(tmp
     with pytest.raises(OperationError, match="11 is none of the embedding's 11 rows") as caught:
         session.perform(Batch({"ids": np.array([[3, 11]])}, np.ones((1, 2, 1), np.float32)), StepOptions(), 1)
     assert caught.value.code == "input_mismatch"
+
+
+def test_an_index_that_the_graph_computes_outside_its_table_is_the_callers_error(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    write_gatherer(path)
+    session = open_model(path)
+    for number, (at, fails) in enumerate(((ROWS, True), (0, False)), 1):
+        batch = Batch({"at": np.array([1, at])}, np.zeros((2, 4), np.float32))
+        if fails:
+            with pytest.raises(OperationError, match="index") as caught:
+                session.perform(batch, StepOptions(), number)
+            assert caught.value.code == "input_mismatch"
+        else:
+            assert session.perform(batch, StepOptions(), number).loss == pytest.approx(0.25)
 
 
 def test_the_loss_is_taken_of_the_output_that_the_request_names(tmp_path: Path) -> None:

@@ -306,6 +306,10 @@ class TrainingSession:
                 self.state.put_back_buffers()
             if is_out_of_memory(error):
                 raise _out_of_memory("the step", error) from error
+            if isinstance(error, IndexError):
+                raise failure(
+                    "input_mismatch", f"the model computed an index outside what it reads: {error}"
+                ) from error
             if is_nondeterministic(error):
                 reason = str(error).split(" does not have", 1)[0]
                 remedy = 'use another layer, or "deterministic": false at the cost of bitwise resume'
