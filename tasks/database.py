@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import select
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import orjson
+import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 import structlog
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 
 from device_operations.errors import failure
 
@@ -42,6 +45,7 @@ def open_engine(url: str, *, pool_size: int = 5, max_overflow: int = 10) -> Engi
         json_deserializer=orjson.loads,
     )
     event.listen(engine, "connect", _on_connect)
+    event.listen(engine, "checkout", refuse_closed)
     return engine
 
 
@@ -54,6 +58,27 @@ def _on_connect(connection: Any, _record: Any) -> None:
     """Makes psycopg2 itself give JSON columns as Python values, and None for NULL."""
     psycopg2.extras.register_default_jsonb(connection, globally=False, loads=orjson.loads)
     psycopg2.extras.register_default_json(connection, globally=False, loads=orjson.loads)
+
+
+def refuse_closed(connection: Any, _record: Any, _proxy: Any) -> None:
+    """Keeps a connection that the server closed while it lay in the pool from being used: a new one takes its place.
+
+    An idle connection has nothing to be read, and a closed one its end: no question to the server is needed.
+    """
+    try:
+        closed = connection.closed or _has_news(connection.fileno())
+    except psycopg2.Error:
+        closed = True
+    if closed:
+        raise DisconnectionError("the server closed this connection")
+
+
+def _has_news(socket: int) -> bool:
+    if sys.platform == "win32":
+        return bool(select.select([socket], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(socket, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _dumps(value: Any) -> str:

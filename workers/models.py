@@ -108,8 +108,7 @@ def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Ro
 
 def bring_back(resident: Resident) -> None:
     """Loads again what the device's last epoch had loaded. A model that does not load any more is failed, and told."""
-    with resident.engine.connect() as connection:
-        rows = store.resident(connection, resident.device_id)
+    rows = resident.read(store.resident, resident.device_id)
     for row in rows:
         try:
             model = open_model(resident, row)
@@ -127,8 +126,7 @@ def bring_back(resident: Resident) -> None:
 def make_room(resident: Resident) -> None:
     """Evicts idle unpinned models until what is reserved fits the budget again."""
     while True:
-        with resident.engine.connect() as connection:
-            device = device_store.get(connection, resident.device_id)
+        device = resident.read(device_store.get, resident.device_id)
         if device is None or device["budget_bytes"] is None or device["reserved_bytes"] <= device["budget_bytes"]:
             return
         if not evict_one(resident):

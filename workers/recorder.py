@@ -207,8 +207,12 @@ class Recorder:
                 ending.append(one)
         if not ending:
             return
-        rows = self._write(ending)
-        self._lane.ended({*(row["id"] for row in rows), *(one.work.job_id for one in ending)})
+        try:
+            rows = self._write(ending)
+        finally:
+            # Whatever became of the record, the device is free for the next job.
+            self._lane.ended({one.work.job_id for one in ending})
+        self._lane.ended({row["id"] for row in rows})
         views = lifecycle.announce(self._publisher, rows)
         handles = {one.work.job_id: one.work.entry.handle for one in ending}
         for row, view in zip(rows, views, strict=True):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from device_operations.settings import Settings
 from tasks.blobs import BlobStore
+from tasks.database import until_reachable
 from tasks.store.connection import Row
 from tasks.transients import Transients
 from workers.batching import Batching
@@ -22,6 +23,9 @@ from workers.devices.onnx_tensors import Feed
 
 if TYPE_CHECKING:
     from workers.transfers import Transfers
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Milliseconds of a run from which on it is worth claiming the next one meanwhile: a claim takes about one.
 LONG_MS = 3.0
@@ -120,6 +124,15 @@ class Resident:
 
     def __post_init__(self) -> None:
         self.transients = Transients(self.blobs)
+
+    def read(self, statement: Callable[Concatenate[Connection, P], T], *given: P.args, **more: P.kwargs) -> T:
+        """What one of the store's statements reads; while the database is away a job waits, and does not fail."""
+
+        def once() -> T:
+            with self.engine.connect() as connection:
+                return statement(connection, *given, **more)
+
+        return until_reachable(once)
 
     def keeps_device_long(self, model_id: str | None) -> bool:
         """Whether a run of the model leaves time to claim the next one."""

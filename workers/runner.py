@@ -307,9 +307,7 @@ class Runner:
 
     def _noted(self, error: BaseException) -> OperationError:
         """The error with its code; the loss of the device also ends this process once its jobs are recorded."""
-        known = (
-            named(error) if isinstance(error, (OperationError, MemoryError)) else self._resident.device.classify(error)
-        )
+        known = named(error, self._resident.device)
         if known.code == "internal_error":
             log.error("operation failed", error=known.message, exc_info=error)
         if known.code == "out_of_memory":

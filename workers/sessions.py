@@ -28,8 +28,7 @@ def session_of(resident: Resident, model: ResidentModel, session_id: str) -> Res
     known = resident.sessions.get(session_id)
     if known is not None:
         return known
-    with resident.engine.connect() as connection:
-        row = store.get_session(connection, session_id)
+    row = resident.read(store.get_session, session_id)
     if row is None:
         raise failure("session_not_found", f"there is no inference session {session_id!r}")
     if row["state"] != "active":

@@ -7,14 +7,19 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
+from tasks.database import is_disconnect
 from tasks.lifecycle import Outcome
 from tasks.store.connection import Row
+from workers.devices.base import tidy
 from workers.devices.onnx_session import Cancel
 from workers.lane import Entry
+
+if TYPE_CHECKING:
+    from workers.devices.base import Device
 
 
 @dataclass(slots=True, eq=False)
@@ -84,12 +89,16 @@ class Passed:
     resource_id: str
 
 
-def named(error: BaseException) -> OperationError:
-    """Any exception as one with a code. What the device layer did not name is an `internal_error`."""
+def named(error: BaseException, device: Device | None = None) -> OperationError:
+    """Any exception as one with a code. What neither `device` nor anybody before it named is an `internal_error`."""
     if isinstance(error, OperationError):
         return error
     if isinstance(error, MemoryError):
         return failure("out_of_memory", f"the worker ran out of memory: {error}")
+    if is_disconnect(error):
+        return failure("database_unavailable", f"PostgreSQL went away while the job needed it: {tidy(error)}")
+    if device is not None:
+        return device.classify(error)
     return failure("internal_error", f"{type(error).__name__}: {error}", detail={"type": type(error).__name__})
 
 

@@ -104,7 +104,10 @@ class Relaxed:
 def transaction(engine: Engine) -> Iterator[Connection]:
     """One transaction on its own connection: committed at the end of the block, rolled back when it raises."""
     with engine.connect() as opened:
-        connection = opened.execution_options(isolation_level="READ COMMITTED")
+        try:
+            connection = opened.execution_options(isolation_level="READ COMMITTED")
+        except psycopg2.Error as error:  # the one thing that SQLAlchemy does not raise as its own
+            raise _as_sqlalchemy(opened, None, "BEGIN", error) from error
         with connection.begin():
             yield connection
 

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import httpx
 import numpy as np
@@ -139,19 +140,52 @@ def test_the_database_away_for_a_moment_costs_no_job(start_stack: Start, servers
     stack = start_stack(LEASE_SECONDS=5)
     load(stack, "tiny")
     epoch = stack.client.get("/api/devices/cpu_0").json()["epoch"]
-    connection = psycopg2.connect(stack.database_url)
-    connection.autocommit = True
     ids = []
     for _ in range(5):
         ids += [stack.client.post("/api/inference/run", json=tiny()).json()["job_id"] for _ in range(10)]
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
+        cut_connections(stack)
         eventually(lambda: stack.client.get("/readyz").status_code == 200)
     assert {job["state"] for job in wait_all(stack.client, ids)} == {"succeeded"}
     assert stack.client.get("/api/devices/cpu_0").json()["epoch"] == epoch
+
+
+def test_connections_cut_under_work_of_every_kind_cost_no_accepted_job(start_stack: Start) -> None:
+    stack = start_stack(LEASE_SECONDS=5)
+    ids: list[str] = []
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        names = itertools.count()
+        with httpx.Client(base_url=stack.http_url, timeout=60, trust_env=False) as client:
+            while not over.is_set():
+                name = f"cut-{number}-{next(names)}"
+                taken = [client.post("/api/memory/allocate", json={"size_bytes": 4096, "allocation_id": name})]
+                taken += [client.put(f"/api/memory/data/{name}", content=bytes(4096))]
+                taken += [client.delete(f"/api/memory/deallocate/{name}")]
+                # A request whose own statement was cut is refused, and says that nothing was recorded.
+                assert {one.status_code for one in taken} <= {202, 404, 503}, [one.text for one in taken]
+                ids.extend(one.json()["job_id"] for one in taken if one.status_code == 202)
+
+    with ThreadPoolExecutor(3) as threads:
+        working = [threads.submit(work, number) for number in range(3)]
+        for _ in range(12):
+            before = len(ids)
+            cut_connections(stack)
+            eventually(lambda before=before: len(ids) > before + 10)
+        over.set()
+        for one in working:
+            one.result()
+    jobs = wait_all(stack.client, ids)
+    assert {job["state"] for job in jobs} == {"succeeded"}, [job["error"] for job in jobs if job["error"]]
+
+
+def cut_connections(stack: RunningStack) -> None:
+    """Ends every connection to the stack's database, whatever it is doing."""
+    with closing(psycopg2.connect(stack.database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
 
 
 def test_from_four_clients_dependent_jobs_keep_their_order_and_the_most_urgent_goes_next(start_stack: Start) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import psycopg2
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from tasks.database import is_disconnect, open_engine
+from tasks.database import is_disconnect, open_engine, refuse_closed
 from tasks.store.connection import row, rows, transaction
 
 
@@ -38,13 +39,11 @@ def test_a_transaction_keeps_all_or_nothing(database_url: str) -> None:
 
 def test_after_a_lost_connection_every_pooled_one_is_made_anew(database_url: str) -> None:
     engine = open_engine(database_url)
+    event.remove(engine, "checkout", refuse_closed)
     first, second = engine.connect(), engine.connect()
     pids = [_pid(connection) for connection in (first, second)]
     second.close()
-    killer = psycopg2.connect(database_url)
-    with killer.cursor() as cursor:
-        cursor.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid", [pids])
-    killer.close()
+    _kill(database_url, pids)
     with pytest.raises(DBAPIError) as lost:
         rows(first, "SELECT 1 AS one")
     assert lost.value.connection_invalidated
@@ -54,6 +53,43 @@ def test_after_a_lost_connection_every_pooled_one_is_made_anew(database_url: str
     with engine.connect() as third:
         assert _pid(third) not in pids
     first.close()
+
+
+def test_a_transaction_on_a_lost_connection_says_so(database_url: str) -> None:
+    engine = open_engine(database_url)
+    event.remove(engine, "checkout", refuse_closed)
+    with engine.connect() as connection:
+        pid = _pid(connection)
+    _kill(database_url, [pid])
+    with pytest.raises(DBAPIError) as lost, transaction(engine) as connection:
+        rows(connection, "SELECT 1 AS one")
+    assert is_disconnect(lost.value)
+    with transaction(engine) as connection:
+        assert rows(connection, "SELECT 1 AS one") == [{"one": 1}]
+
+
+def test_a_connection_that_was_closed_in_the_pool_is_not_handed_out(database_url: str) -> None:
+    engine = open_engine(database_url)
+    several = [engine.connect() for _ in range(3)]
+    pids = [_pid(connection) for connection in several]
+    for connection in several:
+        connection.close()
+    _kill(database_url, pids)
+    again = [engine.connect() for _ in range(3)]
+    living = {_pid(connection) for connection in again}
+    assert not living & set(pids)
+    for connection in again:
+        connection.close()
+    with engine.connect() as connection:
+        assert _pid(connection) in living, "one that lives is kept"
+
+
+def _kill(database_url: str, pids: list[int]) -> None:
+    """Ends servers' ends of connections, and waits until they are gone."""
+    killer = psycopg2.connect(database_url)
+    with killer.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(pid, 5000) FROM unnest(%s) AS pid", [pids])
+    killer.close()
 
 
 def _pid(connection: object) -> int:

@@ -50,8 +50,7 @@ class Took:
 def load_model(resident: Resident, work: Work) -> Outcome:
     """Makes a model resident, unless the same content already is."""
     model_id = work.request["model_id"]
-    with resident.engine.connect() as connection:
-        row = store.get(connection, model_id)
+    row = resident.read(store.get, model_id)
     if row is None:
         raise failure("model_not_found", f"model {model_id} is not recorded; load it again")
     model = resident.models.get(model_id)
@@ -327,7 +326,7 @@ def _failed(work: Work, error: OperationError) -> Outcome:
 
 def _known(resident: Resident, error: Exception) -> OperationError:
     """The error with its code; the loss of the device is everybody's, and raised on."""
-    known = named(error) if isinstance(error, (OperationError, MemoryError)) else resident.device.classify(error)
+    known = named(error, resident.device)
     if known.code == "device_lost":
         raise known from error
     return known
@@ -335,8 +334,7 @@ def _known(resident: Resident, error: Exception) -> OperationError:
 
 def _missing(resident: Resident, model_id: str) -> OperationError:
     """Why the device does not hold a model, as its record tells."""
-    with resident.engine.connect() as connection:
-        row = store.get(connection, model_id)
+    row = resident.read(store.get, model_id)
     if row is not None and row["device_id"] == resident.device_id and row["state"] in ("loading", "loaded", "lost"):
         return failure("model_not_found", f"{resident.device_id} does not hold model {model_id}: it is {row['state']}")
     return no_model(model_id, row)

@@ -72,8 +72,7 @@ def allocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
 
 def _room(resident: Resident) -> int:
     """Bytes of the budget that are not reserved: below 0 where admission counted on room that did not come."""
-    with resident.engine.connect() as connection:
-        device = device_store.get(connection, resident.device_id)
+    device = resident.read(device_store.get, resident.device_id)
     return 0 if device is None else int(device["budget_bytes"] - device["reserved_bytes"])
 
 
@@ -396,8 +395,7 @@ def _held(resident: Resident, allocation_id: str) -> Buffer:
     buffer = resident.allocations.get(allocation_id)
     if buffer is not None:
         return buffer
-    with resident.engine.connect() as connection:
-        there = store.get(connection, allocation_id)
+    there = resident.read(store.get, allocation_id)
     if there is not None and there["state"] == "lost":
         raise failure("allocation_lost", f"allocation {allocation_id} was lost with its worker")
     if there is not None and there["state"] == "failed" and there["error"]:

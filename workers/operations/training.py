@@ -54,8 +54,7 @@ LOOK_SECONDS = 0.02
 def initialize(resident: Resident, work: Work) -> Outcome:
     """Builds the session on the device."""
     session_id = work.request["session_id"]
-    with resident.engine.connect() as connection:
-        row = store.get(connection, session_id)
+    row = resident.read(store.get, session_id)
     if row is None or row["state"] != "initializing":
         raise failure("session_closed", f"training session {session_id} is not to be initialized")
     held = begin(resident, row)
@@ -399,8 +398,7 @@ def _served(resident: Resident, work: Work, file: Path, inputs: dict[str, Any]) 
 
 def _checkpoint_of(resident: Resident, named: dict[str, Any]) -> Held:
     """A session of its own, made from a checkpoint, which is dropped after use."""
-    with resident.engine.connect() as connection:
-        row = store.get(connection, named["session_id"])
+    row = resident.read(store.get, named["session_id"])
     if row is None:
         raise failure("session_not_found", f"session {named['session_id']}, whose checkpoint it is, is forgotten")
     return begin(resident, {**row, "resumed": named, "reserved_bytes": 0})

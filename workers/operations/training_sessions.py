@@ -79,8 +79,7 @@ def begin(resident: Resident, row: Row) -> Held:
     if row["resumed"]:
         resumed = row["resumed"]
         if not resumed["blob_id"]:
-            with resident.engine.connect() as connection:
-                made = checkpoint_store.get(connection, resumed["checkpoint_id"])
+            made = resident.read(checkpoint_store.get, resumed["checkpoint_id"])
             if made is None:
                 raise failure("checkpoint_not_found", f"checkpoint {resumed['checkpoint_id']} was not made")
             resumed = made
@@ -120,7 +119,7 @@ def wake(resident: Resident, row: Row) -> Held:
             _reserve(resident, row)
         held = _restored(resident, row)
     except Exception as error:
-        known = named(error) if isinstance(error, (OperationError, MemoryError)) else resident.device.classify(error)
+        known = named(error, resident.device)
         if known.code not in _PASSING:
             _lose(resident, row, known)
             raise failure("session_lost", f"session {row['session_id']} is lost: {known.message}") from error
@@ -201,8 +200,7 @@ def facts(held: Held, state: str = "ready") -> dict[str, Any]:
 
 def limits(resident: Resident, own_bytes: int) -> Limits:
     """What a session may take: what the device's budget has left, and what is reserved for itself."""
-    with resident.engine.connect() as connection:
-        device = device_store.get(connection, resident.device_id)
+    device = resident.read(device_store.get, resident.device_id)
     free = None
     if device is not None and device["budget_bytes"] is not None:
         free = max(0, device["budget_bytes"] - device["reserved_bytes"]) + own_bytes
@@ -224,8 +222,7 @@ def _built(resident: Resident, row: Row) -> Held:
 def _restored(resident: Resident, row: Row) -> Held:
     """The session at the record's applied sequence: from its furthest whole checkpoint, and the log since."""
     session_id, until = row["session_id"], row["applied_sequence"]
-    with resident.engine.connect() as connection:
-        candidates = checkpoint_store.to_restore(connection, session_id, until)
+    candidates = resident.read(checkpoint_store.to_restore, session_id, until)
     held: Held | None = None
     for checkpoint in candidates:
         try:
@@ -250,8 +247,7 @@ def _restored(resident: Resident, row: Row) -> Held:
 
 def _replay(resident: Resident, held: Held, until: int) -> None:
     session = held.session
-    with resident.engine.connect() as connection:
-        steps = store.log_since(connection, held.session_id, session.sequence, until)
+    steps = resident.read(store.log_since, held.session_id, session.sequence, until)
     wanted = list(range(session.sequence + 1, until + 1))
     if [step["sequence"] for step in steps] != wanted or any(step["request"] is None for step in steps):
         raise failure(
@@ -297,8 +293,7 @@ def _lose(resident: Resident, row: Row, error: OperationError) -> None:
 
 
 def _row(resident: Resident, session_id: str) -> Row:
-    with resident.engine.connect() as connection:
-        row = store.get(connection, session_id)
+    row = resident.read(store.get, session_id)
     if row is None:
         raise failure("session_not_found", f"there is no training session {session_id!r}")
     return row
@@ -340,7 +335,7 @@ def _unload(resident: Resident, held: Held) -> None:
 
 def classified(resident: Resident, error: BaseException) -> OperationError:
     """A step's error with its code; raised on where the device is lost."""
-    known = named(error) if isinstance(error, (OperationError, MemoryError)) else resident.device.classify(error)
+    known = named(error, resident.device)
     if known.code == "out_of_memory":
         clear_calls(error)
     if known.code == "device_lost":
