@@ -11,6 +11,7 @@ import uvicorn
 
 from api_gateway.app import create_app
 from api_gateway.oip_infer import InferLane
+from api_gateway.wire import Protocol
 from device_operations.settings import Settings, SettingsError, load
 from tasks.logs import configure
 
@@ -41,6 +42,7 @@ def main() -> int:
         InferLane(app),
         host=settings.http.host,
         port=settings.http.port,
+        http=Protocol,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
