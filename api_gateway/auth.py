@@ -40,16 +40,24 @@ def refuse_other_sites(request: Request) -> None:
 
     Browsers say where a request comes from; a name that was made to point here shows in `Host`.
     """
-    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-    if not (host == "localhost" or host.endswith(".localhost") or _is_loopback(host)):
-        raise failure("forbidden", f"Host is {host!r}; without API keys only this machine itself is served")
-    origin = request.headers.get("origin")
-    elsewhere = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
-    if elsewhere or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise failure("forbidden", "a page of another site asked for this; set API_KEYS to let other sites in")
+    headers = request.headers
+    refused = _refused(headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site", "none"))
+    if refused:
+        raise failure("forbidden", refused)
 
 
 @lru_cache(1024)
+def _refused(host: str, origin: str | None, fetch_site: str) -> str | None:
+    """Why a request with these headers is refused. Asked once for each client, not for each of its requests."""
+    name = urlsplit(f"//{host}").hostname or ""
+    if not (name == "localhost" or name.endswith(".localhost") or _is_loopback(name)):
+        return f"Host is {name!r}; without API keys only this machine itself is served"
+    elsewhere = origin is not None and urlsplit(origin).netloc != host
+    if elsewhere or fetch_site not in ("none", "same-origin"):
+        return "a page of another site asked for this; set API_KEYS to let other sites in"
+    return None
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -13,12 +13,13 @@ import gzip
 import re
 import zlib
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -68,7 +69,7 @@ class InferLane:
             return
         scope["app"] = self._app
         scope["path_params"] = address.groupdict()
-        request = Request(scope, receive)
+        request = _Request(scope, receive)
         try:
             response = await infer(request)
         except OperationError as error:
@@ -76,6 +77,27 @@ class InferLane:
         except Exception as error:  # noqa: BLE001 - whatever a request fails with is its answer
             response = problems.unexpected(request, error)
         await response(scope, receive, send)
+
+
+class _Request(Request):
+    """A request whose headers are looked up: Starlette's reads all of them for each that is asked for."""
+
+    @cached_property
+    def headers(self) -> Headers:
+        return _Headers(scope=self.scope)
+
+
+class _Headers(Headers):
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope=scope)
+        # Of a header that is given twice the first counts, as in Starlette's.
+        self._first = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self.raw)}
+
+    def __getitem__(self, key: str) -> str:
+        return self._first[key.lower()]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._first.get(key, default)
 
 
 _ADDRESS = re.compile(r"/v2/models/(?P<model_name>[^/]+)(?:/versions/(?P<model_version>[^/]+))?/infer")
@@ -205,16 +227,20 @@ async def _performed(
 ) -> dict[str, Any] | None:
     """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""
     job_id = made.job.id
-    async with gateway.waiters.awaiting(job_id) as ended:
-        await gateway.submitter.submit([made], None, awaited=True)
+    ended = gateway.waiters.expect(job_id)
+    try:
+        await gateway.submitter.submit_awaited(made, ended)
         try:
             text = await _ended(request, ended, patience_seconds)
-        except _ClientLeftError:
-            return None
+        except _GivenUpError as given_up:
+            if given_up.answer is None:
+                return None
+            raise given_up.answer from None
         finally:
-            if not ended.done() or ended.cancelled() or ended.exception() is not None:
-                with suppress(OperationError):
-                    await asyncio.shield(run_in_threadpool(jobs.cancel, gateway, job_id))
+            if not ended.done() or ended.cancelled() or isinstance(ended.exception(), _GivenUpError):
+                await asyncio.shield(_cancel(gateway, job_id))
+    finally:
+        gateway.waiters.forget(job_id, ended)
     job: dict[str, Any] = orjson.loads(text)
     if job["state"] == State.SUCCEEDED:
         return job
@@ -223,8 +249,19 @@ async def _performed(
     raise from_job_error(job["error"])
 
 
-class _ClientLeftError(Exception):
-    """Nobody waits for the answer any more."""
+async def _cancel(gateway: Gateway, job_id: str) -> None:
+    """Cancels a run that nobody waits for, once it is recorded: before, there is nothing to cancel."""
+    with suppress(OperationError):
+        await gateway.submitter.recorded()
+        await run_in_threadpool(jobs.cancel, gateway, job_id)
+
+
+class _GivenUpError(Exception):
+    """Nobody waits for the run's end any more: the client has left, or is given `answer`."""
+
+    def __init__(self, answer: OperationError | None = None) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 async def _ended(request: Request, ended: asyncio.Future[bytes], patience_seconds: float | None) -> bytes:
@@ -232,21 +269,12 @@ async def _ended(request: Request, ended: asyncio.Future[bytes], patience_second
 
     Most runs end so soon that looking out for a client that leaves would cost more than it could save.
     """
-    loop = asyncio.get_running_loop()
+    loop = ended.get_loop()
     watch: list[asyncio.Task[None]] = []
-
-    def give_up(error: Exception) -> None:
-        if not ended.done():
-            ended.set_exception(error)
-
-    async def look_out() -> None:
-        await _left(request)
-        give_up(_ClientLeftError())
-
-    timers = [loop.call_later(UNWATCHED_SECONDS, lambda: watch.append(loop.create_task(look_out())))]
+    timers = [loop.call_later(UNWATCHED_SECONDS, _begin_to_watch, request, ended, watch)]
     if patience_seconds is not None:
         late = failure("timeout", f"the run had not ended after {patience_seconds} s, and was cancelled")
-        timers.append(loop.call_later(patience_seconds, give_up, late))
+        timers.append(loop.call_later(patience_seconds, _give_up, ended, late))
     try:
         return await ended
     finally:
@@ -256,10 +284,20 @@ async def _ended(request: Request, ended: asyncio.Future[bytes], patience_second
             task.cancel()
 
 
-async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
+def _begin_to_watch(request: Request, ended: asyncio.Future[bytes], watch: list[asyncio.Task[None]]) -> None:
+    watch.append(ended.get_loop().create_task(_look_out(request, ended)))
+
+
+async def _look_out(request: Request, ended: asyncio.Future[bytes]) -> None:
+    """Gives up when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         continue
+    _give_up(ended)
+
+
+def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None) -> None:
+    if not ended.done():
+        ended.set_exception(_GivenUpError(answer))
 
 
 # ---- bytes in and out
@@ -272,14 +310,16 @@ async def _body(request: Request, limit: int) -> Raw:
         raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
-    try:
-        async for chunk in request.stream():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
-    except ClientDisconnect:
-        raise failure("malformed_request", "the body was cut off") from None
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise failure("malformed_request", "the body was cut off")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise _too_large(limit)
+        more = message.get("more_body", False)
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):

@@ -27,6 +27,8 @@ DATATYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
+_WIRE_DTYPES = {dtype: np.dtype(dtype).newbyteorder("<") for dtype in FIXED_DTYPES}
+
 Raw = bytes | bytearray | memoryview
 
 
@@ -124,7 +126,6 @@ def answer(
     wanted = asked.outputs or [Wanted(name, asked.binary) for name in told]
     described = []
     parts: list[Raw] = []
-    finite = True
     for output in wanted:
         tensor = told[output.name]
         dtype, shape = tensor["dtype"], tensor["shape"]
@@ -136,13 +137,13 @@ def answer(
         elif dtype == "string":
             entry["data"] = unpack_texts(raw, math.prod(shape), output.name)
         else:
-            array = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"))
-            finite = finite and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
-            entry["data"] = array.tolist()
+            entry["data"] = np.frombuffer(raw, _WIRE_DTYPES[dtype]).tolist()
         described.append(entry)
     header["outputs"] = described
-    # What JSON has no number for is written as Triton writes it: NaN, Infinity.
-    packed = orjson.dumps(header) if finite else json.dumps(header).encode()
+    packed = orjson.dumps(header)
+    if b"null" in packed:
+        # orjson's word for what JSON has no number for, which is written as Triton writes it: NaN, Infinity.
+        packed = json.dumps(header).encode()
     return [packed, *parts], len(packed) if parts else None
 
 

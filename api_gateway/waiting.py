@@ -60,17 +60,26 @@ class Waiters:
     @asynccontextmanager
     async def awaiting(self, job_id: str) -> AsyncIterator[asyncio.Future[bytes]]:
         """A future that is given the ended job as JSON bytes."""
-        key = job_id.encode()
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._awaited.setdefault(key, set()).add(future)
+        future = self.expect(job_id)
         try:
             yield future
         finally:
-            waiting = self._awaited.get(key)
-            if waiting is not None:
-                waiting.discard(future)
-                if not waiting:
-                    del self._awaited[key]
+            self.forget(job_id, future)
+
+    def expect(self, job_id: str) -> asyncio.Future[bytes]:
+        """The same without the context: `forget` ends it."""
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._awaited.setdefault(job_id.encode(), set()).add(future)
+        return future
+
+    def forget(self, job_id: str, future: asyncio.Future[bytes]) -> None:
+        """Nobody waits for `future` any more."""
+        key = job_id.encode()
+        waiting = self._awaited.get(key)
+        if waiting is not None:
+            waiting.discard(future)
+            if not waiting:
+                del self._awaited[key]
 
     @asynccontextmanager
     async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
