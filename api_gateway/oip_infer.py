@@ -40,8 +40,8 @@ from tasks.transients import TRANSIENT_BYTES
 #: JSON above this many bytes is read and written on a thread, so that other requests are not held up.
 ON_THE_LOOP_BYTES = 65_536
 
-#: The same for raw bytes, which are only copied; a thread costs about as much as copying this.
-RAW_ON_THE_LOOP_BYTES = 262_144
+#: The same for raw bytes, which are only copied; going to a thread and back costs about as much as copying this.
+RAW_ON_THE_LOOP_BYTES = 2 << 20
 
 #: Seconds for which nobody looks whether the client is still there.
 UNWATCHED_SECONDS = 0.05
@@ -117,6 +117,7 @@ async def infer(request: Request) -> Response:
     made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
     left_behind = stashed(made.job.request["inputs"])
     told: dict[str, dict[str, Any]] = {}
+    read_by_all = False
     try:
         job = await _performed(request, gateway, made, _patience(asked))
         if job is None:
@@ -126,12 +127,15 @@ async def infer(request: Request) -> Response:
         if asked.request_id is not None:
             header["id"] = asked.request_id
         if _is_quick(asked, told, gateway):
-            return _answered(request, asked, told, gateway, header)
-        return await run_in_threadpool(_answered, request, asked, told, gateway, header)
+            response = _answered(request, asked, told, gateway, header)
+        else:
+            response = await run_in_threadpool(_answered, request, asked, told, gateway, header)
+        read_by_all = True
+        return response
     finally:
         left_behind += stashed(told)
         if left_behind and gateway.transients.is_local:
-            gateway.transients.drop(left_behind)
+            gateway.transients.drop(left_behind, read=read_by_all)
         elif left_behind:
             await run_in_threadpool(gateway.transients.drop, left_behind)
 

@@ -2,15 +2,20 @@
 
 They lie beside the blobs and are none: no row, no hash, no owner but the request that waits. Nobody else can name them,
 since no request may carry a `transient_id`. What a dead gateway left is swept with the age at which blobs expire.
+
+A file that was read is kept under another name, for the next bytes to be written over: to find room for a new file, and
+to give it back, takes a file system several times longer than to take the bytes.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,13 @@ from tasks.blobs import BlobStore
 #: JSON, a message and two statements.
 TRANSIENT_BYTES = 8_192
 
+
+#: Files up to this many bytes are kept to be written over, and so many of each size, counted in powers of two.
+KEPT_BYTES = 4 << 20
+KEPT_OF_A_SIZE = 8
+
+#: Seconds after which a sweep deletes a kept file that nothing was written over.
+KEPT_SECONDS = 60.0
 
 #: Above this many bytes a range is mapped: below, reading takes half the time of touching fresh pages.
 MAPPED_BYTES = 32 << 20
@@ -51,9 +63,10 @@ class Transients:
             obstore.put(self._objects, _key(transient_id), b"".join(parts))
         else:
             # Nobody knows the id before this returns: no need to write beside and rename.
-            with (self._folder / transient_id).open("xb", buffering=0) as file:
+            with self._empty(transient_id, sum(map(len, parts))) as file:
                 for part in parts:
                     _write_whole(file, part)
+                file.truncate()
         return transient_id
 
     def read(self, transient_id: str, offset: int = 0, size_bytes: int | None = None) -> memoryview:
@@ -71,24 +84,30 @@ class Transients:
             raise _too_few(end, len(whole))
         return whole[offset:end]
 
-    def drop(self, transient_ids: Iterable[str]) -> None:
-        """Deletes what is there. Where a reader still has the file open (Windows), the sweep deletes it later."""
+    def drop(self, transient_ids: Iterable[str], *, read: bool = False) -> None:
+        """Deletes what is there. Where a reader still has the file open (Windows), the sweep deletes it later.
+
+        `read` says that whoever was to read them has done so: only then may others be written in their place.
+        """
         for transient_id in transient_ids:
             if self._folder is not None:
+                if read:
+                    self._keep(transient_id)
                 with suppress(FileNotFoundError, PermissionError):
-                    (self._folder / transient_id).unlink()
+                    os.unlink(f"{self._folder}/{transient_id}")
             else:
                 with suppress(FileNotFoundError):
                     obstore.delete(self._objects, _key(transient_id))
 
     def sweep(self, older_than_seconds: float) -> int:
-        """Deletes what is older, and gives how much that was."""
+        """Deletes what is older, and gives how much that was. Kept files go sooner."""
         if self._folder is not None:
-            before = time.time() - older_than_seconds
+            now = time.time()
             old = []
             for file in self._folder.iterdir():
+                allowed = min(KEPT_SECONDS, older_than_seconds) if file.name.startswith("kept-") else older_than_seconds
                 with suppress(FileNotFoundError):
-                    if file.stat().st_mtime < before:
+                    if now - file.stat().st_mtime > allowed:
                         old.append(file.name)
         else:
             oldest = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
@@ -101,10 +120,35 @@ class Transients:
         self.drop(old)
         return len(old)
 
+    def _empty(self, transient_id: str, size_bytes: int) -> FileIO:
+        """A file of that name to write to: one that was kept, or a new one."""
+        path = f"{self._folder}/{transient_id}"
+        if size_bytes <= KEPT_BYTES:
+            for kept in self._places(size_bytes):
+                with suppress(OSError):
+                    os.rename(kept, path)
+                    return FileIO(path, "r+")
+        return FileIO(path, "x")
+
+    def _keep(self, transient_id: str) -> None:
+        """Gives the file another name under which it waits to be written over, where one is free."""
+        path = f"{self._folder}/{transient_id}"
+        with suppress(OSError):
+            size_bytes = os.stat(path).st_size
+            for place in self._places(size_bytes) if size_bytes <= KEPT_BYTES else ():
+                # A link, since a rename would take the place of what is there.
+                with suppress(FileExistsError):
+                    os.link(path, place)
+                    return
+
+    def _places(self, size_bytes: int) -> Iterable[str]:
+        size = size_bytes.bit_length()
+        return (f"{self._folder}/kept-{size}-{number}" for number in range(KEPT_OF_A_SIZE))
+
     def _read(self, transient_id: str, offset: int, size_bytes: int) -> memoryview:
-        assert self._folder is not None
-        with (self._folder / transient_id).open("rb", buffering=0) as file:
-            file.seek(offset)
+        with FileIO(f"{self._folder}/{transient_id}") as file:
+            if offset:
+                file.seek(offset)
             data = file.read(size_bytes)
             if len(data) < size_bytes:
                 raise _too_few(offset + size_bytes, offset + len(data))
