@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,11 +28,42 @@ def connect(url: str) -> redis.Redis:
     )
 
 
+class Line:
+    """A connection for the commands that go with every job: redis-py's way to one takes longer than such a command."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._pool = client.connection_pool
+        self._lock = threading.Lock()
+        self._connection: Any = None
+
+    def send(self, *command: str | bytes) -> Any:
+        """The answer to one command, which is sent once more over a new connection where the old one is broken."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = self._pool.get_connection()
+            try:
+                return self._answer(command)
+            except (redis.ConnectionError, redis.TimeoutError):
+                return self._answer(command)
+
+    def _answer(self, command: Sequence[str | bytes]) -> Any:
+        try:
+            self._connection.send_command(*command)
+            return self._connection.read_response()
+        except redis.ResponseError:
+            raise
+        except BaseException:
+            # Whatever is still to come over it would be taken for the next command's answer.
+            self._connection.disconnect()
+            raise
+
+
 class Publisher:
     """Publishes in pipelines. What fails is logged and left to the workers' own look at the records."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
+        self._line = Line(client)
         self._origin = f"device-operations@{socket.gethostname()}"
 
     def jobs(self, recorded: Sequence[tuple[Row, dict[str, Any]]]) -> bool:
@@ -46,7 +78,7 @@ class Publisher:
                 lists.setdefault(key, []).append(message(job, request, self._origin))
             if len(lists) == 1:
                 (key, messages) = lists.popitem()
-                self._client.lpush(key, *messages)
+                self._line.send("LPUSH", key, *messages)
             else:
                 with self._client.pipeline(transaction=False) as pipe:
                     for key, messages in lists.items():
@@ -62,7 +94,7 @@ class Publisher:
         lines = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
         try:
             for together in _chunks(lines, DONE_BYTES):
-                self._client.publish(DONE_CHANNEL, b"\n".join(together))
+                self._line.send("PUBLISH", DONE_CHANNEL, b"\n".join(together))
         except redis.RedisError as error:
             log.warning("announcing failed; waiters read the records at their next look", error=str(error))
 
