@@ -13,7 +13,6 @@ import gzip
 import re
 import zlib
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
 import orjson
@@ -82,9 +81,13 @@ class InferLane:
 class _Request(Request):
     """A request whose headers are looked up: Starlette's reads all of them for each that is asked for."""
 
-    @cached_property
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        super().__init__(scope, receive)
+        self._looked_up = _Headers(scope)
+
+    @property
     def headers(self) -> Headers:
-        return _Headers(scope=self.scope)
+        return self._looked_up
 
 
 class _Headers(Headers):

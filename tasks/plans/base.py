@@ -68,7 +68,14 @@ def new_job(
     **more: Any,
 ) -> NewJob:
     """The job of a request on a device, with the options that came with it. `queue_full` where too many wait there."""
-    options = request.job
+    stored = request.payload() if payload is None else payload
+    return new_stored_job(context, kind, request.job, job_id, device, stored, **more)
+
+
+def new_stored_job(
+    context: Context, kind: Kind, options: JobOptions, job_id: str, device: Row, payload: dict[str, Any], **more: Any
+) -> NewJob:
+    """The same for a request that is stored as `payload` already."""
     device_id = device["device_id"]
     if options.webhook_url is not None and not options.webhook_url.startswith(("http://", "https://")):
         raise failure("validation_failed", "job.webhook_url is an http or https address")
@@ -86,7 +93,7 @@ def new_job(
         kind=kind.value,
         device_id=device_id,
         queue=device_queue(device_id),
-        request=request.payload() if payload is None else payload,
+        request=payload,
         owner=owner_of(context, options),
         priority=options.priority,
         state=(State.SCHEDULED if options.delay_seconds else State.QUEUED).value,

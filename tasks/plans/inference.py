@@ -10,10 +10,10 @@ from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
-from device_operations.requests.base import JobOptions, JobRequest
+from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from tasks.plans.admission import reserve
-from tasks.plans.base import Context, new_job, owner_of, place, store_tensors
+from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, store_tensors
 from tasks.plans.memory import forget_hashes
 from tasks.plans.models import content_of
 from tasks.plans.residents import (
@@ -125,8 +125,8 @@ def plan_stored_run(
     needs = [model["model_id"], *allocations]
     if session:
         needs.append(session["session_id"])
-    job = new_job(
-        context, Kind.INFERENCE_RUN, JobRequest.model_construct(job=options), job_id, device, payload=payload,
+    job = new_stored_job(
+        context, Kind.INFERENCE_RUN, options, job_id, device, payload,
         resource_type="inference_session", resource_id=session["session_id"] if session else job_id,
         needs=needs, blob_ids=blob_ids or [],
         after=[model["load_job_id"]] if model["state"] == "loading" else [],
