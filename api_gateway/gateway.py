@@ -55,15 +55,16 @@ def build(settings: Settings) -> Gateway:
     client = connect(settings.require_redis_url())
     publisher = Publisher(client)
     blobs = BlobStore(str(settings.blobs.url))
+    directory = Directory(engine, settings)
     return Gateway(
         settings=settings,
         engine=engine,
         redis=client,
         publisher=publisher,
-        directory=Directory(engine, settings),
+        directory=directory,
         blobs=blobs,
         transients=Transients(blobs),
-        waiters=Waiters(settings.require_redis_url(), engine),
+        waiters=Waiters(settings.require_redis_url(), engine, directory.expire),
         submitter=Submitter(engine, publisher),
         rings=Rings(settings.require_database_url()),
     )

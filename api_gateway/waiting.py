@@ -1,5 +1,7 @@
 """Waiting for jobs: one Redis subscription for the whole process wakes every request that waits.
 
+The same announcements tell when models were loaded or unloaded, by whichever gateway.
+
 First register, then read the record: an end between the two is not missed. After a broken connection, and every
 `LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement costs seconds, not for ever.
 """
@@ -7,7 +9,8 @@ First register, then read the record: an end between the two is not missed. Afte
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -29,15 +32,20 @@ LOOK_SECONDS = 2.0
 
 _DONE = DONE_CHANNEL.encode()
 
+#: How the announcement of a load or an unload begins; reading each announced job as JSON would cost more than the rest.
+_CHANGES_MODEL = re.compile(rb'\{"job_id":"[^"]*","kind":"inference\.(?:un)?load_model"')
+
 
 class Waiters:
     """Everybody in this process who waits for a job or follows one."""
 
-    def __init__(self, redis_url: str, engine: Engine) -> None:
+    def __init__(self, redis_url: str, engine: Engine, on_models_changed: Callable[[], None]) -> None:
         self._client = redis.asyncio.Redis.from_url(
             redis_url, socket_keepalive=True, socket_connect_timeout=5, health_check_interval=30
         )
         self._engine = engine
+        #: Called when a model was loaded or unloaded, before whoever waited for that hears of it.
+        self._on_models_changed = on_models_changed
         self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
         self._awaited: dict[bytes, set[asyncio.Future[bytes]]] = {}
         self._followers: dict[bytes, set[asyncio.Queue[dict[str, Any]]]] = {}
@@ -104,6 +112,7 @@ class Waiters:
         while True:
             try:
                 await self._pubsub.subscribe(_DONE, *self._followers)
+                self._on_models_changed()  # what was announced meanwhile nobody heard
                 await self._read_awaited()
                 wait_seconds = 0.05
                 while True:
@@ -121,6 +130,8 @@ class Waiters:
         if channel == _DONE:
             for line in data.split(b"\n"):
                 job_id, _, text = line.partition(b" ")
+                if _CHANGES_MODEL.match(text):
+                    self._on_models_changed()
                 for future in self._awaited.get(job_id, ()):
                     if not future.done():
                         future.set_result(text)

@@ -100,6 +100,9 @@ class Kind(StrEnum):
         return f"device_operations.{self.value}"
 
 
+#: Kinds after whose end a model is, or is not, on its device.
+CHANGES_MODELS = (Kind.INFERENCE_LOAD_MODEL.value, Kind.INFERENCE_UNLOAD_MODEL.value)
+
 #: The prefix of every Celery task's name.
 TASK_PREFIX = "device_operations."
 

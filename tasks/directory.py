@@ -1,6 +1,7 @@
 """What gateways and workers know of devices and models without asking each time: a snapshot, at most a second old.
 
-Placing a job reads it instead of the database. What it says may be past: the worker that takes the job checks again,
+It is read anew as soon as a load or an unload is known to have ended: a name may stand for another model since. Placing
+a job reads the snapshot instead of the database. What it says may be past: the worker that takes the job checks again,
 and the record is what counts.
 """
 
@@ -67,14 +68,22 @@ class Directory:
         self._settings = settings
         self._lock = threading.Lock()
         self._snapshot = Snapshot()
+        self._changed_at = float("-inf")
         self._training_sessions: OrderedDict[str, Row] = OrderedDict()
 
     def snapshot(self, max_age_seconds: float = MAX_AGE_SECONDS) -> Snapshot:
         """The snapshot, read anew where it is older than `max_age_seconds`."""
         current = self._snapshot
-        if time.monotonic() - current.read_at <= max_age_seconds:
+        if self._counts(current, max_age_seconds):
             return current
         return self.refresh()
+
+    def expire(self) -> None:
+        """Something was loaded or unloaded: no snapshot whose read began before now counts any more."""
+        self._changed_at = time.monotonic()
+
+    def _counts(self, snapshot: Snapshot, max_age_seconds: float) -> bool:
+        return snapshot.read_at > self._changed_at and time.monotonic() - snapshot.read_at <= max_age_seconds
 
     def training_session(self, session_id: str) -> Row | None:
         """What never changes of a training session: its id, owner and device. None where there is none."""
@@ -93,7 +102,7 @@ class Directory:
 
     def is_fresh(self) -> bool:
         """Whether the snapshot can be used without a read."""
-        return time.monotonic() - self._snapshot.read_at <= MAX_AGE_SECONDS
+        return self._counts(self._snapshot, MAX_AGE_SECONDS)
 
     def refresh(self) -> Snapshot:
         """Reads the snapshot anew. Callers that wait for the lock meanwhile share one read, begun after they asked."""

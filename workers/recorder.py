@@ -18,7 +18,7 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from device_operations.errors import failure, from_job_error
-from device_operations.jobs import State
+from device_operations.jobs import CHANGES_MODELS, State
 from tasks import lifecycle
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
@@ -69,6 +69,8 @@ class Recorder:
         self._uses = Uses()
         self._uses_written_at = time.monotonic()
         self._stopping = threading.Event()
+        #: Called once the end of a load or unload is recorded, before anybody hears of it.
+        self.on_models_changed: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._record_until_stopped, name="recorder", daemon=True)
 
     def start(self) -> None:
@@ -209,6 +211,8 @@ class Recorder:
             return
         try:
             rows = self._write(ending)
+            if any(row["kind"] in CHANGES_MODELS for row in rows):
+                self.on_models_changed()
         finally:
             # Whatever became of the record, the device is free for the next job.
             self._lane.ended({one.work.job_id for one in ending})

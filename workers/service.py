@@ -99,9 +99,9 @@ class Service:
         self.resident = Resident(self.device_id, epoch, device, self._engine, settings, blobs)
         self.resident.extend_lease = self._lease.extended
         self._recorder = Recorder(self._engine, self._publisher, self._lane, self.device_id, epoch, self.app)
-        context = Context(
-            self._engine, settings, Directory(self._engine, settings), blobs, "default", device_id=self.device_id
-        )
+        directory = Directory(self._engine, settings)
+        self._recorder.on_models_changed = directory.expire
+        context = Context(self._engine, settings, directory, blobs, "default", device_id=self.device_id)
         self._intake = Intake(
             self._lane, self._recorder, self.resident, context, self._engine, self._publisher, self._redis,
             lambda: self._lease.draining or not self._lease.safe,

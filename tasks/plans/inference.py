@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.errors import failure
-from device_operations.jobs import Kind, new_id
+from device_operations.jobs import CHANGES_MODELS, Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from tasks.plans.admission import reserve
@@ -33,9 +33,6 @@ from tasks.submit import Plan
 #: The types of model that can be loaded. Each has its loader in `workers.loaders`, and pipelines enter there too.
 MODEL_TYPES = ("onnx",)
 
-#: Jobs after which a model is, or is not, on its device.
-_CHANGES_MODEL = (Kind.INFERENCE_LOAD_MODEL.value, Kind.INFERENCE_UNLOAD_MODEL.value)
-
 
 def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
     """Loads a model; the same content on the same device gives the model that is there."""
@@ -53,7 +50,7 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         there = model_store.same_content(connection, device_id, key)
         if there is not None:
             # A load under way is shared, and an unload under way is waited for.
-            after = job_store.open_ids_needing(connection, there["model_id"], _CHANGES_MODEL)
+            after = job_store.open_ids_needing(connection, there["model_id"], CHANGES_MODELS)
     model_id = there["model_id"] if there else new_id()
     blob_ids = request.blob_ids()
     job = new_job(
