@@ -109,7 +109,7 @@ async def make_plan(
 ) -> Plan:
     """Plans on the event loop where that reads no database and moves no bytes, else on a thread."""
     context = gateway.context(caller)
-    light = kind is Kind.INFERENCE_RUN and not heavy and _touches_nothing(parsed) and gateway.directory.is_fresh()
+    light = not heavy and gateway.directory.is_fresh() and _touches_nothing(gateway, kind, parsed)
     try:
         return (
             plan(context, kind, parsed, job_id)
@@ -177,13 +177,19 @@ def preferred_wait(request: Request) -> float:
     return min(float(found.group(1)), MAX_WAIT_SECONDS) if found else 0.0
 
 
-def _touches_nothing(parsed: Any) -> bool:
-    """Whether a run names only what the directory knows: no session, no allocation, no blob, nothing to store."""
-    return (
-        parsed.session_id is None
-        and not parsed.into
-        and all(t.blob_id is None and t.allocation_id is None for t in parsed.inputs.values())
-    )
+def _touches_nothing(gateway: Gateway, kind: Kind, parsed: Any) -> bool:
+    """Whether a job names only what the directory knows: no allocation, no blob, nothing to store.
+
+    An inference session is read; a training session that was named before is known.
+    """
+    if kind is Kind.INFERENCE_RUN:
+        known, tensors = parsed.session_id is None and not parsed.into, parsed.inputs
+    elif kind is Kind.TRAINING_VALIDATE or (kind is Kind.TRAINING_STEP and parsed.mode == "train"):
+        known, tensors = gateway.directory.knows_training(parsed.session_id), parsed.tensors()
+        known = known and bool(tensors)  # a dataset's file is none of them
+    else:
+        return False
+    return known and all(tensor.blob_id is None and tensor.allocation_id is None for tensor in tensors.values())
 
 
 def _location(row: Row) -> dict[str, str]:

@@ -93,12 +93,21 @@ class Directory:
                 found = training_store.get(connection, session_id)
             if found is None:
                 return None
-            known = {name: found[name] for name in ("session_id", "owner", "device_id")}
-            with self._lock:
-                while len(self._training_sessions) >= REMEMBERED_SESSIONS:
-                    self._training_sessions.popitem(last=False)
-                self._training_sessions[session_id] = known
+            known = self.remember_training(found)
         return known
+
+    def remember_training(self, session: Row) -> Row:
+        """Notes a training session that was read, or is about to be recorded: nobody names it before it is."""
+        known = {name: session[name] for name in ("session_id", "owner", "device_id")}
+        with self._lock:
+            while len(self._training_sessions) >= REMEMBERED_SESSIONS:
+                self._training_sessions.popitem(last=False)
+            self._training_sessions[session["session_id"]] = known
+        return known
+
+    def knows_training(self, session_id: str | None) -> bool:
+        """Whether `training_session` gives that one without a read."""
+        return session_id in self._training_sessions
 
     def is_fresh(self) -> bool:
         """Whether the snapshot can be used without a read."""

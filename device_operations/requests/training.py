@@ -278,8 +278,12 @@ class Validate(JobRequest):
             raise ValueError("give exactly one of session_id and checkpoint_id")
         return self
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the request names, by `inputs.<name>` and `targets`."""
+        return {f"inputs.{name}": tensor for name, tensor in self.inputs.items()} | {"targets": self.targets}
+
     def blob_ids(self) -> list[str]:
-        return [tensor.blob_id for tensor in [*self.inputs.values(), self.targets] if tensor.blob_id]
+        return [tensor.blob_id for tensor in self.tensors().values() if tensor.blob_id]
 
 
 class EndSession(JobRequest):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import Connection
+
 from device_operations.errors import failure
 from tasks.plans.base import Context
 from tasks.store import checkpoints as checkpoint_store
@@ -17,6 +19,15 @@ def find_session(context: Context, session_id: str) -> Row:
     if found["state"] not in store.OPEN:
         raise failure(*gone(found))
     return found
+
+
+def check_open(connection: Connection, session_id: str) -> None:
+    """Raises what became of the session where it is not open any more, in the transaction that records a job on it."""
+    found = store.standing(connection, session_id)
+    if found is None:
+        raise failure("session_not_found", f"there is no training session {session_id!r}")
+    if found["state"] not in store.OPEN:
+        raise failure(*gone(found))
 
 
 def gone(session: Row) -> tuple[str, str]:

@@ -7,6 +7,7 @@ the transaction that records it, and needs its predecessor's number, which falls
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -30,7 +31,7 @@ from tasks.plans.base import Context, check_blobs, new_job, owner_of, place, sto
 from tasks.plans.memory import Range, check_allocations
 from tasks.plans.models import file_hash, model_file
 from tasks.plans.parameters import count_parameters
-from tasks.plans.trained import device_of, find_session, gone, known_session, resumed_from, session_of
+from tasks.plans.trained import check_open, device_of, find_session, gone, known_session, resumed_from, session_of
 from tasks.store import blobs as blob_store
 from tasks.store import jobs as job_store
 from tasks.store import training as store
@@ -73,6 +74,7 @@ def plan_initialize(context: Context, request: Initialize, job_id: str) -> Plan:
         "resumed": resumed, "blob_ids": blob_ids, "init_job_id": job_id, "sequence": sequence, "step": step,
         "reserved_bytes": estimate, "lease_seconds": request.lease_seconds,
     }  # fmt: skip
+    context.directory.remember_training(makes)
     return Plan(job, exclusive=(session_id,), together=record_sessions, makes=makes)
 
 
@@ -162,14 +164,17 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
     after: list[str] = []
     exclusive: tuple[str, ...] = ()
     more: dict[str, Any] = {}
+    record = None
     if request.session_id is not None:
-        session = find_session(context, request.session_id)
+        # Whether it is open is looked at where the job is recorded.
+        session = known_session(context, request.session_id)
         exclusive = (session["session_id"],)
+        record = partial(check_open, session_id=session["session_id"])
     else:
         resumed, _, _ = resumed_from(context, str(request.checkpoint_id))
         session = session_of(context, resumed["session_id"])
         more, after = {"checkpoint": resumed}, [] if resumed["blob_id"] else [resumed["job_id"]]
-    named = {f"inputs.{name}": tensor for name, tensor in request.inputs.items()} | {"targets": request.targets}
+    named = request.tensors()
     allocations, staged = _find_allocations(context, named, session["device_id"])
     tensors, blob_ids = store_tensors(context, named, owner)
     told = {name: _told(tensor, staged.get(name)) for name, tensor in tensors.items()}
@@ -187,7 +192,7 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
         # A checkpoint does without its session.
         needs=[*exclusive, *allocations] or [f"{session['session_id']}#checkpoint"], blob_ids=blob_ids, after=after,
     )  # fmt: skip
-    return Plan(job, exclusive=(*exclusive, *allocations))
+    return Plan(job, exclusive=(*exclusive, *allocations), record=record)
 
 
 def plan_end(context: Context, request: EndSession, job_id: str) -> Plan:

@@ -131,8 +131,10 @@ def request_of(connection: Connection, job_id: str) -> dict[str, Any] | None:
 
 def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
     """The state of each of `job_ids` that exists."""
-    found = rows(connection, "SELECT id, state FROM jobs WHERE id = ANY(%(ids)s)", {"ids": list(job_ids)})
-    return {job["id"]: job["state"] for job in found}
+    return {job["id"]: job["state"] for job in _STATES.rows(connection, {"ids": list(job_ids)})}
+
+
+_STATES = Prepared("states_of_jobs", "SELECT id, state FROM jobs WHERE id = ANY(%(ids)s)", {"ids": "text[]"})
 
 
 def queue_position(connection: Connection, job: Row) -> int | None:

@@ -6,35 +6,42 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection
 
-from tasks.store.connection import Row, execute, row, rows
+from tasks.store.connection import Prepared, Row, execute, row
 
 
 def lock_order(connection: Connection, resource_ids: Collection[str]) -> dict[str, str | None]:
     """Locks the resources in order of id, and gives the last job of each."""
-    found = rows(
-        connection,
-        """
-        INSERT INTO resource_order (resource_id) SELECT resource_id FROM unnest(%(ids)s::text[]) AS resource_id
+    found = _LOCK.rows(connection, {"ids": sorted(set(resource_ids))})
+    return {entry["resource_id"]: entry["last_job_id"] for entry in found}
+
+
+_LOCK = Prepared(
+    "lock_order",
+    """
+        INSERT INTO resource_order (resource_id) SELECT resource_id FROM unnest(%(ids)s) AS resource_id
         ORDER BY resource_id
         ON CONFLICT (resource_id) DO UPDATE SET last_job_id = resource_order.last_job_id
         RETURNING resource_id, last_job_id
-        """,
-        {"ids": sorted(set(resource_ids))},
-    )
-    return {entry["resource_id"]: entry["last_job_id"] for entry in found}
+    """,
+    {"ids": "text[]"},
+)
 
 
 def set_order(connection: Connection, last: dict[str, str]) -> None:
     """Notes the last job of each resource."""
-    execute(
-        connection,
-        """
+    _SET.rows(connection, {"ids": list(last), "jobs": list(last.values())})
+
+
+_SET = Prepared(
+    "set_order",
+    """
         UPDATE resource_order SET last_job_id = new.last_job_id
-        FROM unnest(%(ids)s::text[], %(jobs)s::text[]) AS new (resource_id, last_job_id)
+        FROM unnest(%(ids)s, %(jobs)s) AS new (resource_id, last_job_id)
         WHERE resource_order.resource_id = new.resource_id
-        """,
-        {"ids": list(last), "jobs": list(last.values())},
-    )
+        RETURNING resource_order.resource_id
+    """,
+    {"ids": "text[]", "jobs": "text[]"},
+)
 
 
 def remember_key(

@@ -39,6 +39,19 @@ def get(connection: Connection, session_id: str) -> Row | None:
     return row(connection, "SELECT * FROM training_sessions WHERE session_id = %(id)s", {"id": session_id})
 
 
+def standing(connection: Connection, session_id: str) -> Row | None:
+    """Where a session stands: its state, what ended it, and the number of the last step applied."""
+    found = _STANDS.rows(connection, {"id": session_id})
+    return found[0] if found else None
+
+
+_STANDS = Prepared(
+    "training_standing",
+    "SELECT session_id, state, error, applied_sequence FROM training_sessions WHERE session_id = %(id)s",
+    {"id": "text"},
+)
+
+
 def lock(connection: Connection, session_id: str) -> Row | None:
     """One session, its row locked until the transaction ends."""
     return row(connection, "SELECT * FROM training_sessions WHERE session_id = %(id)s FOR UPDATE", {"id": session_id})
@@ -204,15 +217,19 @@ def advance(connection: Connection, session_id: str, epoch: int, standing: dict[
 
 def touch(connection: Connection, session_id: str) -> None:
     """The session was used: its lease counts from now."""
-    execute(
-        connection,
-        f"""
+    _TOUCH.rows(connection, {"id": session_id})
+
+
+_TOUCH = Prepared(
+    "touch_training",
+    f"""
         UPDATE training_sessions SET last_used_at = clock_timestamp(),
             lease_expires_at = clock_timestamp() + make_interval(secs => lease_seconds)
         WHERE session_id = %(id)s AND {OPEN_SESSION_SQL}
-        """,
-        {"id": session_id},
-    )
+        RETURNING session_id
+    """,
+    {"id": "text"},
+)
 
 
 def history(connection: Connection, session_id: str, limit: int) -> list[Row]:
