@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -108,6 +109,10 @@ class Resident:
     models: dict[str, ResidentModel] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    #: What training sessions have learned of their networks, by structure (`workers.training.definition.Learned`).
+    networks: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    #: What the device's thread does, one at a time, while no job is in its lane: nothing that keeps the next one long.
+    spare: deque[Callable[[], None]] = field(default_factory=deque)
     #: Pinned host memory in which a batch is gathered, by the input's name, where the device has such.
     pinned: dict[str, memoryview] = field(default_factory=dict)
     #: Whether the process is to end once it is idle, because its backend gives memory back in no other way.
@@ -121,9 +126,11 @@ class Resident:
     #: Keeps the device ours for so many seconds more while no other thread of this process can run.
     extend_lease: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext()
     transients: Transients = field(init=False)
+    _load_holds_interpreter: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.transients = Transients(self.blobs)
+        self._load_holds_interpreter = bool(self.device.describe().capabilities.get("load_holds_interpreter"))
 
     def read(self, statement: Callable[Concatenate[Connection, P], T], *given: P.args, **more: P.kwargs) -> T:
         """What one of the store's statements reads; while the database is away a job waits, and does not fail."""
@@ -141,7 +148,7 @@ class Resident:
 
     def loading(self, size_bytes: int) -> AbstractContextManager[None]:
         """What a model of so many bytes is loaded inside: the lease outlasts it where nobody can renew it meanwhile."""
-        if not self.device.describe().capabilities.get("load_holds_interpreter"):
+        if not self._load_holds_interpreter:
             return nullcontext()
         return self.extend_lease(min(LONGEST_LOAD_SECONDS, LOAD_SECONDS + size_bytes / LOAD_BYTES_PER_SECOND))
 

@@ -136,7 +136,11 @@ class Runner:
             elif self._paused:
                 self._go_on()
             elif self._lease.safe and not self._lease.draining:
-                self._begin(self._lane.take(timeout_seconds=0 if serving else 0.5))
+                idle = bool(self._resident.spare) and not len(self._lane)
+                entries = self._lane.take(timeout_seconds=0 if serving or idle else 0.5)
+                if idle and not entries:
+                    self._guarded(self._resident.spare.popleft())
+                self._begin(entries)
             elif not serving:
                 time.sleep(0.05)
 

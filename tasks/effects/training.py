@@ -126,12 +126,6 @@ def ended(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | 
     return over(connection, job["needs"][0], "ended", SESSION_CLOSED)
 
 
-def validated(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """A `training.validate` ended: the session was used."""
-    store.touch(connection, job["needs"][0])
-    return []
-
-
 def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
     """A worker died: its sessions are brought back by the next epoch, and their jobs wait for that."""
     return store.lose(connection, device_id, epoch)
@@ -147,7 +141,6 @@ EFFECTS = {
     Kind.TRAINING_INITIALIZE.value: initialized,
     Kind.TRAINING_STEP.value: stepped,
     Kind.TRAINING_CHECKPOINT.value: checkpointed,
-    Kind.TRAINING_VALIDATE.value: validated,
     Kind.TRAINING_END_SESSION.value: ended,
 }
 

@@ -137,6 +137,20 @@ def test_a_location_hidden_in_a_subgraph_is_found(tmp_path: Path) -> None:
         inspect(path)
 
 
+def test_bytes_load_as_their_file_does_and_refer_to_no_other(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = device.open_model(graphs.build(*_doubling()))
+    assert model.run({"x": np.full((2, 3), 5, np.float32)})["y"].sum() == 30  # type: ignore[union-attr]
+    model.close()
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OperationError, match="not a file inside"):
+        device.open_model(graphs.external("w.bin"))
+    with pytest.raises(OperationError, match="is not an ONNX model"):
+        device.open_model(b"nonsense")
+
+
 def test_a_file_says_its_operator_sets_and_symbols(save: Save) -> None:
     about = inspect(save(graphs.linear()))
     assert about.opsets == {"": 17}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 from device_operations.errors import OperationError
-from tests.training.sessions import batch, digest, start, train
-from workers.training.definition import Sources
-from workers.training.export import export_onnx, onnx_bytes
+from device_operations.requests.training import LayersModel
+from tests.training.sessions import CPU, LIMITS, batch, describe, digest, start, train
+from workers.training.definition import Networks, Sources, define
+from workers.training.export import export_ahead, export_onnx, onnx_bytes
 from workers.training.outcomes import StepOptions
 from workers.training.ports import Batch
-from workers.training.session import Limits
+from workers.training.session import Limits, TrainingSession, build_session
+from workers.training.shapes import ShapeTrial
 from workers.training.validation import compare
 
 
@@ -167,3 +170,95 @@ def test_an_export_for_other_shapes_is_traced_anew() -> None:
         assert served_by(content, inputs)["output"] == pytest.approx(
             session.outputs(inputs)["output"].numpy(), abs=1e-6
         )
+
+
+def exported_ahead(session: TrainingSession) -> None:
+    export_ahead(session.definition, {"input": ("float32", [1, 6, 6])})
+
+
+#: These two start alike, and the exporter would merge them; later they differ.
+ALIKE = [*CLASSIFIER[:3], *[{"type": "layer_norm", "normalized_shape": 64}] * 2, CLASSIFIER[3]]
+
+
+@pytest.mark.parametrize("layers", [CLASSIFIER, ALIKE], ids=["plain", "alike at first"])
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4, "targets": ["fc"]}], ids=["whole", "adapters"])
+def test_a_graph_exported_ahead_takes_any_weights_without_the_exporter(
+    layers: list[dict], lora: dict | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {} if lora is None else {"lora": lora}
+    session = start(model={"kind": "layers", "layers": layers}, **more)
+    exported_ahead(session)
+
+    def refuse(*given: object, **named: object) -> None:
+        raise AssertionError("the exporter ran")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    for number in (1, 2, 3):
+        one = pictures(number)
+        content = onnx_bytes(session.definition, session.spec, session.snapshot(model_only=True), one.inputs)
+        onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+        served = served_by(content, dict(one.inputs))
+        assert compare(session, one.inputs, one.targets, served).largest_difference < 1e-5
+        session.perform(one, StepOptions(), number)
+
+
+def test_what_the_exporter_changes_weights_in_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = [CLASSIFIER[0], {"type": "batch_norm2d", "num_features": 4}, *CLASSIFIER[1:]]
+    session = start(model={"kind": "layers", "layers": folded})
+    exported_ahead(session)
+    assert list(session.definition.learned.graphs.values()) == [None]
+    for number in (1, 2):
+        one = pictures(number)
+        session.perform(one, StepOptions(), number)
+        served = served_by(onnx_bytes(session.definition, session.spec, session.snapshot()), dict(one.inputs))
+        assert compare(session, one.inputs, one.targets, served).largest_difference < 1e-4
+    # And it is known by now, so that nobody tries again ahead.
+    monkeypatch.setattr(torch.onnx, "export", lambda *given, **named: pytest.fail("the exporter ran"))
+    exported_ahead(session)
+
+
+def test_exporting_ahead_changes_nothing_of_a_session_or_of_the_process() -> None:
+    alone, other = start(), start()
+    for number in (1, 2, 3, 4):
+        state = torch.get_rng_state()
+        export_ahead(alone.definition, {"input": ("float32", [6])})
+        alone.definition.learned.graphs.clear()
+        assert torch.equal(torch.get_rng_state(), state)
+        train(alone, 1, first=number)
+        train(other, 1, first=number)
+    assert digest(alone) == digest(other)
+
+
+def test_a_large_network_is_not_exported_ahead() -> None:
+    wide = [{"type": "linear", "in_features": 40_000, "out_features": 40_000}]  # 6.4 GB, of which none is taken
+    definition = define(LayersModel.model_validate({"kind": "layers", "layers": wide}), Sources(), trust_programs=False)
+    export_ahead(definition, {"input": ("float32", [40_000])})
+    deep = [{"type": "linear", "in_features": 2, "out_features": 2}] * 60
+    deeper = define(LayersModel.model_validate({"kind": "layers", "layers": deep}), Sources(), trust_programs=False)
+    export_ahead(deeper, {"input": ("float32", [2])})
+    assert not definition.learned.graphs
+    assert not deeper.learned.graphs
+
+
+def test_sessions_of_one_network_learn_from_each_other_and_the_oldest_networks_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    networks: Networks = OrderedDict()
+    spec = describe()
+    first = build_session(spec, Sources(), CPU, LIMITS, networks)
+    train(first, 1)
+    attempt = ShapeTrial._try
+    tried: list[object] = []
+    monkeypatch.setattr(ShapeTrial, "_try", lambda *given: tried.append(given) or attempt(*given))
+    second = build_session(spec, Sources(), CPU, LIMITS, networks)
+    assert second.definition.learned is first.definition.learned
+    train(second, 1)
+    assert not tried
+    assert digest(second) == digest(first)
+    stranger = build_session(describe(model={"kind": "layers", "layers": CLASSIFIER}), Sources(), CPU, LIMITS, networks)
+    assert stranger.definition.learned is not first.definition.learned
+    for width in range(1, 70):
+        layers = [{"type": "linear", "in_features": width, "out_features": 4}]
+        build_session(describe(model={"kind": "layers", "layers": layers}), Sources(), CPU, LIMITS, networks)
+    assert len(networks) == 64
+    assert first.definition.structure not in networks

@@ -192,11 +192,13 @@ class Device(ABC):
         """torch's operators that this process has asked of the device and torch has run on the CPU instead."""
         return ()
 
-    def open_model(self, path: Path, options: ModelOptions | None = None, cancel: Cancel | None = None) -> OnnxModel:
-        """Loads an ONNX model on this device. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
+    def open_model(
+        self, source: Path | bytes, options: ModelOptions | None = None, cancel: Cancel | None = None
+    ) -> OnnxModel:
+        """Loads an ONNX file, or the bytes of one. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
         from workers.devices.onnx import OnnxModel
 
-        return OnnxModel(self, Path(path), options or ModelOptions(), cancel)
+        return OnnxModel(self, source, options or ModelOptions(), cancel)
 
     def tensor_view(self, buffer: Buffer, dtype: str, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
         """A torch tensor over the bytes where they lie; a copy only where `offset` is not aligned to the dtype."""
@@ -274,6 +276,11 @@ class Device(ABC):
         """How ONNX Runtime is to drive this device."""
 
     # ---- what a backend may replace
+
+    def held_bytes(self) -> int | None:
+        """What this process holds on the device; where only the whole device's use is known, that."""
+        reading = self.memory()
+        return reading.used_bytes if reading.process_bytes is None else reading.process_bytes
 
     def torch_device(self) -> torch.device:
         """The torch device of this device; loads torch."""

@@ -64,8 +64,11 @@ class CpuDevice(Device):
             total_bytes=total,
             free_bytes=free,
             used_bytes=total - free,
-            process_bytes=psutil.Process().memory_info().rss,
+            process_bytes=self.held_bytes(),
         )
+
+    def held_bytes(self) -> int:
+        return int(self._process.memory_info().rss)
 
     def provider(self) -> Provider:
         return Provider("CPUExecutionProvider", binding="cpu")
@@ -114,6 +117,10 @@ class CpuDevice(Device):
     def _released(self, freed_bytes: int) -> None:
         if freed_bytes in _TRIM_BYTES:
             self.trim()
+
+    @cached_property
+    def _process(self) -> psutil.Process:
+        return psutil.Process()
 
     @cached_property
     def _processor(self) -> tuple[str, str | None]:

@@ -40,31 +40,43 @@ if TYPE_CHECKING:
 __all__ = ["Cancel", "Kept", "OnnxModel", "TensorSpec", "resolve_provider"]
 
 
+#: Models whose memory is worth handing back to the system: of a smaller one, whatever comes next takes it again.
+TRIM_BYTES = 1 << 20
+
+
 class OnnxModel:
     """One model on one device. Runs are made from one thread at a time; `Cancel.trip` comes from any."""
 
-    def __init__(self, device: Device, path: Path, options: ModelOptions, cancel: Cancel | None = None) -> None:
-        """Loads `path`. Raises `model_invalid`, `out_of_memory`, `device_unavailable`, `device_lost`, `cancelled`."""
+    def __init__(
+        self, device: Device, source: Path | bytes, options: ModelOptions, cancel: Cancel | None = None
+    ) -> None:
+        """Loads a file, or the bytes of one that refers to no other.
+
+        Raises `model_invalid`, `out_of_memory`, `device_unavailable`, `device_lost`, `cancelled`.
+        """
         self.device = device
         self._provider = device.provider()
         self.provider = self._provider.name
         resolve_provider(self.provider)
-        about = inspect(path, options.root)
-        settings = session_settings(options, self._provider, about.symbols, path)
-        held = _held(device)
+        name = source.name if isinstance(source, Path) else "the model"
+        about = inspect(source, options.root)
+        settings = session_settings(options, self._provider, about.symbols, name)
+        held = device.held_bytes()
         started = time.perf_counter()
-        self._session: ort.InferenceSession | None = load_session(device, path, settings, self._provider, cancel)
+        self._session: ort.InferenceSession | None = load_session(
+            device, source, name, settings, self._provider, cancel
+        )
         #: Milliseconds that loading took.
         self.load_ms = (time.perf_counter() - started) * 1e3
         #: Bytes that the process holds more on the device since the load, as measured; None where it cannot be told.
-        self.memory_bytes = _grown(held, _held(device))
+        self.memory_bytes = _grown(held, device.held_bytes())
         #: Bytes of the model's files, external data included.
         self.file_bytes = about.size_bytes
         #: Bytes that the last run moved through the host for the sake of buffers.
         self.staged_bytes = 0
         self.cpu_fallback_ops = cpu_fallbacks(self._session, self.provider)
-        self.inputs = tensor_specs(self._session.get_inputs(), path, "input")
-        self.outputs = tensor_specs(self._session.get_outputs(), path, "output")
+        self.inputs = tensor_specs(self._session.get_inputs(), name, "input")
+        self.outputs = tensor_specs(self._session.get_outputs(), name, "output")
         self._input_specs = {spec.name: spec for spec in self.inputs}
         self._output_specs = {spec.name: spec for spec in self.outputs}
         self._output_names = [spec.name for spec in self.outputs]
@@ -122,13 +134,14 @@ class OnnxModel:
 
     def close(self) -> int | None:
         """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
-        held = _held(self.device)
+        held = self.device.held_bytes()
         self._session = None
         if self._bound is not None:
             self._bound.close()
             self._bound = None
-        self.device.trim()
-        return _grown(_held(self.device), held)
+        if self.file_bytes >= TRIM_BYTES:
+            self.device.trim()
+        return _grown(self.device.held_bytes(), held)
 
     # ---- the ways to run
 
@@ -274,12 +287,6 @@ class OnnxModel:
         if named.code == "internal_error" and text.startswith("Error in execution"):
             return failure("run_failed", f"ONNX Runtime failed on {self.device}: {text}")
         return named
-
-
-def _held(device: Device) -> int | None:
-    """What this process holds on the device; where only the whole device's use is known, that."""
-    reading = device.memory()
-    return reading.used_bytes if reading.process_bytes is None else reading.process_bytes
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

@@ -33,6 +33,10 @@ _EXTERNAL_DATA = 13  # of TensorProto
 _DEEPEST = 100
 
 
+#: A file's bytes, where they lie.
+Content = mmap.mmap | bytes
+
+
 @dataclass(slots=True)
 class OnnxFile:
     """The opsets by domain, the names of symbolic input dimensions, the external files, and all bytes on disk."""
@@ -44,43 +48,52 @@ class OnnxFile:
     size_bytes: int = 0
 
 
-def inspect(path: Path, root: Path | None = None) -> OnnxFile:
-    """Reads `path`. Raises `model_invalid` where it is no ONNX model or refers to data outside `root` (its folder)."""
+def inspect(source: Path | bytes, root: Path | None = None) -> OnnxFile:
+    """Reads a file, or the bytes of one, which has no folder to refer to.
+
+    Raises `model_invalid` where it is no ONNX model or refers to data outside `root` (the file's folder).
+    """
+    if isinstance(source, bytes):
+        return _read(source, "the model", None, None)
     try:
-        size = path.stat().st_size
+        size = source.stat().st_size
     except OSError as error:
-        raise failure("model_invalid", f"{path.name} cannot be read: {error.strerror}.") from error
-    if not path.is_file():
-        raise failure("model_invalid", f"{path.name} is not a file.")
+        raise failure("model_invalid", f"{source.name} cannot be read: {error.strerror}.") from error
+    if not source.is_file():
+        raise failure("model_invalid", f"{source.name} is not a file.")
     if size == 0:
-        raise failure("model_invalid", f"{path.name} is empty (0 bytes).")
-    found = OnnxFile(size_bytes=size)
+        raise failure("model_invalid", f"{source.name} is empty (0 bytes).")
+    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _read(content, source.name, source.parent, root)
+
+
+def _read(content: Content, name: str, folder: Path | None, root: Path | None) -> OnnxFile:
+    found = OnnxFile(size_bytes=len(content))
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _walk(content, (0, size), "model", found, 0)
+        _walk(content, (0, len(content)), "model", found, 0)
     except _MalformedError as error:
-        raise failure("model_invalid", f"{path.name} is not an ONNX model: {error}.") from error
+        raise failure("model_invalid", f"{name} is not an ONNX model: {error}.") from error
     if not found.opsets:
-        raise failure("model_invalid", f"{path.name} is not an ONNX model: it names no operator set.")
+        raise failure("model_invalid", f"{name} is not an ONNX model: it names no operator set.")
     for location, needed in found.locations.items():
-        held = _external(path, location, root or path.parent).stat().st_size
+        held = _external(name, folder, location, root or folder).stat().st_size
         if held < needed:
-            raise failure("model_invalid", f"{path.name} needs {needed} bytes of {location}, which has {held}.")
+            raise failure("model_invalid", f"{name} needs {needed} bytes of {location}, which has {held}.")
         found.size_bytes += held
     return found
 
 
-def _external(path: Path, location: str, root: Path) -> Path:
+def _external(name: str, folder: Path | None, location: str, root: Path | None) -> Path:
     """The external file that `location` names. Raises `model_invalid` where it is missing or outside `root`."""
     refused = failure(
         "model_invalid",
-        f"{path.name} keeps weights in {location!r}, which is not a file inside the model's folder. "
+        f"{name} keeps weights in {location!r}, which is not a file inside the model's folder. "
         "External data must lie beside the model, under a relative path.",
     )
-    if not location or "\0" in location or Path(location).is_absolute():
+    if folder is None or root is None or not location or "\0" in location or Path(location).is_absolute():
         raise refused
     try:
-        resolved = (path.parent / location).resolve(strict=True)
+        resolved = (folder / location).resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise refused from error
     if not resolved.is_relative_to(root.resolve()) or not resolved.is_file():
@@ -92,7 +105,7 @@ class _MalformedError(Exception):
     """Raised where the bytes are not protobuf's wire format, or nest deeper than any model does."""
 
 
-def _walk(content: mmap.mmap, span: tuple[int, int], message: str, found: OnnxFile, depth: int) -> None:
+def _walk(content: Content, span: tuple[int, int], message: str, found: OnnxFile, depth: int) -> None:
     if depth > _DEEPEST:
         raise _MalformedError("its graphs nest too deeply")
     if message == "opset":
@@ -111,7 +124,7 @@ def _walk(content: mmap.mmap, span: tuple[int, int], message: str, found: OnnxFi
                 _walk(content, (at, stop), inside[number], found, depth + 1)
 
 
-def _note_external(content: mmap.mmap, span: tuple[int, int], found: OnnxFile) -> None:
+def _note_external(content: Content, span: tuple[int, int], found: OnnxFile) -> None:
     """Notes where a tensor's bytes lie, if not in the model itself: in `external_data`, pairs of key and value."""
     pairs = [
         _flat(content, (at, stop))[0]
@@ -125,7 +138,7 @@ def _note_external(content: mmap.mmap, span: tuple[int, int], found: OnnxFile) -
         found.locations[location] = max(end, found.locations.get(location, 0))
 
 
-def _flat(content: mmap.mmap, span: tuple[int, int]) -> tuple[dict[int, str], dict[int, int]]:
+def _flat(content: Content, span: tuple[int, int]) -> tuple[dict[int, str], dict[int, int]]:
     """A small message's strings and whole numbers, by field number."""
     texts: dict[int, str] = {}
     numbers: dict[int, int] = {}
@@ -137,7 +150,7 @@ def _flat(content: mmap.mmap, span: tuple[int, int]) -> tuple[dict[int, str], di
     return texts, numbers
 
 
-def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(content: Content, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Each field of a message: number, wire type, and where its value begins and ends."""
     at = start
     while at < end:
@@ -160,7 +173,7 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
         at = stop
 
 
-def _varint(content: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def _varint(content: Content, at: int, end: int) -> tuple[int, int]:
     """The whole number at `at`, and where it ends."""
     value = shift = 0
     while at < end and shift < 70:

@@ -105,7 +105,7 @@ def resolve_provider(name: str) -> str:
 
 
 def session_settings(
-    options: ModelOptions, provider: Provider, symbols: Collection[str], path: Path
+    options: ModelOptions, provider: Provider, symbols: Collection[str], name: str
 ) -> ort.SessionOptions:
     """The session's options. Raises `model_invalid` for a free dimension that the model does not have."""
     if options.graph_optimization not in _OPTIMIZATION:
@@ -114,7 +114,7 @@ def session_settings(
     if unknown:
         raise failure(
             "model_invalid",
-            f"{path.name} has no free dimension {', '.join(unknown)}; it has {', '.join(sorted(symbols)) or 'none'}.",
+            f"{name} has no free dimension {', '.join(unknown)}; it has {', '.join(sorted(symbols)) or 'none'}.",
         )
     settings = ort.SessionOptions()
     settings.log_severity_level = _QUIET
@@ -129,21 +129,27 @@ def session_settings(
     # Threads that spin after a run take the processor from the gateway beside them.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.load_model_format", "ONNX")
-    for name, value in provider.settings.items():
-        settings.add_session_config_entry(name, value)
+    for entry, value in provider.settings.items():
+        settings.add_session_config_entry(entry, value)
     if provider.name != "CPUExecutionProvider":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return settings
 
 
 def load_session(
-    device: Device, path: Path, settings: ort.SessionOptions, provider: Provider, cancel: Cancel | None
+    device: Device,
+    source: Path | bytes,
+    name: str,
+    settings: ort.SessionOptions,
+    provider: Provider,
+    cancel: Cancel | None,
 ) -> ort.InferenceSession:
     """A session on the provider asked for; ONNX Runtime's own fallback to another is off, and checked."""
     chosen = [(provider.name, dict(provider.options))]
+    model = str(source) if isinstance(source, Path) else source
     try:
         with provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(settings):
-            session = ort.InferenceSession(str(path), settings, providers=chosen, enable_fallback=0)
+            session = ort.InferenceSession(model, settings, providers=chosen, enable_fallback=0)
     except OperationError:
         raise
     except Exception as error:
@@ -151,19 +157,19 @@ def load_session(
         of_the_device = "hresult" in (named.detail or {})
         if of_the_device or named.code not in ("run_failed", "internal_error"):
             raise named from error
-        text = tidy(error).replace(str(path), path.name)
-        raise failure("model_invalid", f"{path.name} cannot be loaded: {text}") from error
+        text = tidy(error).replace(str(source), name) if isinstance(source, Path) else tidy(error)
+        raise failure("model_invalid", f"{name} cannot be loaded: {text}") from error
     got = session.get_providers()[0]
     if got != provider.name:
         raise failure(
             "device_unavailable",
-            f"{path.name} was to run on {provider.name} and ONNX Runtime chose {got}: it could not load the provider's "
+            f"{name} was to run on {provider.name} and ONNX Runtime chose {got}: it could not load the provider's "
             "libraries. The doctor command tells which.",
         )
     return session
 
 
-def tensor_specs(arguments: Sequence[Any], path: Path, side: str) -> tuple[TensorSpec, ...]:
+def tensor_specs(arguments: Sequence[Any], model: str, side: str) -> tuple[TensorSpec, ...]:
     """The tensors among a model's arguments. An input of another kind refuses the model, an output is not offered."""
     specs = []
     for argument in arguments:
@@ -172,9 +178,9 @@ def tensor_specs(arguments: Sequence[Any], path: Path, side: str) -> tuple[Tenso
             shape = tuple(d if isinstance(d, int) and d >= 0 else (d or None) for d in argument.shape)
             specs.append(TensorSpec(argument.name, dtype, tuple(d if d != -1 else None for d in shape)))
         elif side == "input":
-            raise failure("model_invalid", f"{path.name} takes {argument.name!r} as {argument.type}: not supported.")
+            raise failure("model_invalid", f"{model} takes {argument.name!r} as {argument.type}: not supported.")
     if side == "output" and not specs:
-        raise failure("model_invalid", f"{path.name} gives no tensor of a supported dtype.")
+        raise failure("model_invalid", f"{model} gives no tensor of a supported dtype.")
     return tuple(specs)
 
 

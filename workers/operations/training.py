@@ -10,7 +10,6 @@ import time
 from collections.abc import Generator
 from concurrent.futures import wait
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +22,14 @@ from tasks.store import blobs as blob_store
 from tasks.store import training as store
 from workers.devices.values import ModelOptions
 from workers.operations.training_batches import data_of, options_of, plan_of, resident_tensors, spooled, taken
-from workers.operations.training_files import drop_checkpoint, keep_checkpoint, keep_gradients, scratch
+from workers.operations.training_files import drop_checkpoint, keep_checkpoint, keep_gradients
 from workers.operations.training_sessions import (
     Held,
     awake,
     begin,
     checkpoint_beside,
     classified,
+    export_in_spare_time,
     facts,
 )
 from workers.resident import Resident
@@ -66,6 +66,7 @@ def initialize(resident: Resident, work: Work) -> Outcome:
         )
     held.session.prepare()
     resident.training[session_id] = held
+    export_in_spare_time(resident, held)
     made = facts(held)
     told = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
     return work.succeeded(told, session=made)
@@ -94,6 +95,7 @@ def step(resident: Resident, work: Work) -> Outcome | Passed | Steps:
         # The memory has made a step that will not be recorded.
         resident.training.pop(held.session_id, None)
         raise
+    export_in_spare_time(resident, held)
     ended = work.succeeded(told, device_ms=device_ms)
     if sequence is None:
         return ended
@@ -122,30 +124,30 @@ def validate(resident: Resident, work: Work) -> Outcome:
     held = _checkpoint_of(resident, request["checkpoint"]) if request.get("checkpoint") else None
     if held is None:
         held = awake(resident, request["session_id"], work.job_id)
+        resident.record(lambda: _touch(resident, request["session_id"]))
     session = held.session
     inputs = {name: taken(resident, name, tensor) for name, tensor in request["inputs"].items()}
     targets = taken(resident, "targets", request["targets"])
     # Before the first step nobody knows the inputs' shapes but the caller.
     session.expected_output(inputs, training=False)
-    snapshot = session.snapshot()
+    snapshot = session.snapshot(model_only=True)
     if snapshot.state["last_inputs"] is None:
         shapes = {name: (host_array(value).dtype.name, list(value.shape[1:])) for name, value in inputs.items()}
         snapshot = type(snapshot)(snapshot.tensors, {**snapshot.state, "last_inputs": shapes})
-    folder = scratch(resident, f"validate-{work.job_id}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "model.onnx"
-    try:
-        file.write_bytes(onnx_bytes(session.definition, held.spec, snapshot))
-        served = _served(resident, work, file, {name: host_array(value) for name, value in inputs.items()})
-    finally:
-        file.unlink(missing_ok=True)
-        folder.rmdir()
+    content = onnx_bytes(session.definition, held.spec, snapshot)
+    served = _served(resident, work, content, {name: host_array(value) for name, value in inputs.items()})
     found = compare(session, inputs, targets, served)
     told = {
         "session_id": request.get("session_id"), "checkpoint_id": request.get("checkpoint_id"), "step": session.step,
         **asdict(found), **_staged(request),
     }  # fmt: skip
     return work.succeeded(told)
+
+
+def _touch(resident: Resident, session_id: str) -> None:
+    """The session is used. Beside the job, whose own end touches no other record and waits for no disk."""
+    with resident.engine.connect() as connection:
+        store.touch(connection, session_id)
 
 
 def end_session(resident: Resident, work: Work) -> Outcome | Steps:
@@ -197,6 +199,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
         "session_id": held.session_id, "sequence": sequence, "mode": options.mode, "steps_applied": run.steps_done,
         **notes.summary(), **_staged(work.request),
     }  # fmt: skip
+    export_in_spare_time(resident, held)
     ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
     if sequence is None:
         session.state.unfinished_run = None
@@ -384,12 +387,12 @@ def _kept_and_ended(resident: Resident, work: Work) -> Steps:
     return work.succeeded(told, checkpoint=made)
 
 
-def _served(resident: Resident, work: Work, file: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def _served(resident: Resident, work: Work, content: bytes, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the exported model gives when it is loaded for inference on this device."""
     # As many threads as training has: a pool of more takes longer to start and end than a small model to run.
-    options = ModelOptions(root=file.parent, intra_op_threads=torch.get_num_threads())
-    with resident.loading(file.stat().st_size):
-        onnx = resident.device.open_model(file, options, work.cancel)
+    options = ModelOptions(intra_op_threads=torch.get_num_threads())
+    with resident.loading(len(content)):
+        onnx = resident.device.open_model(content, options, work.cancel)
     try:
         return {name: host_array(value) for name, value in onnx.run(inputs, cancel=work.cancel).items()}
     finally:

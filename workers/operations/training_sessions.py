@@ -35,6 +35,7 @@ from workers.operations.training_files import (
     sources_of,
 )
 from workers.resident import Resident
+from workers.training.export import export_ahead
 from workers.training.outcomes import StepRecord
 from workers.training.session import Limits, TrainingSession, build_session
 from workers.work import clear_calls, named
@@ -66,6 +67,8 @@ class Held:
     writing: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(WRITING_AT_ONCE))
     #: Whether a checkpoint is being written so that the session can leave the device.
     leaving: bool = False
+    #: Whether its graph was exported ahead of need, or is about to be: once, for the first shapes that are known.
+    exported: bool = False
 
     @property
     def spec(self) -> Initialize:
@@ -97,7 +100,7 @@ def awake(resident: Resident, session_id: str, job_id: str, sequence: int | None
     if held is not None and held.session.intact and not _in_another_run(held, job_id):
         if sequence is not None and held.session.sequence == sequence - 1:
             return held
-        if sequence is None and held.session.sequence == _row(resident, session_id)["applied_sequence"]:
+        if sequence is None and held.session.sequence == _applied_sequence(resident, session_id):
             return held
         log.warning("session is not where its record says", session_id=session_id, sequence=held.session.sequence)
     resident.training.pop(session_id, None)
@@ -158,6 +161,24 @@ def let_go(resident: Resident) -> None:
                 _unload(resident, held)
 
 
+def export_in_spare_time(resident: Resident, held: Held) -> None:
+    """Has the session's graph exported once no job waits, so that its first export or validation need not."""
+    shapes = held.session.state.last_inputs
+    if held.exported or shapes is None:
+        return
+    held.exported = True
+
+    def export() -> None:
+        if resident.training.get(held.session_id) is not held:
+            return
+        try:
+            export_ahead(held.session.definition, shapes)
+        except OperationError as error:
+            log.info("no graph is exported ahead", session_id=held.session_id, why=error.message)
+
+    resident.spare.append(export)
+
+
 def checkpoint_beside(resident: Resident, held: Held, *, leaving: bool = False) -> None:
     """Takes an automatic checkpoint: copied now, written and recorded on a thread beside."""
     held.writing.acquire()
@@ -215,7 +236,8 @@ def _built(resident: Resident, row: Row) -> Held:
     spec = Initialize.model_validate(row["spec"])
     make_room(resident)
     sources = sources_of(resident, row["session_id"], spec)
-    session = build_session(spec, sources, resident.device.torch_device(), limits(resident, row["reserved_bytes"]))
+    bounds = limits(resident, row["reserved_bytes"])
+    session = build_session(spec, sources, resident.device.torch_device(), bounds, resident.networks)
     return Held(row["session_id"], row["owner"], session)
 
 
@@ -297,6 +319,12 @@ def _row(resident: Resident, session_id: str) -> Row:
     if row is None:
         raise failure("session_not_found", f"there is no training session {session_id!r}")
     return row
+
+
+def _applied_sequence(resident: Resident, session_id: str) -> int | None:
+    with resident.engine.connect() as connection:
+        found = store.standing(connection, session_id)
+    return None if found is None else int(found["applied_sequence"])
 
 
 def _in_another_run(held: Held, job_id: str) -> bool:

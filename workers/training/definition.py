@@ -1,8 +1,8 @@
 """What a training session's model is, before it takes memory: read, checked and counted from its description or file.
 
 A definition builds torch modules: one without memory (on the meta device) to count parameters and try shapes on, and
-real ones on the CPU. Once the session is built it does not change, but for what `export` remembers on the thread that
-steps, and may be used from any thread.
+real ones on the CPU. Once the session is built it does not change, but for what is `learned`, and may be used from any
+thread.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,19 @@ from workers.training.graph import Graph, read_graph
 from workers.training.layers import build_layers, index_limit
 from workers.training.onnx_module import OnnxModule
 from workers.training.ports import Port
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What was found out about a network, whatever its weights: on the thread that steps, for all its sessions.
+
+    `outputs` is what it makes of inputs, by mode, shapes and dtypes: meta tensors, or None where only a real run can
+    tell (`ShapeTrial`). `graphs` are exported graphs without weights, by the inputs' dtypes and shapes; None where the
+    exporter leaves the weights no places of their own (`export`).
+    """
+
+    outputs: OrderedDict[Any, list[Tensor] | None] = field(default_factory=OrderedDict)
+    graphs: OrderedDict[str, onnx.ModelProto | None] = field(default_factory=OrderedDict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,8 @@ class Definition(ABC):
     #: Which output the loss is taken of.
     trained_output: int = 0
     structure: str
+    #: Shared by the definitions of one structure where they are made with the same `networks`.
+    learned: Learned
 
     @abstractmethod
     def build_meta(self) -> nn.Module | None:
@@ -55,12 +71,27 @@ class Definition(ABC):
         """The module on the CPU with its initial weights: from the file, or random from `seed`."""
 
 
-def define(model: Model, sources: Sources, *, trust_programs: bool) -> Definition:
-    """The definition for a request's `model`.
+#: What was learned of each network, by its structure.
+Networks = OrderedDict[str, Learned]
+
+#: Networks that are remembered.
+_REMEMBERED = 64
+
+
+def define(model: Model, sources: Sources, *, trust_programs: bool, networks: Networks | None = None) -> Definition:
+    """The definition for a request's `model`; it shares what is learned with those of its structure in `networks`.
 
     Raises `validation_failed`, `model_invalid`, `checksum_mismatch`, and `untrusted_program` for a program where
     programs are not trusted.
     """
+    made = _define(model, sources, trust_programs=trust_programs)
+    made.learned = Learned() if networks is None else networks.setdefault(made.structure, Learned())
+    while networks is not None and len(networks) > _REMEMBERED:
+        networks.popitem(last=False)
+    return made
+
+
+def _define(model: Model, sources: Sources, *, trust_programs: bool) -> Definition:
     if isinstance(model, LayersModel):
         return LayersDefinition(model)
     if not isinstance(model, OnnxModel) and not trust_programs:
@@ -85,8 +116,6 @@ class LayersDefinition(Definition):
         self.inputs = (Port("input", torch.float32 if rows is None else torch.int64, rows=rows),)
         self.output_names = ("output",)
         self.structure = _hash(json.dumps(model.layers, sort_keys=True).encode())
-        #: The inputs' dtypes and shapes of the last export and its graph without weights, for `export` to fill again.
-        self.exported: tuple[dict[str, tuple[str, list[int]]], onnx.ModelProto] | None = None
 
     def build_meta(self) -> nn.Module:
         with torch.device("meta"):
@@ -220,8 +249,8 @@ def _places(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def _clear(tensor: onnx.TensorProto) -> None:
-    for field in ("raw_data", "float_data", "int32_data", "double_data"):
-        tensor.ClearField(field)
+    for part in ("raw_data", "float_data", "int32_data", "double_data"):
+        tensor.ClearField(part)
 
 
 def _hash(content: bytes) -> str:

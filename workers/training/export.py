@@ -2,13 +2,16 @@
 
 A model that came as ONNX gets its trained weights written back where its own stood: no exporter takes part. Layers and
 programs go through torch's exporter; layers once, where it leaves each weight in a place of its own: later exports are
-written back too. Adapters are merged into the weights they belong to.
+written back too, and `export_ahead` makes the graph before there is anything to write into it. Adapters are merged into
+the weights they belong to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +33,16 @@ OPSET = 17
 
 #: protobuf's limit for one message.
 _MAX_BYTES = 2**31 - 1
+
+#: Dtype and shape of one sample of each input, by name.
+Shapes = Mapping[str, tuple[str, list[int]]]
+
+#: Graphs of one network that are remembered.
+_REMEMBERED = 16
+
+#: What is exported ahead: networks of so many tensors, and of so many products of a weight and an element of a sample,
+#: at the most. The exporter then takes about as long as a few steps.
+_AHEAD_TENSORS, _AHEAD_PRODUCTS = 100, 2**30
 
 
 def export_onnx(
@@ -65,16 +78,54 @@ def onnx_bytes(
         shapes = {port.name: (name_of(tensor.dtype), list(tensor.shape[1:])) for port, tensor in taken}
     if shapes is None:
         raise failure("validation_failed", "the export needs the shape of an input: make or evaluate one step first")
-    known = definition.exported if isinstance(definition, LayersDefinition) else None
-    if known is not None and known[0] == shapes:
-        return _filled(known[1], tensors)
-    module = definition.build(spec.seed)
+    known = definition.learned.graphs.get(_key(shapes))
+    if known is not None:
+        return _filled(known, tensors)
+    meta = definition.build_meta()
+    # Weights that are replaced at once need not be drawn first.
+    module = definition.build(spec.seed) if meta is None else meta.to_empty(device="cpu")
     module.load_state_dict(tensors)
     content = _traced(definition, module, shapes)
     if isinstance(definition, LayersDefinition):
         graph = _emptied(content, tensors)
-        definition.exported = None if graph is None else (dict(shapes), graph)
+        if graph is not None:
+            _remember(definition, shapes, graph)
     return content
+
+
+def export_ahead(definition: Definition, shapes: Shapes) -> None:
+    """Makes the graph that an export for inputs of these shapes will fill, for layers and small networks.
+
+    It is traced on weights of its own, no two of them equal: whatever a session has is neither read nor waited for.
+    Call it on the thread that steps, as `onnx_bytes`. Raises `model_invalid` where torch cannot export the model.
+    """
+    if not isinstance(definition, LayersDefinition) or _key(shapes) in definition.learned.graphs:
+        return
+    empty = definition.build_meta()
+    weights = [tensor for tensor in empty.state_dict().values() if tensor.is_floating_point()]
+    elements = sum(math.prod(shape) for _, shape in shapes.values())
+    if len(weights) > _AHEAD_TENSORS or sum(one.numel() for one in weights) * elements > _AHEAD_PRODUCTS:
+        return
+    module = empty.to_empty(device="cpu")
+    tensors = module.state_dict()
+    random = torch.Generator().manual_seed(0)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=random)
+        else:
+            tensor.zero_()
+    _remember(definition, shapes, _emptied(_traced(definition, module, shapes), tensors))
+
+
+def _key(shapes: Shapes) -> str:
+    return json.dumps(shapes, sort_keys=True)
+
+
+def _remember(definition: LayersDefinition, shapes: Shapes, graph: onnx.ModelProto | None) -> None:
+    graphs = definition.learned.graphs
+    graphs[_key(shapes)] = graph
+    if len(graphs) > _REMEMBERED:
+        graphs.popitem(last=False)
 
 
 def _emptied(content: bytes, tensors: Mapping[str, Tensor]) -> onnx.ModelProto | None:
@@ -103,7 +154,7 @@ def _filled(graph: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _traced(definition: Definition, module: nn.Module, shapes: Mapping[str, tuple[str, list[int]]]) -> bytes:
+def _traced(definition: Definition, module: nn.Module, shapes: Shapes) -> bytes:
     names = [port.name for port in definition.inputs]
     # Two samples, so that the batch is no axis of 1 that operators spread. Zeros are valid indices too.
     examples = [torch.zeros(2, *shapes[name][1], dtype=getattr(torch, shapes[name][0])) for name in names]

@@ -21,7 +21,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.requests.training import Initialize
 from workers.training.checkpoints import Snapshot
 from workers.training.dataset import Dataset, Plan
-from workers.training.definition import Definition, Sources, define
+from workers.training.definition import Definition, Networks, Sources, define
 from workers.training.determinism import derive_seed, seed_device, use_deterministic
 from workers.training.losses import LOSSES, count_correct, take_targets
 from workers.training.memory import is_nondeterministic, is_out_of_memory
@@ -43,12 +43,15 @@ class Limits:
     trust_programs: bool = False
 
 
-def build_session(spec: Initialize, sources: Sources, device: torch.device, limits: Limits) -> TrainingSession:
+def build_session(
+    spec: Initialize, sources: Sources, device: torch.device, limits: Limits, networks: Networks | None = None
+) -> TrainingSession:
     """A session on `device` at step 0. Memory is counted before any is taken.
 
+    What it learns of its network it shares with the other sessions that were built with the same `networks`.
     Raises `insufficient_memory`, `out_of_memory`, and what `define` and `make_resident` raise.
     """
-    definition = define(spec.model, sources, trust_programs=limits.trust_programs)
+    definition = define(spec.model, sources, trust_programs=limits.trust_programs, networks=networks)
     needed = estimate_bytes(definition, spec)
     if limits.memory_bytes is not None and needed > limits.memory_bytes:
         raise failure(
@@ -78,7 +81,7 @@ class TrainingSession:
         self._limits = limits
         self._module = model.module
         self._training: bool | None = None
-        self._trial = ShapeTrial(definition.build_meta())
+        self._trial = ShapeTrial(definition.build_meta(), definition.learned.outputs)
 
     @property
     def step(self) -> int:
@@ -153,9 +156,12 @@ class TrainingSession:
         """Device memory of parameters, buffers, gradients, optimizer state and accumulated gradients."""
         return self.state.memory_bytes()
 
-    def snapshot(self) -> Snapshot:
-        """The whole state, copied to the host; training may go on at once. `checkpoints.write` takes it from there."""
-        return self.state.snapshot()
+    def snapshot(self, *, model_only: bool = False) -> Snapshot:
+        """The whole state, copied to the host; training may go on at once. `checkpoints.write` takes it from there.
+
+        With `model_only` parameters and buffers alone: what an export needs.
+        """
+        return self.state.snapshot(model_only=model_only)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Puts the session where `snapshot` was taken, seed included; unchanged where it does not fit.

@@ -21,11 +21,14 @@ _Key = tuple[bool, tuple[tuple[torch.Size, torch.dtype], ...]]
 
 
 class ShapeTrial:
-    """Runs batches through the model's module on the meta device, once for each combination of shapes and dtypes."""
+    """Runs batches through the model's module on the meta device, once for each combination of shapes and dtypes.
 
-    def __init__(self, module: nn.Module | None) -> None:
+    What it finds out it keeps in `known`, with all others of the same network.
+    """
+
+    def __init__(self, module: nn.Module | None, known: OrderedDict[_Key, list[Tensor] | None]) -> None:
         self._module = module
-        self._known: OrderedDict[_Key, list[Tensor] | None] = OrderedDict()
+        self._known = known
         #: Whether batches are known to fit, so that none is tried; `learn` then tells what a real run gave.
         self.trusting = False
 
@@ -37,6 +40,9 @@ class ShapeTrial:
         if self._module is None:
             return None
         key = _key(inputs, training)
+        if key not in self._known and not training:
+            # Layers that take a batch in training take it in evaluation too, and give as much of it.
+            key = _key(inputs, True) if _key(inputs, True) in self._known else key
         if key not in self._known:
             if self.trusting:
                 return None

@@ -81,11 +81,11 @@ class SessionState:
             self.lists.add_([gradient for gradient, _ in pairs], [other for _, other in pairs])
         return [other if gradient is None else gradient for gradient, other in zip(gradients, others, strict=True)]
 
-    def snapshot(self) -> Snapshot:
-        """The whole state, copied to the host; training may go on at once."""
+    def snapshot(self, *, model_only: bool = False) -> Snapshot:
+        """The whole state, or the model's alone, copied to the host; training may go on at once."""
         tensors: dict[str, Tensor] = {}
         with torch.no_grad():
-            for name, tensor in self._live_tensors().items():
+            for name, tensor in (self._model_tensors() if model_only else self._live_tensors()).items():
                 # .cpu() is no copy where the device is the CPU.
                 tensors[name] = tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
         return Snapshot(tensors, self._counters())
@@ -124,14 +124,17 @@ class SessionState:
 
     def _live_tensors(self, *, accumulated: bool = True) -> dict[str, Tensor]:
         """Every tensor of the state where it lies, by its name in a checkpoint."""
-        live: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.model.parameters.items()}
-        live.update({f"buffer/{name}": buffer for name, buffer in self.model.buffers.items()})
+        live = self._model_tensors()
         for slot, tensors in self.updater.state.items():
             live.update({f"optimizer/{slot}/{n}": t for n, t in zip(self.model.trained, tensors, strict=True)})
         if accumulated and self.accumulated is not None:
             gradients = zip(self.model.trained, self.accumulated, strict=True)
             live.update({f"accumulated/{name}": gradient for name, gradient in gradients if gradient is not None})
         return live
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.model.parameters.items()}
+        return named | {f"buffer/{name}": buffer for name, buffer in self.model.buffers.items()}
 
     def _counters(self) -> dict[str, Any]:
         """What is not a tensor, as JSON. The learning rate follows from the step, random numbers from seed and step."""
