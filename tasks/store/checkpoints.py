@@ -95,12 +95,16 @@ def shorten_log(connection: Connection, session_id: str) -> None:
 
 
 def retire(connection: Connection, session_id: str, keep_last: int, *, automatic_only: bool) -> list[str]:
-    """Deletes all but the last `keep_last` checkpoints of a session (or of its automatic ones): their ids."""
+    """Deletes all but the furthest `keep_last` checkpoints of a session (or of its automatic ones): their ids.
+
+    Two that were on their way to the disk together may be recorded in either order. What a run that was never applied
+    has left goes first, however far it came.
+    """
     return _delete(
         connection,
-        """
-        SELECT checkpoint_id FROM checkpoints WHERE session_id = %(id)s AND (job_id IS NULL OR NOT %(automatic)s)
-        ORDER BY created_at DESC OFFSET %(keep)s
+        f"""
+        SELECT checkpoint_id FROM checkpoints c WHERE session_id = %(id)s AND (job_id IS NULL OR NOT %(automatic)s)
+        ORDER BY {_OF_ITS_LINE} DESC, sequence DESC, step DESC, created_at DESC OFFSET %(keep)s
         """,
         {"id": session_id, "automatic": automatic_only, "keep": keep_last},
     )

@@ -191,6 +191,35 @@ def test_what_a_replay_may_need_is_kept_until_two_checkpoints_lie_behind_it(engi
         assert gone and gone["n"] >= 1
 
 
+def test_the_furthest_checkpoints_are_kept_in_whichever_order_they_were_recorded(engine: Engine, epoch: int) -> None:
+    session_id = make_session(engine, epoch)
+
+    def keep(step: int, sequence: int, run_job_id: str | None = None) -> None:
+        stored = {"blob_id": new_id(), "sha256": "sha", "size_bytes": 1}
+        made = {
+            "checkpoint_id": new_id(), "session_id": session_id, "owner": "default", "name": None, "job_id": None,
+            "run_job_id": run_job_id, "keep_last": 2, "step": step, "sequence": sequence, "onnx_blob_id": None,
+            **stored, "blobs": [stored],
+        }  # fmt: skip
+        with transaction(engine) as connection:
+            assert kept(connection, made, epoch)
+
+    def steps() -> list[int]:
+        with engine.connect() as connection:
+            return [one["step"] for one in checkpoints.page(connection, session_id, None, 10)]
+
+    run = make_step(engine, session_id, 1, epoch)
+    for step in (25, 20, 30):
+        keep(step, 0, run)
+    assert steps() == [30, 25]
+    keep(99, 0, "a run that was cancelled, and its number given to another")
+    keep(35, 0, run)
+    assert steps() == [35, 30]
+    finish(engine, session_id, run, 1, epoch)
+    keep(36, 1)
+    assert steps() == [36, 35]
+
+
 def test_a_checkpoint_of_an_epoch_that_is_over_is_not_recorded(engine: Engine, epoch: int) -> None:
     session_id = make_session(engine, epoch)
     stored = {"blob_id": new_id(), "sha256": "sha", "size_bytes": 1}
