@@ -111,7 +111,8 @@ class Resident:
     training: dict[str, Any] = field(default_factory=dict)
     #: What training sessions have learned of their networks, by structure (`workers.training.definition.Learned`).
     networks: OrderedDict[str, Any] = field(default_factory=OrderedDict)
-    #: What the device's thread does, one at a time, while no job is in its lane: nothing that keeps the next one long.
+    #: What the device's thread does, one at a time, while no job waits in its lane, between a long job's steps too:
+    #: nothing that keeps the next one long.
     spare: deque[Callable[[], None]] = field(default_factory=deque)
     #: Pinned host memory in which a batch is gathered, by the input's name, where the device has such.
     pinned: dict[str, memoryview] = field(default_factory=dict)

@@ -165,6 +165,9 @@ class Runner:
             if urgent:
                 self._begin(urgent)
                 return
+        if self._resident.spare and not len(self._lane):
+            # Nobody but this job waits: a few of its steps' time now is less than somebody's later.
+            self._guarded(self._resident.spare.popleft())
         self._advance(paused)
 
     def _begin(self, entries: list[Entry]) -> None:

@@ -167,7 +167,7 @@ def test_events_tell_a_job_from_its_start_to_its_end(client: Client) -> None:
     for event in client.events(job):
         names.append(event.name)
         states += [event.data["state"]] if event.name in ("state", "done") else []
-        if states.count("running") == 1:
+        if "running" in states and "cancel asked for" not in states:
             client.cancel(job)
             states.append("cancel asked for")
     assert names[0] == "state" and names[-1] == "done" and states[-1] == "cancelled"

@@ -13,6 +13,7 @@ from tests.support.stack import eventually
 from tests.training_service.calls import Training, arrays, batch, tensor
 from tests.training_service.conftest import running
 from tests.training_service.telling_worker import TOLD
+from tests.training_service.test_datasets import dataset
 
 
 def network(width: int) -> dict[str, Any]:
@@ -89,6 +90,16 @@ def test_steps_between_which_the_exporter_runs_give_what_they_would_give_alone(
     assert exports() == 1
     assert stepped() == beside
     assert exports() == 1, "the network was exported before, so no exporter ran beside the second session"
+
+
+def test_a_job_of_many_steps_makes_room_for_the_exporter(training: Training, exports: Callable[[], int]) -> None:
+    session_id = training.initialize(model=network(13))
+    job = training.step(session_id, 1, dataset=dataset(training, steps=1_000_000))
+    eventually(lambda: exports() == 1)
+    assert training.client.get(f"/api/jobs/{job['job_id']}").json()["state"] == "running"
+    training.client.delete(f"/api/jobs/{job['job_id']}").raise_for_status()
+    training.done(job, "cancelled")
+    training.end(session_id)
 
 
 def test_nothing_is_exported_for_a_session_that_has_ended_meanwhile(

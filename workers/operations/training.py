@@ -179,6 +179,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
         while run.steps_done < run.steps_total:
             outcome = next(run)
             notes.add(outcome)
+            export_in_spare_time(resident, held)
             if _is_due(held, outcome):
                 # Whoever comes back from this checkpoint does not make the steps before it again.
                 notes.note()
@@ -199,7 +200,6 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
         "session_id": held.session_id, "sequence": sequence, "mode": options.mode, "steps_applied": run.steps_done,
         **notes.summary(), **_staged(work.request),
     }  # fmt: skip
-    export_in_spare_time(resident, held)
     ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
     if sequence is None:
         session.state.unfinished_run = None

@@ -163,8 +163,10 @@ def let_go(resident: Resident) -> None:
 
 def export_in_spare_time(resident: Resident, held: Held) -> None:
     """Has the session's graph exported once no job waits, so that its first export or validation need not."""
+    if held.exported:
+        return
     shapes = held.session.state.last_inputs
-    if held.exported or shapes is None:
+    if shapes is None:
         return
     held.exported = True
 
