@@ -7,6 +7,7 @@ system's network, and a client that is woken twice.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ class Held:
         if not self._parts:
             self._loop.call_soon(self._send)
         self._parts.append(data)
+
+    def writelines(self, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+        """The same for several, in order."""
+        for part in parts:
+            self.write(part)
+
+    def write_eof(self) -> None:
+        """Sends what is held, then the end of what this side sends."""
+        self._send()
+        self._transport.write_eof()
 
     def close(self) -> None:
         """Sends what is held, then closes."""

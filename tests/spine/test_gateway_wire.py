@@ -45,6 +45,19 @@ def test_head_and_body_leave_together_at_the_end_of_the_turn() -> None:
     asyncio.run(scenario())
 
 
+def test_every_way_to_write_keeps_the_order() -> None:
+    async def scenario() -> None:
+        async with connection() as (held, there):
+            held.write(b"one ")
+            held.writelines([b"two ", memoryview(b"three ")])
+            held.write(b"four")
+            held.write_eof()
+            assert arrived(there) == b"one two three four"
+            assert arrived(there) == b"", "the end"
+
+    asyncio.run(scenario())
+
+
 def test_what_may_change_is_sent_at_once_and_in_order() -> None:
     async def scenario() -> None:
         async with connection() as (held, there):
