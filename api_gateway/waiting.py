@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
-from device_operations.jobs import TERMINAL
+from device_operations.jobs import CHANGES_MODELS, TERMINAL
 from tasks.queues import DONE_CHANNEL, job_channel
 from tasks.store import jobs as store
 
@@ -33,7 +33,7 @@ LOOK_SECONDS = 2.0
 _DONE = DONE_CHANNEL.encode()
 
 #: How the announcement of a load or an unload begins; reading each announced job as JSON would cost more than the rest.
-_CHANGES_MODEL = re.compile(rb'\{"job_id":"[^"]*","kind":"inference\.(?:un)?load_model"')
+_CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
 
 
 class Waiters:

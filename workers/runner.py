@@ -136,11 +136,8 @@ class Runner:
             elif self._paused:
                 self._go_on()
             elif self._lease.safe and not self._lease.draining:
-                idle = bool(self._resident.spare) and not len(self._lane)
-                entries = self._lane.take(timeout_seconds=0 if serving or idle else 0.5)
-                if idle and not entries:
-                    self._guarded(self._resident.spare.popleft())
-                self._begin(entries)
+                self._use_spare_time()
+                self._begin(self._lane.take(timeout_seconds=0 if serving else 0.5))
             elif not serving:
                 time.sleep(0.05)
 
@@ -165,10 +162,14 @@ class Runner:
             if urgent:
                 self._begin(urgent)
                 return
-        if self._resident.spare and not len(self._lane):
-            # Nobody but this job waits: a few of its steps' time now is less than somebody's later.
-            self._guarded(self._resident.spare.popleft())
+        # Nobody but this job waits: a few of its steps' time now is less than somebody's later.
+        self._use_spare_time()
         self._advance(paused)
+
+    def _use_spare_time(self) -> None:
+        """Does one of the things that can wait, while no job does."""
+        if self._resident.spare and not len(self._lane):
+            self._guarded(self._resident.spare.popleft())
 
     def _begin(self, entries: list[Entry]) -> None:
         if not entries:
@@ -318,8 +319,7 @@ class Runner:
         if known.code == "internal_error":
             log.error("operation failed", error=known.message, exc_info=error)
         if known.code == "out_of_memory":
-            clear_calls(error)
-            self._resident.device.trim()
+            clear_calls(error, self._resident.device)
         if known.code == "device_lost":
             self._stopping.set()
             self._lost = known

@@ -102,8 +102,8 @@ def named(error: BaseException, device: Device | None = None) -> OperationError:
     return failure("internal_error", f"{type(error).__name__}: {error}", detail={"type": type(error).__name__})
 
 
-def clear_calls(error: BaseException) -> None:
-    """Frees what the calls that an error came through still hold: their tensors, for as long as the error lives.
+def clear_calls(error: BaseException, device: Device) -> None:
+    """Gives back what the calls that an error came through still hold: their tensors, for as long as the error lives.
 
     torch's error of CUDA's memory outlived its job, and with it all that had filled the device.
     """
@@ -112,3 +112,4 @@ def clear_calls(error: BaseException) -> None:
         traceback.clear_frames(told.__traceback__)
         told = told.__cause__ or told.__context__
     gc.collect()
+    device.trim()

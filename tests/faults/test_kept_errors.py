@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from device_operations.errors import failure
+from workers.devices import open_device
 from workers.work import clear_calls
 
 
@@ -27,5 +28,5 @@ def test_an_error_that_is_kept_keeps_nothing_that_its_calls_held() -> None:
             raise failure("out_of_memory", "told") from error
     gc.collect()
     assert held[0]() is not None, "the error's traceback holds it"
-    clear_calls(caught.value)
+    clear_calls(caught.value, open_device("cpu", 0))
     assert held[0]() is None

@@ -324,8 +324,7 @@ def _row(resident: Resident, session_id: str) -> Row:
 
 
 def _applied_sequence(resident: Resident, session_id: str) -> int | None:
-    with resident.engine.connect() as connection:
-        found = store.standing(connection, session_id)
+    found = resident.read(store.standing, session_id)
     return None if found is None else int(found["applied_sequence"])
 
 
@@ -367,7 +366,7 @@ def classified(resident: Resident, error: BaseException) -> OperationError:
     """A step's error with its code; raised on where the device is lost."""
     known = named(error, resident.device)
     if known.code == "out_of_memory":
-        clear_calls(error)
+        clear_calls(error, resident.device)
     if known.code == "device_lost":
         raise known from error
     return known
