@@ -26,6 +26,7 @@ from api_gateway import jobs, problems
 from api_gateway.auth import authenticate
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip_tensors import Asked, Raw, answer, read, stash, stashed
+from api_gateway.wire import WHOLE_BODY
 from device_operations.errors import OperationError, failure, from_job_error
 from device_operations.jobs import State, new_id
 from device_operations.requests.base import JobOptions
@@ -327,7 +328,7 @@ async def _body(request: Request, limit: int) -> Raw:
         if size > limit:
             raise _too_large(limit)
         more = message.get("more_body", False)
-    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return body
@@ -336,7 +337,7 @@ async def _body(request: Request, limit: int) -> Raw:
     return await run_in_threadpool(_decompressed, body, encoding, limit)
 
 
-def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+def _decompressed(body: Raw, encoding: str, limit: int) -> bytes:
     unpacker = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
     try:
         plain = unpacker.decompress(body, limit + 1)

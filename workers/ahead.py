@@ -1,16 +1,18 @@
-"""Claiming ahead: while one batch of runs is on the device, the next whole one is claimed on a thread beside.
+"""Claiming ahead: while one batch of runs is on the device, the next whole ones are claimed on a thread beside.
 
-    device     run ───────────────▶ end, take ─▶ run
-    beside        whole batch? ─▶ claim ──┘
+    device     run ────────────────▶ end, take ─▶ run, take ─▶ run
+    beside        whole batches? ─▶ claim ──┘
 
-What came with its requests is read there too. Only whole batches, so that none is claimed before those that would join
-it have come; and none while what runs may make something more urgent eligible. Whatever is more urgent by the time the
-device is free goes first all the same.
+They are claimed together, as many as keep the device for a few hundredths of a second, and what came with their
+requests is read there too. Only whole batches, so that none is claimed before those that would join it have come; and
+none while what runs may make something more urgent eligible. Whatever is more urgent by the time the device is free
+goes first all the same.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -21,9 +23,15 @@ from workers.work import Work
 
 log = structlog.get_logger(__name__)
 
+#: Milliseconds of a batch from which on it is worth claiming the next ones meanwhile: a claim takes about one.
+LONG_MS = 3.0
+
+#: Milliseconds of the device for which runs are claimed ahead of it, unless one batch alone takes longer.
+AHEAD_MS = 50.0
+
 
 class Ahead:
-    """The next batch of runs, claimed while another is on the device. `begin`, `end` and `take` are the device's."""
+    """The next batches of runs, claimed while another is on the device. `begin`, `end` and `take` are the device's."""
 
     def __init__(
         self,
@@ -38,7 +46,8 @@ class Ahead:
         self._may_claim = may_claim
         self._changed = threading.Condition()
         self._busy = self._looking = self._closed = False
-        self._works: list[Work] = []
+        self._limit = 1
+        self._batches: deque[list[Work]] = deque()
         self._thread = threading.Thread(target=self._look_until_closed, name="ahead", daemon=True)
 
     def start(self) -> None:
@@ -52,10 +61,13 @@ class Ahead:
             self._changed.notify_all()
         self._lane.nudge()
 
-    def begin(self) -> None:
-        """A batch gets the device, and keeps it long enough to claim the next meanwhile."""
+    def begin(self, device_ms: float) -> None:
+        """A batch gets the device and keeps it for about so long: the next are claimed meanwhile if that is enough."""
+        if self._batches or device_ms < LONG_MS:
+            return
         with self._changed:
-            if not self._works and not self._closed:
+            if not self._closed:
+                self._limit = max(1, int(AHEAD_MS / device_ms))
                 self._busy = self._looking = True
                 self._changed.notify_all()
 
@@ -70,13 +82,12 @@ class Ahead:
                 self._changed.wait()
 
     def peek(self) -> list[Work]:
-        """What was claimed, and stays."""
-        return self._works
+        """The next batch that was claimed, and stays."""
+        return self._batches[0] if self._batches else []
 
     def take(self) -> list[Work]:
-        """What was claimed, to be run now."""
-        works, self._works = self._works, []
-        return works
+        """The next batch that was claimed, to be run now."""
+        return self._batches.popleft()
 
     def _look_until_closed(self) -> None:
         while True:
@@ -85,15 +96,27 @@ class Ahead:
                     self._changed.wait()
                 if not self._looking:
                     return
-            works: list[Work] = []
+            batches: list[list[Work]] = []
             try:
-                entries = self._lane.take_full(Kind.INFERENCE_RUN.value, lambda: self._busy and self._may_claim())
-                works = self._claim(entries) if entries else []
-                self._prepare(works)
+                batches = self._claimed(
+                    self._lane.take_full(
+                        Kind.INFERENCE_RUN.value, self._limit, lambda: self._busy and self._may_claim()
+                    )
+                )
             except Exception:
                 # Not claimed is not lost: the records still say that they wait.
                 log.exception("claiming ahead failed")
             with self._changed:
-                self._works = works
+                self._batches.extend(batches)
                 self._looking = False
                 self._changed.notify_all()
+
+    def _claimed(self, batches: list[list[Entry]]) -> list[list[Work]]:
+        """What of each batch could be claimed, in one statement for all."""
+        works = self._claim([entry for batch in batches for entry in batch]) if batches else []
+        self._prepare(works)
+        of = {entry.job_id: number for number, batch in enumerate(batches) for entry in batch}
+        claimed: list[list[Work]] = [[] for _ in batches]
+        for work in works:
+            claimed[of[work.job_id]].append(work)
+        return [batch for batch in claimed if batch]

@@ -116,22 +116,21 @@ class Lane:
                     return []
                 self._ready.wait(remaining)
 
-    def take_full(self, kind: str, go_on: Callable[[], bool]) -> list[Entry]:
-        """What is to run next, once it is a whole batch of `kind`; waits for that as long as `go_on` says so.
+    def take_full(self, kind: str, limit: int, go_on: Callable[[], bool]) -> list[list[Entry]]:
+        """What is to run next, once it is a whole batch of `kind`, and at most `limit` such batches that stand there.
 
-        For whoever prepares it while something else runs: what runs may make something more urgent eligible, and then
-        this gives nothing.
+        Waits for the first as long as `go_on` says so. For whoever prepares them while something else runs: what runs
+        may make something more urgent eligible, and then this gives nothing.
         """
+        batches: list[list[Entry]] = []
         with self._lock:
             while not self._closed and go_on():
-                head = self._head(None, {*self._finishing, *self._taken})
-                if head is not None and head.kind == kind:
-                    mates = self._mates(head)
-                    if len(mates) + 1 >= head.batch_limit:
-                        heapq.heappop(self._eligible)
-                        return self._out([head, *mates])
+                while len(batches) < limit and (batch := self._full(kind)):
+                    batches.append(batch)
+                if batches:
+                    break
                 self._ready.wait(0.5)
-            return []
+        return batches
 
     def nudge(self) -> None:
         """Makes a waiting `take_full` ask whether it is to go on."""
@@ -256,6 +255,17 @@ class Lane:
         if head is not None:
             heapq.heappop(self._eligible)
         return head
+
+    def _full(self, kind: str) -> list[Entry]:
+        """The entries to take next, where they are a whole batch of `kind`."""
+        head = self._head(None, {*self._finishing, *self._taken})
+        if head is None or head.kind != kind:
+            return []
+        mates = self._mates(head)
+        if len(mates) + 1 < head.batch_limit:
+            return []
+        heapq.heappop(self._eligible)
+        return self._out([head, *mates])
 
     def _head(self, above: int | None, ending: Collection[str]) -> Entry | None:
         """The entry to take next, at the head of the heap; None where what ends next may let in a more urgent one."""

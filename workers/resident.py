@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Milliseconds of a run from which on it is worth claiming the next one meanwhile: a claim takes about one.
-LONG_MS = 3.0
-
 #: How long a load that holds the interpreter may take: so much, and as long as reading the file this fast would take.
 LOAD_SECONDS, LOAD_BYTES_PER_SECOND, LONGEST_LOAD_SECONDS = 30.0, 32 << 20, 600.0
 
@@ -142,10 +139,10 @@ class Resident:
 
         return until_reachable(once)
 
-    def keeps_device_long(self, model_id: str | None) -> bool:
-        """Whether a run of the model leaves time to claim the next one."""
+    def device_ms(self, model_id: str | None) -> float:
+        """Milliseconds for which the model's last batch had the device; 0 where there was none."""
         model = self.models.get(model_id or "")
-        return model is not None and model.device_ms >= LONG_MS
+        return model.device_ms if model is not None else 0.0
 
     def loading(self, size_bytes: int) -> AbstractContextManager[None]:
         """What a model of so many bytes is loaded inside: the lease outlasts it where nobody can renew it meanwhile."""

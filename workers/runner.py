@@ -1,7 +1,7 @@
 """The runner: the one thread that makes device calls. It takes from the lane, claims, performs, hands over.
 
     take ─▶ claim (guarded, under our epoch) ─▶ perform ─▶ recorder
-            ahead: the next batch of runs, while one is performed
+            ahead: the next batches of runs, while one is performed
 
 A long job is a generator: between its steps the runner first runs whatever in the lane is more urgent. Whatever a job
 raises is that job's outcome; only the loss of the device ends the process.
@@ -189,8 +189,8 @@ class Runner:
             work.started = began
         self._recorder.started(works)
         if works[0].kind in BATCHES:
-            if not self._paused and self._resident.keeps_device_long(works[0].request.get("model_id")):
-                self._ahead.begin()
+            if not self._paused:
+                self._ahead.begin(self._resident.device_ms(works[0].request.get("model_id")))
             outcomes = self._perform_batch(works)
             self._ahead.end()
             self._finish(works, outcomes)

@@ -1,13 +1,23 @@
-"""What the gateway writes to a connection: in one piece where it may wait, at once where it may not."""
+"""What the gateway writes to a connection: in one piece where it may wait, at once where it may not.
+
+And what it reads: large bodies that are wanted whole, past uvicorn's own way.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from threading import Event, Thread
+from typing import Any
 
-from api_gateway.wire import HELD_BYTES, Held
+import pytest
+import uvicorn
+
+from api_gateway.wire import HELD_BYTES, WHOLE_BODY, WHOLE_BYTES, WHOLE_REST_BYTES, Held, Protocol
+from tests.support.stack import eventually
 
 
 @asynccontextmanager
@@ -80,3 +90,181 @@ def test_no_more_is_held_than_a_socket_takes_at_once() -> None:
             assert len(arrived(there)) == HELD_BYTES
 
     asyncio.run(scenario())
+
+
+# ---- bodies that are read whole
+
+
+class Reader:
+    """An application that reads bodies as the gateway's inference does, and answers with what it read.
+
+    It says how the body came; with `refuse` in the query it answers before it has read anything, with `hold` once
+    `go_on` is set.
+    """
+
+    def __init__(self) -> None:
+        self.cut_off = 0
+        self.go_on = Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        chunks, more = [], scope["query_string"] != b"refuse"
+        status = 200 if more else 401
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.cut_off += 1
+                return
+            chunks.append(message["body"])
+            more = message["more_body"]
+        whole = scope.pop(WHOLE_BODY, None)
+        assert whole is None or not any(chunks)
+        body = (b"whole:" if whole is not None else b"pieces:") + bytes(whole or b"".join(chunks))
+        if scope["query_string"] == b"hold":
+            await asyncio.to_thread(self.go_on.wait, 30)
+        head = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+
+
+@contextmanager
+def reading(loop: str) -> Iterator[tuple[Reader, int]]:
+    """Such an application served by the gateway's protocol, and its port."""
+    app = Reader()
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, loop=loop, log_config=None, lifespan="off"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield app, listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def asked(body: bytes, address: str = "/v2/models/m/infer", more: str = "") -> bytes:
+    return f"POST {address} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+def answered(client: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the next answer."""
+    got = b""
+    while b"\r\n\r\n" not in got:
+        got += client.recv(1)
+    if got.startswith(b"HTTP/1.1 100"):
+        return answered(client)
+    length = int(got.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    body = b""
+    while len(body) < length:
+        body += client.recv(length - len(body))
+    return int(got.split()[1]), body
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[Reader, int]]:
+    if request.param == "uvloop":
+        pytest.importorskip("uvloop", reason="there is none for Windows")
+    with reading(request.param) as server:
+        yield server
+
+
+def test_bodies_of_every_size_arrive_as_they_were_sent_on_one_connection(served: tuple[Reader, int]) -> None:
+    _, port = served
+    numbers = random.Random(5)
+    large = [WHOLE_REST_BYTES + 1, 3_000_000, WHOLE_BYTES, WHOLE_BYTES + 1]
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        for size in [0, 1, 5000, WHOLE_REST_BYTES - 1, *large, 70_000, 12, 2_000_000]:
+            body = numbers.randbytes(size)
+            head, rest = asked(body)[:-size] if size else asked(body), body
+            client.sendall(head)
+            client.sendall(rest)
+            status, got = answered(client)
+            way, _, came = got.partition(b":")
+            assert (status, came) == (200, body)
+            # In between it is a matter of how much came with the head.
+            if size < WHOLE_REST_BYTES or size > WHOLE_BYTES:
+                assert way == b"pieces"
+            elif size > 1_000_000:
+                assert way == b"whole"
+
+
+def test_requests_that_are_sent_behind_a_large_body_are_answered_in_order(served: tuple[Reader, int]) -> None:
+    _, port = served
+    bodies = [random.Random(seed).randbytes(size) for seed, size in enumerate([900_000, 10, 700_000, 800_000, 20])]
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        sender = Thread(target=client.sendall, args=(b"".join(map(asked, bodies)),))
+        sender.start()
+        assert [answered(client)[1].partition(b":")[2] for _ in bodies] == bodies
+        sender.join()
+
+
+def test_no_more_is_read_of_a_connection_whose_first_request_waits_for_its_answer(served: tuple[Reader, int]) -> None:
+    app, port = served
+    large = asked(bytes(1_000_000))
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(asked(b"", "/v2/models/m/infer?hold"))
+        client.settimeout(1)
+        sent = 0
+        with suppress(TimeoutError):
+            while sent < 60 * len(large):
+                sent += client.send(large[sent % len(large) :])
+        # What fits into the buffers between the two.
+        assert sent < 20_000_000
+        app.go_on.set()
+        client.settimeout(10)
+        assert answered(client) == (200, b"pieces:")
+        assert answered(client)[1].endswith(bytes(1_000_000))
+
+
+def test_a_body_that_trickles_or_waits_to_be_asked_for_arrives_whole(served: tuple[Reader, int]) -> None:
+    _, port = served
+    body = random.Random(1).randbytes(300_000)
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        message = asked(body)
+        for at in range(0, len(message), 7001):
+            client.sendall(message[at : at + 7001])
+        assert answered(client) == (200, b"whole:" + body)
+        head = asked(body, more="Expect: 100-continue\r\n")[: -len(body)]
+        client.sendall(head)
+        client.settimeout(10)
+        assert client.recv(25, socket.MSG_PEEK).startswith(b"HTTP/1.1 100")
+        client.sendall(body)
+        assert answered(client) == (200, b"whole:" + body)
+
+
+def test_an_answer_before_the_body_has_come_leaves_the_connection_usable(served: tuple[Reader, int]) -> None:
+    _, port = served
+    body = bytes(2_000_000)
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        message = asked(body, "/v2/models/m/infer?refuse")
+        client.sendall(message[:1000])
+        assert answered(client)[0] == 401
+        client.sendall(message[1000:])
+        client.sendall(asked(b"next"))
+        assert answered(client) == (200, b"pieces:next")
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_body_is_noticed(served: tuple[Reader, int]) -> None:
+    app, port = served
+    for came in (10, 500_000):
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            message = asked(bytes(1_000_000))
+            client.sendall(message[: came + len(message) - 1_000_000])
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(asked(b"after"))
+        assert answered(client) == (200, b"pieces:after")
+    eventually(lambda: app.cut_off == 2)
+
+
+def test_bodies_for_other_addresses_and_in_chunks_go_the_usual_way(served: tuple[Reader, int]) -> None:
+    _, port = served
+    body = bytes(500_000)
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(asked(body, "/api/blobs"))
+        assert answered(client) == (200, b"pieces:" + body)
+        chunked = b"".join(b"%x\r\n%s\r\n" % (100_000, body[:100_000]) for _ in range(5)) + b"0\r\n\r\n"
+        client.sendall(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked)
+        assert answered(client) == (200, b"pieces:" + body)

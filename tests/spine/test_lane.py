@@ -131,15 +131,22 @@ def test_what_waits_its_turn_on_a_resource_passes_a_job_that_is_done_with_it() -
 
 def test_only_whole_batches_of_the_kind_asked_for_are_given_ahead() -> None:
     lane = Lane()
-    looks = iter([True, False] * 9)
-    go_on = looks.__next__
+
+    def full(kind: str) -> list[list[str]]:
+        batches = lane.take_full(kind, 3, iter([True, False]).__next__)
+        return [[one.job_id for one in batch] for batch in batches]
+
     lane.admit(entry("a", 5, 1, batch_key="m", batch_limit=2))
-    assert lane.take_full("inference.run", go_on) == []
-    lane.admit(entry("b", 5, 2, batch_key="m", batch_limit=2))
-    assert lane.take_full("memory.copy", go_on) == []
-    assert [one.job_id for one in lane.take_full("inference.run", go_on)] == ["a", "b"]
+    assert full("inference.run") == []
+    for seq, job_id in enumerate("bcdefgh", start=2):
+        lane.admit(entry(job_id, 5, seq, batch_key="m", batch_limit=2))
+    assert full("memory.copy") == []
+    assert full("inference.run") == [["a", "b"], ["c", "d"], ["e", "f"]]
     assert "a" in lane
-    assert lane.eligible == 0
+    lane.admit(entry("i", 5, 9, batch_key="m", batch_limit=2))
+    # What is left over is no whole batch, and waits for who joins it.
+    assert full("inference.run") == [["g", "h"]]
+    assert lane.eligible == 1
 
 
 def test_nothing_is_given_ahead_that_a_running_job_may_let_something_more_urgent_overtake() -> None:
@@ -148,7 +155,7 @@ def test_nothing_is_given_ahead_that_a_running_job_may_let_something_more_urgent
     assert lane.take(timeout_seconds=0)
     lane.admit(entry("urgent", 9, 2, after={"running"}))
     lane.admit(entry("usual", 5, 3))
-    assert lane.take_full("inference.run", iter([True, False]).__next__) == []
+    assert lane.take_full("inference.run", 3, iter([True, False]).__next__) == []
     lane.ended(["running"])
     assert drain(lane) == ["urgent", "usual"]
 

@@ -1,0 +1,117 @@
+"""Claiming ahead: as many whole batches as the device is busy with for a while, in one claim, and in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.stack import eventually
+from workers.ahead import AHEAD_MS, LONG_MS, Ahead
+from workers.lane import Entry, Lane
+from workers.work import Work
+
+
+class Claims:
+    """What was claimed together, and what of it had been ended by someone else."""
+
+    def __init__(self) -> None:
+        self.made: list[list[str]] = []
+        self.prepared: list[str] = []
+        self.gone: set[str] = set()
+        self.allowed = True
+
+    def claim(self, entries: list[Entry]) -> list[Work]:
+        self.made.append([entry.job_id for entry in entries])
+        # In whatever order the database gives its rows.
+        return [Work(entry, {}, {}) for entry in reversed(entries) if entry.job_id not in self.gone]
+
+    def prepare(self, works: list[Work]) -> None:
+        self.prepared += [work.job_id for work in works]
+
+
+@pytest.fixture
+def lane() -> Lane:
+    return Lane()
+
+
+@pytest.fixture
+def claims() -> Claims:
+    return Claims()
+
+
+@pytest.fixture
+def ahead(lane: Lane, claims: Claims) -> Iterator[Ahead]:
+    made = Ahead(lane, claims.claim, claims.prepare, lambda: claims.allowed)
+    made.start()
+    yield made
+    made.end()
+    made.close()
+
+
+def wait(lane: Lane, count: int, **facts: Any) -> None:
+    for seq in range(count):
+        lane.admit(Entry(f"run-{seq}", "inference.run", 5, seq, **facts))
+
+
+def taken(ahead: Ahead) -> list[list[str]]:
+    batches = []
+    while ahead.peek():
+        batches.append(sorted(work.job_id for work in ahead.take()))
+    return batches
+
+
+def test_as_many_batches_are_claimed_at_once_as_the_device_is_busy_with_for_a_while(
+    lane: Lane, claims: Claims, ahead: Ahead
+) -> None:
+    wait(lane, 9, batch_key="model", batch_limit=2)
+    ahead.begin(AHEAD_MS / 3)
+    eventually(lambda: claims.made)
+    ahead.end()
+    claimed = [f"run-{number}" for number in range(6)]
+    assert claims.made == [claimed]
+    assert sorted(claims.prepared) == claimed
+    assert taken(ahead) == [claimed[:2], claimed[2:4], claimed[4:]]
+    assert len(lane) == 3
+
+
+def test_nothing_more_is_claimed_while_something_claimed_waits(lane: Lane, claims: Claims, ahead: Ahead) -> None:
+    wait(lane, 5)
+    ahead.begin(AHEAD_MS / 2)
+    eventually(lambda: claims.made)
+    ahead.end()
+    assert [work.job_id for work in ahead.take()] == ["run-0"]
+    ahead.begin(AHEAD_MS / 2)
+    ahead.end()
+    assert claims.made == [["run-0", "run-1"]]
+    assert taken(ahead) == [["run-1"]]
+
+
+def test_a_batch_that_takes_long_claims_one_and_a_short_one_none(lane: Lane, claims: Claims, ahead: Ahead) -> None:
+    wait(lane, 5)
+    ahead.begin(LONG_MS / 2)
+    ahead.end()
+    assert claims.made == []
+    ahead.begin(AHEAD_MS * 20)
+    eventually(lambda: claims.made)
+    ahead.end()
+    assert claims.made == [["run-0"]]
+
+
+def test_what_others_have_ended_is_left_out(lane: Lane, claims: Claims, ahead: Ahead) -> None:
+    claims.gone = {"run-0", "run-3"}
+    wait(lane, 4)
+    ahead.begin(AHEAD_MS / 4)
+    eventually(lambda: claims.made)
+    ahead.end()
+    assert taken(ahead) == [["run-1"], ["run-2"]]
+
+
+def test_nothing_is_claimed_that_may_not_be_begun(lane: Lane, claims: Claims, ahead: Ahead) -> None:
+    claims.allowed = False
+    wait(lane, 4)
+    ahead.begin(AHEAD_MS)
+    ahead.end()
+    assert claims.made == []
+    assert taken(ahead) == []
