@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,34 +54,35 @@ class Cancel:
         if self.code is not None:
             raise failure(self.code, "The run was stopped." if self.code == "cancelled" else "The time was up.")
 
-    @staticmethod
-    def attach(cancels: Sequence[Cancel], options: ort.RunOptions | ort.SessionOptions) -> None:
-        """From now on each one's `trip` reaches `options`; raises the failure of one that was tripped before."""
-        with _CANCELLING:
-            for cancel in cancels:
-                if cancel.code is not None:
-                    cancel.check()
-                cancel._running = options
-
-    @staticmethod
-    def detach(cancels: Sequence[Cancel]) -> None:
-        """`trip` reaches no run any more."""
-        with _CANCELLING:
-            for cancel in cancels:
-                cancel._running = None
-
-    @contextlib.contextmanager
-    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Iterator[None]:
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
         """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
-        self.attach([self], options)
-        try:
-            yield
-        except Exception as error:
-            if self.code is not None:
-                raise failure(self.code, "Stopped while it ran.") from error
-            raise
-        finally:
-            self.detach([self])
+        return Over([self], options)
+
+
+class Over:
+    """The same for several cancels at once: any of them stops what runs with `options`."""
+
+    __slots__ = ("_cancels", "_options")
+
+    def __init__(self, cancels: Sequence[Cancel], options: ort.RunOptions | ort.SessionOptions) -> None:
+        self._cancels = cancels
+        self._options = options
+
+    def __enter__(self) -> None:
+        with _CANCELLING:
+            for cancel in self._cancels:
+                cancel.check()
+            for cancel in self._cancels:
+                cancel._running = self._options
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        with _CANCELLING:
+            for cancel in self._cancels:
+                cancel._running = None
+        if isinstance(error, Exception):
+            for cancel in self._cancels:
+                if cancel.code is not None:
+                    raise failure(cancel.code, "Stopped while it ran.") from error
 
 
 def resolve_provider(name: str) -> str:

@@ -6,9 +6,9 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import structlog
@@ -19,16 +19,13 @@ from tasks.lifecycle import Outcome
 from tasks.plans.residents import no_model
 from tasks.store import models as store
 from workers.devices.base import BufferView
-from workers.devices.onnx_session import Cancel
+from workers.devices.onnx_session import Over
 from workers.devices.onnx_tensors import Feed, Kept
 from workers.models import close, facts, open_model, revive
 from workers.resident import Resident, ResidentModel
 from workers.sessions import fed_by, left_by, session_of
 from workers.tensors import feed, give, hand_over, staged_bytes, view
 from workers.work import Work, named
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 log = structlog.get_logger(__name__)
 
@@ -223,19 +220,9 @@ class _Together:
     def __init__(self, works: Sequence[Work]) -> None:
         self._cancels = [work.cancel for work in works]
 
-    @contextmanager
-    def over(self, options: Any) -> Iterator[None]:
+    def over(self, options: Any) -> Over:
         """While inside, each of the works' `trip` reaches `options`."""
-        try:
-            Cancel.attach(self._cancels, options)
-            yield
-        except Exception as error:
-            for cancel in self._cancels:
-                if cancel.code is not None:
-                    raise failure(cancel.code, "Stopped while it ran.") from error
-            raise
-        finally:
-            Cancel.detach(self._cancels)
+        return Over(self._cancels, options)
 
 
 # ---- what goes in and what comes out
