@@ -24,6 +24,8 @@ def gateway() -> None:
 def worker(device_id: str) -> None:
     """Run the worker of one device."""
     load()
+    for name, value in services.WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _become(*services.worker_arguments(device_id))
 
 

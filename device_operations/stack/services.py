@@ -23,6 +23,10 @@ WORKER_GRACE_SECONDS = 30
 #: A worker refuses a device whose lease a killed one has left; with their pauses, so many starts outlast it.
 WORKER_FAILED_STARTS = 6
 
+#: What a worker is started with unless its environment says otherwise: glibc asks for huge pages (Linux's, where
+#: `transparent_hugepage` is `madvise`), in which ONNX Runtime's runs on the CPU took 1 to 2 % less time.
+WORKER_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 GATEWAY = ("-m", "api_gateway")
 MIGRATE = ("-m", "migrations", "upgrade")
 FLOWER = ("-m", "device_operations.stack.flower")
@@ -62,9 +66,9 @@ def gateway(environment: Mapping[str, str], folder: Path | None = None, name: st
 
 def worker(device_id: str, environment: Mapping[str, str], folder: Path | None = None) -> Service:
     """The worker of one device. `/readyz` tells when it is online."""
-    command = python(*worker_arguments(device_id))
+    command, own = python(*worker_arguments(device_id)), {**WORKER_ENVIRONMENT, **environment}
     return Service(
-        Command(f"worker-{device_id}", command, environment, folder, grace_seconds=WORKER_GRACE_SECONDS),
+        Command(f"worker-{device_id}", command, own, folder, grace_seconds=WORKER_GRACE_SECONDS),
         remedy="run `device-operations doctor` to see what this machine's devices lack",
         failed_starts=WORKER_FAILED_STARTS,
     )

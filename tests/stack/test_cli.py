@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper
 
 from device_operations.cli import COMMANDS, program
+from device_operations.stack import services
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
 
@@ -225,6 +227,12 @@ def test_the_service_commands_become_the_services(cli: Cli, stack: RunningStack,
     assert port in cli("gateway", status=3).stderr, "the stack's gateway has this port"
 
 
+def test_a_worker_asks_for_huge_pages_unless_told_otherwise(stack: RunningStack) -> None:
+    assert stack.process("cpu_0").environ()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    told = services.worker("cpu_0", {"GLIBC_TUNABLES": "glibc.malloc.check=1"}).command.environment
+    assert told == {"GLIBC_TUNABLES": "glibc.malloc.check=1"}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a process cannot become another")
 def test_a_service_command_is_the_service_itself_so_that_signals_reach_it(start_stack: Any) -> None:
     stack = start_stack()
@@ -235,6 +243,7 @@ def test_a_service_command_is_the_service_itself_so_that_signals_reach_it(start_
         eventually(lambda: device()["epoch"] == 2 and device()["state"] == "online")
         job = stack.client.post("/api/memory/allocate", json={"size_bytes": 64}, headers={"Prefer": "wait=30"}).json()
         assert job["state"] == "succeeded"
+        assert psutil.Process(worker.pid).environ()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
         worker.terminate()
         assert worker.wait(30) == 0
     eventually(lambda: device()["state"] == "offline")
