@@ -56,7 +56,8 @@ class Outcome:
 
     def ending(self) -> Ending:
         """The same, as the store records it."""
-        return Ending(self.job_id, self.state.value, self.result, self.error, self.device_ms)
+        device_ms = None if self.device_ms is None else round(self.device_ms, 3)
+        return Ending(self.job_id, self.state.value, self.result, self.error, device_ms)
 
 
 def finish(

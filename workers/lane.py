@@ -116,6 +116,14 @@ class Lane:
                     return []
                 self._ready.wait(remaining)
 
+    @property
+    def most_urgent(self) -> int:
+        """No entry that `take` could give is more urgent than this, and perhaps none is as urgent. Takes no lock."""
+        try:
+            return -self._eligible[0][0][0]
+        except IndexError:
+            return -1
+
     def take_full(self, kind: str, limit: int, go_on: Callable[[], bool]) -> list[list[Entry]]:
         """What is to run next, once it is a whole batch of `kind`, and at most `limit` such batches that stand there.
 

@@ -147,12 +147,13 @@ class Runner:
 
     def _perform_next(self, claimed: list[Work]) -> None:
         """Performs what was claimed ahead, unless the lane holds something more urgent by now."""
-        urgent = max(work.entry.effective for work in claimed)
-        sooner = self._lane.take(timeout_seconds=0, above=urgent) if self._may_begin() else []
-        if sooner:
-            self._begin(sooner)
-        else:
-            self._perform_claimed(self._ahead.take())
+        urgent = max([work.entry.effective for work in claimed])
+        if self._lane.most_urgent > urgent and self._may_begin():
+            sooner = self._lane.take(timeout_seconds=0, above=urgent)
+            if sooner:
+                self._begin(sooner)
+                return
+        self._perform_claimed(self._ahead.take())
 
     def _go_on(self) -> None:
         """One step of the most urgent paused job, unless the lane holds something more urgent still."""

@@ -149,6 +149,18 @@ def test_only_whole_batches_of_the_kind_asked_for_are_given_ahead() -> None:
     assert lane.eligible == 1
 
 
+def test_the_most_urgent_is_known_without_taking_it() -> None:
+    lane = Lane()
+    assert lane.most_urgent == -1
+    lane.admit(entry("usual", 5, 1))
+    assert lane.most_urgent == 5
+    lane.admit(entry("first", 1, 2))
+    lane.admit(entry("urgent", 9, 3, after={"first"}))
+    # What an urgent one waits for is as urgent as that.
+    assert lane.most_urgent == 9
+    assert [one.job_id for one in lane.take(0, above=5)] == ["first"]
+
+
 def test_nothing_is_given_ahead_that_a_running_job_may_let_something_more_urgent_overtake() -> None:
     lane = Lane()
     lane.admit(entry("running", 5, 1))

@@ -32,16 +32,18 @@ log = structlog.get_logger(__name__)
 Feeds = dict[str, Feed]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Took:
     """How long a run, or the batch that it was part of, had the device.
 
     `device_ms` counts from the moment all inputs are together on the host until all outputs are: transfers and graph.
-    `graph_ms` is the graph alone by the device's own clock, where the backend tells it.
+    `graph_ms` is the graph alone by the device's own clock, where the backend tells it. `staged_bytes` went through
+    the host for the sake of buffers.
     """
 
     device_ms: float
     graph_ms: float | None
+    staged_bytes: int = 0
 
 
 def load_model(resident: Resident, work: Work) -> Outcome:
@@ -154,13 +156,13 @@ def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -
     keep = session.state_map if session else ()
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, request.get("outputs"), into=into, keep=keep, cancel=work.cancel)
-    device_ms = _since(began)
-    told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
-    told |= {name: outputs[name] for name in into}
-    staged = model.onnx.staged_bytes + staged_bytes(request["inputs"])
-    took = Took(device_ms, model.onnx.graph_ms)
-    model.device_ms = device_ms
-    outcome = _outcome(resident, work, told, 1, took, executions=1, staged_bytes=staged)
+    took = Took(_since(began), model.onnx.graph_ms, model.onnx.staged_bytes)
+    told = outputs
+    if into or keep:
+        told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
+        told |= {name: outputs[name] for name in into}
+    model.device_ms = took.device_ms
+    outcome = _outcome(resident, work, told, 1, took, executions=1)
     if session is not None:
         # The state goes on only with a run whose result can be told.
         _encoded(outcome)
@@ -243,7 +245,6 @@ def _outcome(
     took: Took,
     *,
     executions: int,
-    staged_bytes: int = 0,
 ) -> Outcome:
     """The outcome of a run, whose outputs are put into words later, off the device's thread."""
     session_id = work.request.get("session_id")
@@ -256,12 +257,13 @@ def _outcome(
             "session_id": session_id or work.job_id,
             "outputs": _told(resident, work, outputs),
             "batch_size": batch_size,
-            "device_ms": took.device_ms,
+            "device_ms": round(took.device_ms, 3),
         }
         if took.graph_ms is not None:
             result["graph_ms"] = round(took.graph_ms, 3)
-        if staged_bytes:
-            result["staged_bytes"] = staged_bytes
+        staged = took.staged_bytes + staged_bytes(work.request["inputs"])
+        if staged:
+            result["staged_bytes"] = staged
         return result
 
     outcome.pending = tell
@@ -336,7 +338,7 @@ def _stopped(work: Work) -> Outcome:
 
 
 def _since(began: float) -> float:
-    return round((time.perf_counter() - began) * 1000, 3)
+    return (time.perf_counter() - began) * 1000
 
 
 OPERATIONS = {
