@@ -8,6 +8,17 @@ from sqlalchemy import Connection
 
 from tasks.store.connection import Row, rows
 
+#: What lies on devices or is about to, with what it holds of their budgets and since when.
+_THINGS = """
+    SELECT device_id, owner, state, size_bytes, 'allocation' AS type, allocation_id AS id, created_at AS since
+    FROM allocations WHERE state IN ('pending', 'active')
+    UNION ALL
+    SELECT device_id, owner, state, reserved_bytes, 'model', model_id, created_at FROM models
+    WHERE state IN ('loading', 'loaded', 'lost')
+    UNION ALL
+    SELECT device_id, owner, state, reserved_bytes, 'training_session', session_id, opened_at FROM training_sessions
+    WHERE state IN ('initializing', 'ready', 'restored')"""
+
 
 def standing(connection: Connection, device_id: str | None = None) -> list[dict[str, Any]]:
     """Every device's memory (or one's), in one statement, so that the figures fit together.
@@ -18,16 +29,8 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
     """
     found = rows(
         connection,
-        """
-        WITH things AS (
-            SELECT device_id, owner, state, size_bytes, 'allocation' AS type FROM allocations
-            WHERE state IN ('pending', 'active')
-            UNION ALL
-            SELECT device_id, owner, state, reserved_bytes, 'model' FROM models
-            WHERE state IN ('loading', 'loaded', 'lost')
-            UNION ALL
-            SELECT device_id, owner, state, reserved_bytes, 'training_session' FROM training_sessions
-            WHERE state IN ('initializing', 'ready', 'restored')),
+        f"""
+        WITH things AS ({_THINGS}),
         owned AS (SELECT device_id, owner, sum(size_bytes)::bigint AS size_bytes FROM things GROUP BY 1, 2),
         owners AS (SELECT device_id, jsonb_object_agg(owner, size_bytes) AS by_owner FROM owned GROUP BY 1),
         sums AS (
@@ -46,7 +49,7 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
             coalesce(s.allocations, 0) AS allocation_count, coalesce(s.allocated_bytes, 0) AS allocated_bytes,
             coalesce(s.active_bytes, 0) AS active_bytes, coalesce(s.models_bytes, 0) AS models_bytes,
             coalesce(s.loaded_bytes, 0) AS loaded_bytes, coalesce(s.training_bytes, 0) AS training_bytes,
-            coalesce(s.trained_bytes, 0) AS trained_bytes, coalesce(o.by_owner, '{}') AS by_owner
+            coalesce(s.trained_bytes, 0) AS trained_bytes, coalesce(o.by_owner, '{{}}') AS by_owner
         FROM devices d LEFT JOIN device_budgets b USING (device_id) LEFT JOIN sums s USING (device_id)
             LEFT JOIN owners o USING (device_id)
         WHERE %(id)s::text IS NULL OR d.device_id = %(id)s ORDER BY d.device_id
@@ -54,6 +57,26 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
         {"id": device_id},
     )
     return [_told(row) for row in found]
+
+
+def rooms(connection: Connection, device_id: str, allocation_ids: list[str]) -> dict[str, int]:
+    """Bytes of the budget that are left beside each allocation and all that was admitted before it.
+
+    Below 0 where it was admitted against memory that was to be freed and was not. What was admitted later does not
+    count: it may wait for memory that is still to be freed.
+    """
+    found = rows(
+        connection,
+        f"""
+        WITH things AS ({_THINGS}),
+        sums AS (
+            SELECT id, sum(size_bytes) OVER (ORDER BY since) AS up_to FROM things WHERE device_id = %(device)s)
+        SELECT id, (b.budget_bytes - up_to)::bigint AS room FROM sums, device_budgets b
+        WHERE b.device_id = %(device)s AND id = ANY(%(ids)s)
+        """,
+        {"device": device_id, "ids": allocation_ids},
+    )
+    return {row["id"]: row["room"] for row in found}
 
 
 def _told(row: Row) -> dict[str, Any]:

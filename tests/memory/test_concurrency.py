@@ -145,6 +145,36 @@ def test_room_that_was_counted_on_and_did_not_come_fails_in_the_lane(bench: Benc
     assert totals(bench) == (0, 0)
 
 
+def test_an_allocation_that_counted_on_nothing_does_not_pay_for_one_that_waits(bench: Bench) -> None:
+    full = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": BUDGET - 100})])[0]["resource_id"]
+    bench.run()
+    freeing = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]
+    fits = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 100})])[0]
+    waits = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 50})])[0]
+    assert (fits["after"], waits["after"]) == ([], [freeing["id"]])
+    # The bench runs the newest first that waits for nobody: the one that fits, before anything is freed.
+    assert [row["id"] for row in bench.run(1)] == [fits["id"]]
+    assert bench.job(fits["id"])["state"] == "succeeded"
+    bench.run()
+    assert bench.job(waits["id"])["state"] == "succeeded"
+    assert totals(bench) == (150, 150)
+
+
+def test_who_counted_on_room_that_did_not_come_fails_and_who_was_admitted_before_does_not(bench: Bench) -> None:
+    full = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": BUDGET - 100})])[0]["resource_id"]
+    bench.run()
+    freeing = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]
+    fits = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 100})])[0]
+    hopeful = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 50})])[0]
+    lifecycle.end(
+        bench.engine, [Ending(freeing["id"], State.CANCELLED.value, error=lifecycle.CANCELLED)], [State.QUEUED]
+    )
+    bench.run()
+    assert bench.job(fits["id"])["state"] == "succeeded"
+    assert bench.job(hopeful["id"])["error"]["detail"] == {"needed_bytes": 50, "missing_bytes": 50}
+    assert totals(bench) == (BUDGET, BUDGET)
+
+
 def test_32_clients_over_http_pipeline_without_waiting_and_leave_nothing(stack: RunningStack) -> None:
     def work(number: int) -> None:
         with httpx.Client(base_url=stack.http_url, timeout=60, trust_env=False) as client:

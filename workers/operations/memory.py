@@ -19,6 +19,7 @@ from tasks.ring import Ring
 from tasks.store import allocations as store
 from tasks.store import blobs as blob_store
 from tasks.store import devices as device_store
+from tasks.store import memory as memory_store
 from workers.devices.base import Buffer
 from workers.models import evict_one, make_room
 from workers.resident import Resident
@@ -54,26 +55,32 @@ def allocate(resident: Resident, work: Work) -> Outcome:
 def allocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
     """Makes many allocations; each fails alone."""
     make_room(resident)
-    room = _room(resident)
+    rooms = _rooms(resident, works)
+    given_up = 0
     outcomes = []
     for work in works:
         try:
-            outcomes.append(_allocate(resident, work, room))
+            outcomes.append(_allocate(resident, work, rooms.get(work.request["allocation_id"], 0) + given_up))
         except OperationError as error:
             if error.code == "device_lost":
                 raise
-            room += work.request["size_bytes"]
+            given_up += work.request["size_bytes"]
             outcomes.append(work.failed(error))
         except Exception as error:  # noqa: BLE001 - any failure of one allocation is that one's outcome
-            room += work.request["size_bytes"]
+            given_up += work.request["size_bytes"]
             outcomes.append(work.failed(named(error)))
     return outcomes
 
 
-def _room(resident: Resident) -> int:
-    """Bytes of the budget that are not reserved: below 0 where admission counted on room that did not come."""
+def _rooms(resident: Resident, works: Sequence[Work]) -> dict[str, int]:
+    """Bytes that each allocation leaves of the budget; below 0 where admission counted on room that did not come.
+
+    Nothing where less than the budget is reserved, as almost always: then nobody counted on anything.
+    """
     device = resident.read(device_store.get, resident.device_id)
-    return 0 if device is None else int(device["budget_bytes"] - device["reserved_bytes"])
+    if device is None or device["reserved_bytes"] <= device["budget_bytes"]:
+        return {}
+    return resident.read(memory_store.rooms, resident.device_id, [work.request["allocation_id"] for work in works])
 
 
 def _allocate(resident: Resident, work: Work, room: int) -> Outcome:
