@@ -3,10 +3,10 @@
     device     run ────────────────▶ end, take ─▶ run, take ─▶ run
     beside        whole batches? ─▶ claim ──┘
 
-They are claimed together, as many as keep the device for a few hundredths of a second, and what came with their
-requests is read there too. Only whole batches, so that none is claimed before those that would join it have come; and
-none while what runs may make something more urgent eligible. Whatever is more urgent by the time the device is free
-goes first all the same.
+Those of the model that runs are claimed together, as many as keep the device for a few hundredths of a second, and what
+came with their requests is read there too. Only whole batches, so that none is claimed before those that would join it
+have come; and none while what runs may make something more urgent eligible. Whatever is more urgent by the time the
+device is free goes first all the same.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Ahead:
         self._changed = threading.Condition()
         self._busy = self._looking = self._closed = False
         self._limit = 1
+        self._needs: tuple[str, ...] = ()
         self._batches: deque[list[Work]] = deque()
         self._thread = threading.Thread(target=self._look_until_closed, name="ahead", daemon=True)
 
@@ -61,13 +62,16 @@ class Ahead:
             self._changed.notify_all()
         self._lane.nudge()
 
-    def begin(self, device_ms: float) -> None:
-        """A batch gets the device and keeps it for about so long: the next are claimed meanwhile if that is enough."""
+    def begin(self, device_ms: float, needs: tuple[str, ...]) -> None:
+        """A batch gets the device and keeps it for about so long: the next are claimed meanwhile if that is enough.
+
+        How long others take that need the same is known by that, and so how many of them.
+        """
         if self._batches or device_ms < LONG_MS:
             return
         with self._changed:
             if not self._closed:
-                self._limit = max(1, int(AHEAD_MS / device_ms))
+                self._limit, self._needs = max(1, int(AHEAD_MS / device_ms)), needs
                 self._busy = self._looking = True
                 self._changed.notify_all()
 
@@ -99,9 +103,7 @@ class Ahead:
             batches: list[list[Work]] = []
             try:
                 batches = self._claimed(
-                    self._lane.take_full(
-                        Kind.INFERENCE_RUN.value, self._limit, lambda: self._busy and self._may_claim()
-                    )
+                    self._lane.take_full(Kind.INFERENCE_RUN.value, self._needs, self._limit, self._goes_on)
                 )
             except Exception:
                 # Not claimed is not lost: the records still say that they wait.
@@ -110,6 +112,9 @@ class Ahead:
                 self._batches.extend(batches)
                 self._looking = False
                 self._changed.notify_all()
+
+    def _goes_on(self) -> bool:
+        return self._busy and self._may_claim()
 
     def _claimed(self, batches: list[list[Entry]]) -> list[list[Work]]:
         """What of each batch could be claimed, in one statement for all."""

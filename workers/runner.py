@@ -191,7 +191,7 @@ class Runner:
         self._recorder.started(works)
         if works[0].kind in BATCHES:
             if not self._paused:
-                self._ahead.begin(self._resident.device_ms(works[0].request.get("model_id")))
+                self._ahead.begin(self._resident.device_ms(works[0].request.get("model_id")), works[0].entry.needs)
             outcomes = self._perform_batch(works)
             self._ahead.end()
             self._finish(works, outcomes)

@@ -12,6 +12,8 @@ from workers.ahead import AHEAD_MS, LONG_MS, Ahead
 from workers.lane import Entry, Lane
 from workers.work import Work
 
+MODEL = ("model",)
+
 
 class Claims:
     """What was claimed together, and what of it had been ended by someone else."""
@@ -52,7 +54,7 @@ def ahead(lane: Lane, claims: Claims) -> Iterator[Ahead]:
 
 def wait(lane: Lane, count: int, **facts: Any) -> None:
     for seq in range(count):
-        lane.admit(Entry(f"run-{seq}", "inference.run", 5, seq, **facts))
+        lane.admit(Entry(f"run-{seq}", "inference.run", 5, seq, **({"needs": MODEL} | facts)))
 
 
 def taken(ahead: Ahead) -> list[list[str]]:
@@ -66,7 +68,7 @@ def test_as_many_batches_are_claimed_at_once_as_the_device_is_busy_with_for_a_wh
     lane: Lane, claims: Claims, ahead: Ahead
 ) -> None:
     wait(lane, 9, batch_key="model", batch_limit=2)
-    ahead.begin(AHEAD_MS / 3)
+    ahead.begin(AHEAD_MS / 3, MODEL)
     eventually(lambda: claims.made)
     ahead.end()
     claimed = [f"run-{number}" for number in range(6)]
@@ -78,11 +80,11 @@ def test_as_many_batches_are_claimed_at_once_as_the_device_is_busy_with_for_a_wh
 
 def test_nothing_more_is_claimed_while_something_claimed_waits(lane: Lane, claims: Claims, ahead: Ahead) -> None:
     wait(lane, 5)
-    ahead.begin(AHEAD_MS / 2)
+    ahead.begin(AHEAD_MS / 2, MODEL)
     eventually(lambda: claims.made)
     ahead.end()
     assert [work.job_id for work in ahead.take()] == ["run-0"]
-    ahead.begin(AHEAD_MS / 2)
+    ahead.begin(AHEAD_MS / 2, MODEL)
     ahead.end()
     assert claims.made == [["run-0", "run-1"]]
     assert taken(ahead) == [["run-1"]]
@@ -90,19 +92,33 @@ def test_nothing_more_is_claimed_while_something_claimed_waits(lane: Lane, claim
 
 def test_a_batch_that_takes_long_claims_one_and_a_short_one_none(lane: Lane, claims: Claims, ahead: Ahead) -> None:
     wait(lane, 5)
-    ahead.begin(LONG_MS / 2)
+    ahead.begin(LONG_MS / 2, MODEL)
     ahead.end()
     assert claims.made == []
-    ahead.begin(AHEAD_MS * 20)
+    ahead.begin(AHEAD_MS * 20, MODEL)
     eventually(lambda: claims.made)
     ahead.end()
     assert claims.made == [["run-0"]]
 
 
+def test_of_what_may_take_any_time_one_is_claimed(lane: Lane, claims: Claims, ahead: Ahead) -> None:
+    wait(lane, 2)
+    for seq in (2, 3):
+        lane.admit(Entry(f"of-another-{seq}", "inference.run", 5, seq, needs=("another",)))
+    ahead.begin(AHEAD_MS / 4, MODEL)
+    eventually(lambda: claims.made)
+    ahead.end()
+    assert taken(ahead) == [["run-0"], ["run-1"]]
+    ahead.begin(AHEAD_MS / 4, MODEL)
+    eventually(lambda: len(claims.made) == 2)
+    ahead.end()
+    assert taken(ahead) == [["of-another-2"]]
+
+
 def test_what_others_have_ended_is_left_out(lane: Lane, claims: Claims, ahead: Ahead) -> None:
     claims.gone = {"run-0", "run-3"}
     wait(lane, 4)
-    ahead.begin(AHEAD_MS / 4)
+    ahead.begin(AHEAD_MS / 4, MODEL)
     eventually(lambda: claims.made)
     ahead.end()
     assert taken(ahead) == [["run-1"], ["run-2"]]
@@ -111,7 +127,7 @@ def test_what_others_have_ended_is_left_out(lane: Lane, claims: Claims, ahead: A
 def test_nothing_is_claimed_that_may_not_be_begun(lane: Lane, claims: Claims, ahead: Ahead) -> None:
     claims.allowed = False
     wait(lane, 4)
-    ahead.begin(AHEAD_MS)
+    ahead.begin(AHEAD_MS, MODEL)
     ahead.end()
     assert claims.made == []
     assert taken(ahead) == []
