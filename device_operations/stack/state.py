@@ -80,17 +80,24 @@ class Remembered:
     def port(self, name: str) -> int:
         """The port kept under this name if it is still free, else another free one, kept from now on."""
         kept = self._content.get(name)
-        if not isinstance(kept, int) or not is_free(kept):
+        others = [value for other, value in self._content.items() if other != name]
+        if not isinstance(kept, int) or kept in others or not is_free(kept):
             self.put(name, free_port())
+        _given.add(self._content[name])
         return int(self._content[name])
 
 
+#: Ports that this process has given out: whoever got one may not listen on it yet.
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port on loopback that nobody listens on now, outside the range of outgoing connections."""
+    """A port on loopback that nobody listens on now, outside the range of outgoing connections; another each time."""
     import random
 
     for port in random.sample(PORTS, 200):
-        if is_free(port):
+        if port not in _given and is_free(port):
+            _given.add(port)
             return port
     raise StackError(f"none of 200 ports tried between {PORTS.start} and {PORTS.stop} is free")
 

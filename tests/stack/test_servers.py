@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import stat
 import subprocess
@@ -193,3 +194,17 @@ with running(pathlib.Path({str(folder)!r})) as started:
 
 def test_free_ports_lie_where_no_outgoing_connection_takes_them() -> None:
     assert state.free_port() in range(20_000, 32_000)
+
+
+def test_no_port_is_given_to_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(parents=True)
+    # As chance has it once in twelve thousand times: both look at the same ports first, and neither listens yet.
+    drawn = random.sample(state.PORTS, 200)
+    monkeypatch.setattr(random, "sample", lambda _ports, _count: drawn)
+    ports = {state.free_port(), state.free_port()}
+    remembered = state.Remembered(folder)
+    ports |= {remembered.port("postgres_port"), remembered.port("valkey_port")}
+    assert len(ports) == 4
+    assert state.Remembered(folder).port("valkey_port") in ports
+    remembered.put("valkey_port", remembered.port("postgres_port"))
+    assert remembered.port("valkey_port") != remembered.port("postgres_port")
