@@ -47,8 +47,7 @@ class Held:
         """Sends `data` at the end of this turn; now where it is much, or memory that may change meanwhile."""
         self._size += len(data)
         if self._size >= HELD_BYTES or type(data) is not bytes:
-            parts, self._parts, self._size = self._parts, [], 0
-            self._transport.writelines([*parts, data])
+            self._send(data)
             return
         if not self._parts:
             self._loop.call_soon(self._send)
@@ -69,9 +68,11 @@ class Held:
         self._send()
         self._transport.close()
 
-    def _send(self) -> None:
+    def _send(self, *more: bytes | bytearray | memoryview) -> None:
         parts, self._parts, self._size = self._parts, [], 0
-        if parts and not self._transport.is_closing():
+        if more:
+            self._transport.writelines([*parts, *more])
+        elif parts and not self._transport.is_closing():
             self._transport.write(b"".join(parts))
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ def main() -> int:
     given = parser.parse_args()
     effort = QUICK if given.quick else Effort()
     if given.clients:
-        effort = Effort(effort.rounds, tuple(map(int, given.clients.split(","))), effort.seconds, effort.warm_seconds)
+        effort = replace(effort, clients=tuple(map(int, given.clients.split(","))))
     print(f"machine: {machine()}")
     figures, taken, missing = measure(effort, given.cases.split(","))
     print(table(figures))

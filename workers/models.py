@@ -123,14 +123,14 @@ def bring_back(resident: Resident) -> None:
         log.info("model is back", model_id=row["model_id"], name=row["name"], load_ms=model.onnx.load_ms)
 
 
-def make_room(resident: Resident) -> None:
-    """Evicts idle unpinned models until what is reserved fits the budget again."""
+def make_room(resident: Resident) -> bool:
+    """Evicts idle unpinned models until what is reserved fits the budget again; whether it does."""
     while True:
         device = resident.read(device_store.get, resident.device_id)
         if device is None or device["budget_bytes"] is None or device["reserved_bytes"] <= device["budget_bytes"]:
-            return
+            return True
         if not evict_one(resident):
-            return
+            return False
 
 
 def evict_one(resident: Resident) -> bool:

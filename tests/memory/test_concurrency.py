@@ -42,6 +42,18 @@ def totals(bench: Bench) -> tuple[int, int]:
     return int(row[0]), int(row[1])
 
 
+def freeing(bench: Bench, size: int) -> tuple[str, str]:
+    """An active allocation of `size` bytes, and the queued job that frees it."""
+    allocation = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": size})])[0]["resource_id"]
+    bench.run()
+    return allocation, bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": allocation})])[0]["id"]
+
+
+def cancel(bench: Bench, job_id: str) -> None:
+    """Ends a queued job before it runs."""
+    lifecycle.end(bench.engine, [Ending(job_id, State.CANCELLED.value, error=lifecycle.CANCELLED)], [State.QUEUED])
+
+
 def test_32_clients_never_reserve_more_than_the_budget(bench: Bench) -> None:
     stop = threading.Event()
     seen: list[tuple[int, int]] = []
@@ -100,8 +112,7 @@ def test_jobs_that_are_cancelled_or_fail_give_back_what_they_reserved(bench: Ben
     def ask(number: int) -> Any:
         row = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 1000})])[0]
         if number % 2:
-            ending = Ending(row["id"], State.CANCELLED.value, error=lifecycle.CANCELLED)
-            lifecycle.end(bench.engine, [ending], [State.QUEUED])
+            cancel(bench, row["id"])
         return row
 
     with ThreadPoolExecutor(CLIENTS) as clients:
@@ -116,9 +127,9 @@ def test_room_that_a_queued_deallocation_makes_is_given_out_and_waited_for(bench
     bench.run()
     with pytest.raises(OperationError, match="free allocations"):
         bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 1})])
-    freeing = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]
+    freed_by = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]["id"]
     next_one = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": BUDGET, "job": {"priority": 9}})])[0]
-    assert next_one["after"] == [freeing["id"]]
+    assert next_one["after"] == [freed_by]
     standing = bench.standing()
     assert (standing["reserved_bytes"], standing["awaiting_bytes"]) == (BUDGET, BUDGET)
     with pytest.raises(OperationError, match="free allocations"):
@@ -129,13 +140,9 @@ def test_room_that_a_queued_deallocation_makes_is_given_out_and_waited_for(bench
 
 
 def test_room_that_was_counted_on_and_did_not_come_fails_in_the_lane(bench: Bench) -> None:
-    full = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": BUDGET})])[0]["resource_id"]
-    bench.run()
-    freeing = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]
+    full, freed_by = freeing(bench, BUDGET)
     hopeful = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 10})])[0]
-    lifecycle.end(
-        bench.engine, [Ending(freeing["id"], State.CANCELLED.value, error=lifecycle.CANCELLED)], [State.QUEUED]
-    )
+    cancel(bench, freed_by)
     bench.run()
     assert bench.job(hopeful["id"])["error"]["code"] == "insufficient_memory"
     assert totals(bench) == (BUDGET, BUDGET)
@@ -146,12 +153,10 @@ def test_room_that_was_counted_on_and_did_not_come_fails_in_the_lane(bench: Benc
 
 
 def test_an_allocation_that_counted_on_nothing_does_not_pay_for_one_that_waits(bench: Bench) -> None:
-    full = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": BUDGET - 100})])[0]["resource_id"]
-    bench.run()
-    freeing = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]
+    _, freed_by = freeing(bench, BUDGET - 100)
     fits = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 100})])[0]
     waits = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 50})])[0]
-    assert (fits["after"], waits["after"]) == ([], [freeing["id"]])
+    assert (fits["after"], waits["after"]) == ([], [freed_by])
     # The bench runs the newest first that waits for nobody: the one that fits, before anything is freed.
     assert [row["id"] for row in bench.run(1)] == [fits["id"]]
     assert bench.job(fits["id"])["state"] == "succeeded"
@@ -161,14 +166,10 @@ def test_an_allocation_that_counted_on_nothing_does_not_pay_for_one_that_waits(b
 
 
 def test_who_counted_on_room_that_did_not_come_fails_and_who_was_admitted_before_does_not(bench: Bench) -> None:
-    full = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": BUDGET - 100})])[0]["resource_id"]
-    bench.run()
-    freeing = bench.submit([(Kind.MEMORY_DEALLOCATE, {"allocation_id": full})])[0]
+    _, freed_by = freeing(bench, BUDGET - 100)
     fits = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 100})])[0]
     hopeful = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 50})])[0]
-    lifecycle.end(
-        bench.engine, [Ending(freeing["id"], State.CANCELLED.value, error=lifecycle.CANCELLED)], [State.QUEUED]
-    )
+    cancel(bench, freed_by)
     bench.run()
     assert bench.job(fits["id"])["state"] == "succeeded"
     assert bench.job(hopeful["id"])["error"]["detail"] == {"needed_bytes": 50, "missing_bytes": 50}

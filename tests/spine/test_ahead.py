@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from device_operations.settings import Settings
+from tests.memory.bench import Bench
 from tests.support.stack import eventually
 from workers.ahead import AHEAD_MS, LONG_MS, Ahead
 from workers.lane import Entry, Lane
+from workers.operations import inference
 from workers.work import Work
 
 MODEL = ("model",)
@@ -131,3 +136,17 @@ def test_nothing_is_claimed_that_may_not_be_begun(lane: Lane, claims: Claims, ah
     ahead.end()
     assert claims.made == []
     assert taken(ahead) == []
+
+
+def test_inputs_are_read_ahead_until_they_are_much(
+    database_url: str, settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "AHEAD_BYTES", 20)
+    given = {"x": {"dtype": "float32", "shape": [4], "base64": base64.b64encode(bytes(16)).decode()}}
+    works = [Work(Entry(f"run-{n}", "inference.run", 5, n), {}, {"inputs": given}) for n in range(4)]
+    bench = Bench(database_url, settings(DATABASE_URL=database_url), tmp_path, 1000)
+    try:
+        inference.read_ahead(bench.resident, works)
+    finally:
+        bench.close()
+    assert [work.feeds is not None for work in works] == [True, True, False, False]

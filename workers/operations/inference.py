@@ -31,6 +31,9 @@ log = structlog.get_logger(__name__)
 
 Feeds = dict[str, Feed]
 
+#: Bytes of inputs after which no further run's are read ahead.
+AHEAD_BYTES = 64 << 20
+
 
 @dataclass(slots=True)
 class Took:
@@ -89,13 +92,17 @@ def close_session(resident: Resident, work: Work) -> Outcome:
 def read_ahead(resident: Resident, works: Sequence[Work]) -> None:
     """Reads what came with runs that get the device next, on another thread than the device's.
 
-    What lies on the device, or may fail, is left to the run itself.
+    What lies on the device, or may fail, or is more than a little to keep, is left to the run itself.
     """
+    room = AHEAD_BYTES
     for work in works:
+        if room <= 0:
+            return
         inputs = work.request["inputs"].values()
         if all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
             with suppress(OperationError):
                 work.feeds = _feeds(resident, work)
+                room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
 
 
 def run(resident: Resident, work: Work) -> Outcome:

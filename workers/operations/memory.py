@@ -18,7 +18,6 @@ from tasks.lifecycle import Outcome
 from tasks.ring import Ring
 from tasks.store import allocations as store
 from tasks.store import blobs as blob_store
-from tasks.store import devices as device_store
 from tasks.store import memory as memory_store
 from workers.devices.base import Buffer
 from workers.models import evict_one, make_room
@@ -54,8 +53,9 @@ def allocate(resident: Resident, work: Work) -> Outcome:
 
 def allocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
     """Makes many allocations; each fails alone."""
-    make_room(resident)
-    rooms = _rooms(resident, works)
+    ids = [work.request["allocation_id"] for work in works]
+    # What fits counted on nothing; else some were admitted against room that may not have come.
+    rooms = {} if make_room(resident) else resident.read(memory_store.rooms, resident.device_id, ids)
     given_up = 0
     outcomes = []
     for work in works:
@@ -70,17 +70,6 @@ def allocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
             given_up += work.request["size_bytes"]
             outcomes.append(work.failed(named(error)))
     return outcomes
-
-
-def _rooms(resident: Resident, works: Sequence[Work]) -> dict[str, int]:
-    """Bytes that each allocation leaves of the budget; below 0 where admission counted on room that did not come.
-
-    Nothing where less than the budget is reserved, as almost always: then nobody counted on anything.
-    """
-    device = resident.read(device_store.get, resident.device_id)
-    if device is None or device["reserved_bytes"] <= device["budget_bytes"]:
-        return {}
-    return resident.read(memory_store.rooms, resident.device_id, [work.request["allocation_id"] for work in works])
 
 
 def _allocate(resident: Resident, work: Work, room: int) -> Outcome:
