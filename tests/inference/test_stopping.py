@@ -141,7 +141,8 @@ def test_unloading_by_force_cancels_the_runs_before_it(api: Api) -> None:
 
 
 def test_force_reaches_the_runs_of_a_bulk_submission_too(api: Api) -> None:
-    model_id = api.load(graphs.slow(1502))["model_id"]
+    # Each run takes some seconds, and the worker looks into the records every second.
+    model_id = api.load(graphs.slow(4502))["model_id"]
     runs = [api.run(model_id, {"x": X}, wait=0) for _ in range(3)]
     started(api, runs[0]["job_id"])
     unload = {"kind": "inference.unload_model", "request": {"model_id": model_id, "force": True}}
