@@ -28,12 +28,11 @@ from benchmarks.measure import ROUNDS, Figure, compare, machine, percentile, tab
 from benchmarks.peers import contenders
 from benchmarks.peers.cases import Case, all_cases
 from benchmarks.peers.client import Answer
-from benchmarks.peers.contenders import Contender, NotHere
+from benchmarks.peers.contenders import OURS, REWRITTEN, Contender, NotHere
 
 #: The level at which contenders are judged.
 JUDGED_CLIENTS = 16
 
-OURS = "device-operations"
 ALONE = "onnxruntime, in process"
 
 
@@ -98,8 +97,7 @@ def _case(case: Case, effort: Effort, folder: Path, missing: dict[str, str]) -> 
     taken: list[Taken] = []
     with ExitStack() as running_ones:
         servers = running_ones.enter_context(running.servers())
-        ours = running_ones.enter_context(contenders.product(servers, case))
-        standing = [ours]
+        standing = [*running_ones.enter_context(contenders.product(servers, case))]
         for name, start in contenders.PEERS.items():
             home = folder / name
             home.mkdir(parents=True)
@@ -161,27 +159,32 @@ def _check(one: Contender, answer: Answer, expected: list[Any], tolerance: float
 def _judged(case: Case, taken: list[Taken]) -> list[Figure]:
     """The product beside the best peer and beside the model alone; judged at `JUDGED_CLIENTS`."""
     figures = []
-    peers = sorted({one.contender for one in taken} - {OURS, ALONE})
-    for clients in sorted({one.clients for one in taken}):
+    ours = [name for name in (OURS, REWRITTEN) if any(one.contender == name for one in taken)]
+    peers = sorted({one.contender for one in taken} - {*ours, ALONE})
+    for clients, name in itertools.product(sorted({one.clients for one in taken}), ours):
         at = [one for one in taken if one.clients == clients]
         judged = clients == JUDGED_CLIENTS
-        what = f"{case.title}, {clients} clients"
+        # The contender of whom the peers are to be beaten is the last one.
+        beats = judged and name == ours[-1]
+        what = f"{case.title}, {clients} clients" + (", rewrite" if name == REWRITTEN else "")
         tiny = case.name == "tiny"
         if peers:
-            best = max(peers, key=lambda name, at=at: _median(at, name, "per_second"))  # type: ignore[misc]
-            figures.append(_beside(f"{what}: throughput", "rows/s", at, best, "per_second",
-                                   at_least=(0.7 if tiny else 1.0) if judged else None))  # fmt: skip
-            quickest = min(peers, key=lambda name, at=at: _median(at, name, "p99_ms"))  # type: ignore[misc]
-            figures.append(_beside(f"{what}: p99", "ms", at, quickest, "p99_ms",
-                                   at_most=1.0 if judged and not tiny else None))  # fmt: skip
+            best = max(peers, key=lambda peer, at=at: _median(at, peer, "per_second"))  # type: ignore[misc]
+            figures.append(_beside(f"{what}: throughput", "rows/s", at, name, best, "per_second",
+                                   at_least=(0.7 if tiny else 1.0) if beats else None))  # fmt: skip
+            quickest = min(peers, key=lambda peer, at=at: _median(at, peer, "p99_ms"))  # type: ignore[misc]
+            figures.append(_beside(f"{what}: p99", "ms", at, name, quickest, "p99_ms",
+                                   at_most=1.0 if beats and not tiny else None))  # fmt: skip
         if not tiny:
-            figures.append(_beside(f"{what}: throughput", "rows/s", at, ALONE, "per_second",
+            figures.append(_beside(f"{what}: throughput", "rows/s", at, name, ALONE, "per_second",
                                    at_least=0.85 if judged else None))  # fmt: skip
     return figures
 
 
-def _beside(name: str, unit: str, at: list[Taken], yardstick: str, what: str, **bounds: float | None) -> Figure:
-    figure, base = _turns(at, OURS, what), _turns(at, yardstick, what)
+def _beside(
+    name: str, unit: str, at: list[Taken], ours: str, yardstick: str, what: str, **bounds: float | None
+) -> Figure:
+    figure, base = _turns(at, ours, what), _turns(at, yardstick, what)
     return compare(name, unit, _next(figure), _next(base), yardstick, rounds=len(figure), **bounds)
 
 

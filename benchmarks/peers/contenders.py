@@ -28,9 +28,14 @@ from benchmarks.peers.wire import Array, Arrays, MlServer, OpenInference, Raw
 from device_operations.stack import processes
 from device_operations.stack.servers import Servers
 from device_operations.stack.state import free_port
+from tests.support.stack import RunningStack
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = REPOSITORY / ".cache" / "peers-venv" / "bin" / "python"
+
+#: The product, and the same with the graph written anew at its loading.
+OURS = "device-operations"
+REWRITTEN = "device-operations, rewrite"
 
 START_SECONDS = 90
 
@@ -87,20 +92,25 @@ class NotHere(Exception):
 
 
 @contextmanager
-def product(servers: Servers, case: Case) -> Iterator[Contender]:
-    """device-operations with the model loaded on one CPU device."""
+def product(servers: Servers, case: Case) -> Iterator[list[Contender]]:
+    """device-operations with the model loaded on one CPU device, and once more written anew where the case says so."""
     with running.stack(servers) as stack:
         models = stack.folder / "models"
         models.mkdir(exist_ok=True)
         shutil.copy(case.model, models / "model.onnx")
-        options = {"max_batch_size": case.batch, "intra_op_threads": 1}
-        body = {"name": "model", "source": {"path": "model.onnx"}, "options": options}
-        headers = {"Prefer": "wait=60"}
-        loaded = stack.client.post("/api/inference/load-model", json=body, headers=headers).raise_for_status()
-        assert loaded.json()["state"] == "succeeded", loaded.text
-        port = int(stack.http_url.rpartition(":")[2])
-        wire = OpenInference("/v2/models/model/infer", case.outputs, as_json=case.as_json)
-        yield Contender("device-operations", port, wire)
+        loaded = [_loaded(stack, OURS, "model", case)]
+        if case.rewrite:
+            loaded.append(_loaded(stack, REWRITTEN, "rewritten", case, graph_optimization="rewrite"))
+        yield loaded
+
+
+def _loaded(stack: RunningStack, contender: str, name: str, case: Case, **more: str) -> Contender:
+    options = {"max_batch_size": case.batch, "intra_op_threads": 1, **more}
+    body = {"name": name, "source": {"path": "model.onnx"}, "options": options}
+    answer = stack.client.post("/api/inference/load-model", json=body, headers={"Prefer": "wait=60"}).raise_for_status()
+    assert answer.json()["state"] == "succeeded", answer.text
+    port = int(stack.http_url.rpartition(":")[2])
+    return Contender(contender, port, OpenInference(f"/v2/models/{name}/infer", case.outputs, as_json=case.as_json))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class ModelOptions(Request):
     max_delay_ms: float = Field(0, ge=0, le=60_000)
     warmup: bool = False
     free_dimensions: dict[str, int] = Field(default_factory=dict)
-    graph_optimization: Literal["disable", "basic", "extended", "all"] = "all"
+    graph_optimization: Literal["disable", "basic", "extended", "all", "rewrite"] = "all"
     intra_op_threads: int | None = Field(None, ge=1, le=1024, strict=True)
 
 

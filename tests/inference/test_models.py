@@ -19,6 +19,7 @@ from onnx import TensorProto
 from device_operations.texts import unpack_texts
 from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
+from tests.support import models
 from tests.support.stack import REPOSITORY, eventually
 
 ROW = np.arange(4, dtype=np.float32).reshape(1, 4)
@@ -78,6 +79,17 @@ def test_the_same_content_is_one_model_under_every_name(api: Api) -> None:
     assert np.array_equal(api.outputs(None, {"x": ROW}, model_name="second")["y"], ROW * 21 + 1)
     other = api.load(content, "first", options={"graph_optimization": "disable"})
     assert other["model_id"] != first["model_id"]  # options that shape the session make another one
+
+
+def test_a_graph_written_anew_is_another_model_with_the_same_results(api: Api) -> None:
+    content = (models.fetch_all() / "rapidocr" / "ch_ppocr_mobile_v2.0_cls_infer.onnx").read_bytes()
+    plain, anew = api.load(content, "plain"), api.load(content, "anew", options={"graph_optimization": "rewrite"})
+    assert anew["model_id"] != plain["model_id"]
+    assert (anew["inputs"], anew["outputs"]) == (plain["inputs"], plain["outputs"])
+    x = {"x": np.random.default_rng(3).standard_normal((1, 3, 48, 192), np.float32)}
+    (wanted,), (got,) = (api.outputs(one["model_id"], x).values() for one in (plain, anew))
+    assert not np.array_equal(got, wanted)  # else nothing would have been written anew
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_loads_of_one_content_at_the_same_moment_are_one_model(api: Api) -> None:

@@ -23,7 +23,9 @@ from device_operations.errors import OperationError, failure
 from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx_file import inspect
+from workers.devices.onnx_rewrite import EXTERNAL_FOLDER, rewritten
 from workers.devices.onnx_session import (
+    REWRITE,
     Cancel,
     cpu_fallbacks,
     load_session,
@@ -61,8 +63,13 @@ class OnnxModel:
         name = source.name if isinstance(source, Path) else "the model"
         about = inspect(source, options.root)
         settings = session_settings(options, self._provider, about.symbols, name)
-        held = device.held_bytes()
         started = time.perf_counter()
+        if options.graph_optimization == REWRITE:
+            if isinstance(source, Path):
+                settings.add_session_config_entry(EXTERNAL_FOLDER, str(source.parent))
+            source = rewritten(source, name)
+            device.trim()  # what writing took is none of the model's memory
+        held = device.held_bytes()
         self._session: ort.InferenceSession | None = load_session(
             device, source, name, settings, self._provider, cancel
         )

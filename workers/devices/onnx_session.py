@@ -18,11 +18,15 @@ from workers.devices.values import ModelOptions, Provider
 if TYPE_CHECKING:
     from workers.devices.base import Device
 
+#: The level at which a graph is written anew before ONNX Runtime reads it.
+REWRITE = "rewrite"
+
 _OPTIMIZATION = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    REWRITE: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
 #: ONNX Runtime reports its errors by exceptions; these levels keep it from printing them as well.

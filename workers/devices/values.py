@@ -43,7 +43,8 @@ class Reading:
 class ModelOptions:
     """How a model is to be loaded.
 
-    `graph_optimization` is disable, basic, extended or all. `free_dimensions` fixes symbolic dimensions by name.
+    `graph_optimization` is one of ONNX Runtime's levels, disable, basic, extended or all, or rewrite: all, of a graph
+    that `onnx_rewrite` wrote anew. `free_dimensions` fixes symbolic dimensions by name.
     `root` is the folder that external data must not leave; the model's own folder unless said.
     """
 
