@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -47,6 +47,8 @@ class Ring:
         self._named = mine
         self._words = np.frombuffer(self._bytes, np.int64, _HEADER_BYTES // 8)
         self._fence = threading.Lock()
+        #: Called once, before this end lets the memory go.
+        self.before_close: Callable[[], object] | None = None
 
     @classmethod
     def make(cls, name: str, slots: int = SLOTS, *, once: bool = False) -> Ring:
@@ -125,6 +127,11 @@ class Ring:
         self._words[_TAKEN] += 1
 
     @property
+    def memory(self) -> memoryview:
+        """All of the segment."""
+        return self._bytes
+
+    @property
     def attached(self) -> bool:
         """Whether the putter is there."""
         return bool(self._words[_ATTACHED])
@@ -155,6 +162,9 @@ class Ring:
 
     def close(self) -> None:
         """Lets this end go; the taker's also tells the putter that nobody takes any more."""
+        before, self.before_close = self.before_close, None
+        if before is not None:
+            before()
         if self._mine:
             self._words[_CLOSED] = 1
             self.forget_name()

@@ -197,10 +197,12 @@ class Transfers:
         if idle:
             return idle.pop()
         try:
-            return Ring.make(segment_name(self._owner, self._resident.epoch, next(self._numbers)))
+            ring = Ring.make(segment_name(self._owner, self._resident.epoch, next(self._numbers)))
         except OSError as error:
             log.warning("no shared memory for a copy between devices; it goes through a blob", error=str(error))
             return None
+        ring.before_close = self._resident.device.pin(ring.memory)
+        return ring
 
     # ---- sending
 
@@ -271,6 +273,7 @@ class Transfers:
         except OSError as error:
             log.warning("shared memory not reached; the copy goes through a blob", segment=name, error=str(error))
             return None
+        ring.before_close = self._resident.device.pin(ring.memory)
         self._attached[name] = (to, ring)
         return ring
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from device_operations.errors import OperationError
 from workers.devices import Buffer, Device, open_device
+from workers.devices.torch_memory import host_tensor
 
 SIZE = 4099  # a prime, so that nothing is aligned by luck
 
@@ -48,6 +50,26 @@ def test_what_was_written_at_any_offset_is_read_back_and_nothing_else_changed(
     device.write(buffer, offset, data)
     assert bytes(device.read(buffer, offset, size)) == data
     assert content_of(device, buffer) == before[:offset] + data + before[offset + size :]
+
+
+def test_bytes_move_through_memory_that_is_pinned_where_it_lies_and_after_it_was_let_go(device: Device) -> None:
+    memory = memoryview(mmap.mmap(-1, 1 << 20))
+    let_go = device.pin(memory)
+    if device.backend == "cuda":
+        assert let_go is not None
+        assert host_tensor(memory).is_pinned()
+    first, second = device.allocate(len(memory)), device.allocate(len(memory))
+    for seed in range(2):
+        memory[:] = data = noise(len(memory), seed)
+        device.write(first, 0, memory)
+        device.copy(second, 0, first, 0, len(memory))
+        memory[:] = bytes(len(memory))
+        assert device.read(second, into=memory) == data
+        if let_go is not None and seed == 0:
+            let_go()
+            assert not host_tensor(memory).is_pinned()
+    for buffer in (first, second):
+        device.release(buffer)
 
 
 def test_sixteen_mebibytes_go_there_and_back(device: Device) -> None:

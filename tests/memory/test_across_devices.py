@@ -41,6 +41,14 @@ def memory(pair: RunningStack) -> Memory:
     return Memory(pair)
 
 
+def test_an_end_of_a_ring_is_let_go_while_its_memory_is_still_there() -> None:
+    ring = Ring.make("devop-test-let-go", slots=1)
+    seen = []
+    ring.before_close = lambda: seen.append(len(ring.memory))
+    ring.close()
+    assert seen == [4096 + SLOT_BYTES]
+
+
 def test_a_range_is_copied_to_another_device_in_the_order_of_submission(memory: Memory) -> None:
     data = random.Random(1).randbytes(30_000_000)
     source = memory.allocate(size_bytes=len(data), device_id="cpu_0")["resource"]["id"]

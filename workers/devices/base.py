@@ -306,6 +306,13 @@ class Device(ABC):
         """Writable host memory from which `write`, and into which `read`, is fastest; it lives as long as the view."""
         return np.empty(size_bytes, np.uint8).data
 
+    def pin(self, memory: memoryview) -> Callable[[], None] | None:
+        """Makes the host's memory one that `write` and `read` are fastest with; what undoes it, before the memory goes.
+
+        None where the backend knows no such thing, or the system does not let it.
+        """
+        return None
+
     def _released(self, freed_bytes: int) -> None:  # noqa: B027 - see trim
         """Called after a release, to trim where this is worth it."""
 

@@ -2,7 +2,7 @@
 
 Memory is given back on release and on unload: ONNX Runtime's arena takes what it needs and no more and keeps weights
 outside of it, and torch's cache is emptied after a release that is worth it. Host memory moves through two pinned
-blocks, one being filled while the other is on the bus; what is pinned already (`host_buffer`) moves directly.
+blocks, one being filled while the other is on the bus; what is pinned already (`host_buffer`, `pin`) moves directly.
 
 CUDA_VISIBLE_DEVICES is left alone: ordinals count what it shows.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,13 @@ class CudaDevice(TorchDevice):
 
         self.torch_device()
         return self._guard(lambda: _bytes_of(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)), "pin memory")
+
+    def pin(self, memory: memoryview) -> Callable[[], None] | None:
+        if not _torch_has_cuda():
+            return None
+        from workers.devices.cuda_transfers import pin
+
+        return pin(self.torch_device(), memory)
 
     def transfers(self) -> Transfers | None:
         """Through pinned memory, where torch is there to pin it; ONNX Runtime moves arrays by itself elsewhere."""

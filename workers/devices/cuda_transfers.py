@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,16 @@ class PinnedTransfers(Transfers):
         return array
 
 
+def pin(device: torch.device, memory: memoryview) -> Callable[[], None] | None:
+    """Pins the host's memory where it lies; what lets it go again, or None where the system does not let it be."""
+    torch.empty(1, device=device)
+    driver = _Driver(device.index or 0, 0)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    if not driver.register(address, memory.nbytes):
+        return None
+    return lambda: driver.unregister(address)
+
+
 class CudaBytes:
     """Memory of the device that ONNX Runtime owns, for torch to see as bytes without a copy."""
 
@@ -97,7 +107,10 @@ class CudaBytes:
 
 
 class _Driver:
-    """Copies on one stream of one GPU, enqueued by CUDA's driver. Each raises RuntimeError with the driver's words."""
+    """Copies on one stream of one GPU, enqueued by CUDA's driver, and memory pinned for them.
+
+    Each raises RuntimeError with the driver's words.
+    """
 
     def __init__(self, ordinal: int, stream: int) -> None:
         self._stream = ctypes.c_void_p(stream)
@@ -118,6 +131,15 @@ class _Driver:
         library = self._ready(size_bytes)
         _check(library.cuMemcpyDtoHAsync_v2(_pointer(host), _pointer(address), _size(size_bytes), self._stream))
 
+    def register(self, host: int, size_bytes: int) -> bool:
+        """Pins the host's bytes; whether that could be done."""
+        library = self._ready(size_bytes)
+        return bool(library.cuMemHostRegister_v2(_pointer(host), _size(size_bytes), _PORTABLE) == 0)
+
+    def unregister(self, host: int) -> None:
+        """Lets go what `register` pinned."""
+        _check(self._ready(0).cuMemHostUnregister(_pointer(host)))
+
     def _ready(self, size_bytes: int) -> Any:
         library = _library(held=size_bytes <= _LARGEST_HELD_BYTES)
         # Each thread has a current context of its own, and begins with none.
@@ -126,6 +148,9 @@ class _Driver:
 
 
 _pointer, _size = ctypes.c_void_p, ctypes.c_size_t
+
+#: CU_MEMHOSTREGISTER_PORTABLE of cuda.h: pinned for every context of the process.
+_PORTABLE = 1
 
 
 @cache
