@@ -13,6 +13,8 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -166,8 +168,9 @@ def judge(soak: Soak, before: dict[str, float]) -> None:
     """Every job has ended as it may, nothing is reserved, nothing has grown."""
     stack = soak.stack
     stack.wait_ready(60)
+    ended = dict(ended_jobs(stack))
     for job_id in soak.jobs:
-        job = stack.client.get(f"/api/jobs/{job_id}", params={"wait": 60}).json()
+        job = ended.get(job_id) or stack.client.get(f"/api/jobs/{job_id}", params={"wait": 60}).json()
         code = (job.get("error") or {}).get("code", "")
         soak.counts[f"{job.get('state', job.get('code'))} {code}".strip()] += 1
         if job.get("state") not in ("succeeded", "failed") or (code and code not in EXPLAINED):
@@ -187,6 +190,19 @@ def judge(soak: Soak, before: dict[str, float]) -> None:
         soak.findings.append(f"{reserved() - models} bytes are still reserved for nothing")
     if before and resident(stack) - before["gateway"] > GROWTH_MIB:
         soak.findings.append(f"the gateway grew by {resident(stack) - before['gateway']:.0f} MiB")
+
+
+def ended_jobs(stack: RunningStack) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the list tells of all jobs that have ended, by id: an hour's are too many to ask for one by one."""
+    cursor = None
+    while True:
+        page = stack.client.get("/api/jobs", params={"limit": 1000, **({"cursor": cursor} if cursor else {})}).json()
+        for job in page["jobs"]:
+            if job["finished_at"] is not None:
+                yield job["job_id"], {key: job[key] for key in ("kind", "state", "error")}
+        cursor = page["next_cursor"]
+        if cursor is None:
+            return
 
 
 def resident(stack: RunningStack) -> float:
