@@ -89,7 +89,6 @@ class PinnedTransfers(Transfers):
 
 def pin(device: torch.device, memory: memoryview) -> Callable[[], None] | None:
     """Pins the host's memory where it lies; what lets it go again, or None where the system does not let it be."""
-    torch.empty(1, device=device)
     driver = _Driver(device.index or 0, 0)
     address = np.frombuffer(memory, np.uint8).ctypes.data
     if not driver.register(address, memory.nbytes):
@@ -137,8 +136,10 @@ class _Driver:
         return bool(library.cuMemHostRegister_v2(_pointer(host), _size(size_bytes), _PORTABLE) == 0)
 
     def unregister(self, host: int) -> None:
-        """Lets go what `register` pinned."""
-        _check(self._ready(0).cuMemHostUnregister(_pointer(host)))
+        """Lets go what `register` pinned. Nothing is checked: a context that was lost has let go of it already."""
+        library = _library(held=False)
+        library.cuCtxSetCurrent(self._context)
+        library.cuMemHostUnregister(_pointer(host))
 
     def _ready(self, size_bytes: int) -> Any:
         library = _library(held=size_bytes <= _LARGEST_HELD_BYTES)
