@@ -41,6 +41,7 @@ def upload(client: Client, file: Path, as_json: bool) -> None:
 @click.option("--type", "model_type", type=click.Choice(["onnx", "vae", "sdxl"]), default="onnx", show_default=True)
 @click.option("--device", "device_id", metavar="ID")
 @click.option("--pin", is_flag=True, help="Keep it loaded, however long nobody runs it.")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="As in the request's `options`.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is loaded.")
 @json_option
 @with_client
@@ -52,6 +53,7 @@ def load_model(
     model_type: str,
     device_id: str | None,
     pin: bool,
+    options: tuple[str, ...],
     no_wait: bool,
     as_json: bool,
 ) -> None:
@@ -63,6 +65,7 @@ def load_model(
         model_type=model_type,
         device_id=device_id,
         pin=pin,
+        options={key: _value(value) for key, value in (_split(text, "--option") for text in options)},
     )
     if not no_wait:
         job = follow(client, job, quiet=as_json)
@@ -135,6 +138,14 @@ def _split(text: str, option: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise click.BadParameter(f"{text!r} is not NAME=…", param_hint=option)
     return name, value
+
+
+def _value(text: str) -> Any:
+    """The text as JSON where it is that, else as it stands."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _read_array(name: str, value: str) -> Any:

@@ -112,6 +112,15 @@ def test_a_model_is_loaded_and_run_from_files(cli: Cli, loaded: str, tmp_path: P
     assert "[3.0]" in cli("run", loaded, "--input", "x=[1.5]").stdout
 
 
+def test_options_of_a_load_are_said_by_name(cli: Cli, doubling: Path, loaded: str) -> None:
+    said = ("--option", "graph_optimization=rewrite", "--option", "max_batch_size=3")
+    job = cli.json("load-model", doubling, "--name", "anew", *said)
+    assert job["resource"]["id"] != loaded
+    assert cli.json("run", "anew", "--input", "x=[1.5]")["outputs"]["y"]["data"] == [3.0]
+    for wrong, told in (("max_batch_size", "is not NAME="), ("max_batch_size=many", "max_batch_size")):
+        assert told in cli("load-model", doubling, "--option", wrong, status=2 if "is not" in told else 1).stderr
+
+
 def test_a_run_that_fails_fails_the_command_with_its_code(cli: Cli, loaded: str) -> None:
     refused = cli.json("run", loaded, "--input", "z=[1.0]", status=1)
     assert refused["error"]["code"] == "input_mismatch"
