@@ -164,17 +164,15 @@ def _judged(case: Case, taken: list[Taken]) -> list[Figure]:
     for clients, name in itertools.product(sorted({one.clients for one in taken}), ours):
         at = [one for one in taken if one.clients == clients]
         judged = clients == JUDGED_CLIENTS
-        # The contender of whom the peers are to be beaten is the last one.
-        beats = judged and name == ours[-1]
         what = f"{case.title}, {clients} clients" + (", rewrite" if name == REWRITTEN else "")
         tiny = case.name == "tiny"
         if peers:
             best = max(peers, key=lambda peer, at=at: _median(at, peer, "per_second"))  # type: ignore[misc]
             figures.append(_beside(f"{what}: throughput", "rows/s", at, name, best, "per_second",
-                                   at_least=(0.7 if tiny else 1.0) if beats else None))  # fmt: skip
+                                   at_least=(0.7 if tiny else 1.0) if judged else None))  # fmt: skip
             quickest = min(peers, key=lambda peer, at=at: _median(at, peer, "p99_ms"))  # type: ignore[misc]
             figures.append(_beside(f"{what}: p99", "ms", at, name, quickest, "p99_ms",
-                                   at_most=1.0 if beats and not tiny else None))  # fmt: skip
+                                   at_most=1.0 if judged and not tiny else None))  # fmt: skip
         if not tiny:
             figures.append(_beside(f"{what}: throughput", "rows/s", at, name, ALONE, "per_second",
                                    at_least=0.85 if judged else None))  # fmt: skip
