@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # run.sh RIG      proves the DirectML backend on the genuine Windows libraries, without Windows or a GPU
 #
-#   RIG       the folder of the DirectML rig (its setup.sh and run.sh); builds the rig once, in RIG_DIR (/var/tmp/rig)
+#   RIG       the folder of the DirectML rig (its setup.sh and run.sh); builds the rig in RIG_DIR (/var/tmp/rig), or what
+#             has changed of it
 #
 # Runs the conformance suite of tests/devices and the tests of this folder as sys.platform == 'win32', in several
 # processes, because there a session's memory comes back only when its process ends; then the tests that drive a whole
@@ -16,7 +17,10 @@ root=${RIG_DIR:-/var/tmp/rig}
 site=$project/.cache/rig-site
 python=${PYTHON:-$project/.venv/bin/python}
 
-[ -e "$root/versions.txt" ] || "$rig/setup.sh" "$root"
+"$rig/setup.sh" "$root"
+# Shaders that Mesa has compiled are kept: a model's first run takes seconds to minutes without them.
+shaders=$root/shaders
+mkdir -p "$shaders"
 
 wanted=$(sha256sum <"$here/requirements.txt")
 if [ "$(cat "$site/.installed" 2>/dev/null)" != "$wanted" ]; then
@@ -38,8 +42,9 @@ inside() {
     shift
     for attempt in 1 2; do
         echo "== as win32: $*"
-        "$rig/run.sh" "$root" --mount "$project" --timeout 300 --env "PYTHONPATH=$site;$project" --env OMP_NUM_THREADS=1 \
-            -- -m pytest -c "$project/pyproject.toml" --rootdir "$project" --confcutdir "$folder" -p no:cacheprovider -q \
+        "$rig/run.sh" "$root" --mount "$project" --mount "$shaders" --timeout 300 \
+            --env "PYTHONPATH=$site;$project" --env OMP_NUM_THREADS=1 --env "MESA_SHADER_CACHE_DIR=$shaders" \
+            --env "RIG_REMOVED_FILE=$shaders/removed" -- -m pytest -c "$project/pyproject.toml" --rootdir "$project" --confcutdir "$folder" -p no:cacheprovider -q \
             "$@" 2>&1 | tr -d '\0' | grep -v cpuinfo | tee "$said" && return
         if grep -qE '[0-9]+ (passed|failed|error)' "$said"; then break; fi
         echo "== the process ended before pytest did (attempt $attempt of 2)"

