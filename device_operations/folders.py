@@ -1,6 +1,7 @@
 """Folders and files of the service on disk: private to its account, and renamed durably.
 
-Every part calls `keep_private` at its start, so that whatever it or a library creates is 0600, or 0700 for a folder.
+Gateway and workers call `keep_private` at their start, and `up` starts its servers with the same umask: whatever they or
+their libraries create is 0600, or 0700 for a folder.
 `private_folder` is for folders whose names are the service's own: what an earlier version left open is closed too.
 """
 

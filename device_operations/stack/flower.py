@@ -15,7 +15,6 @@ from flower.views import BaseHandler
 from flower.views.auth import LoginHandler
 from tornado.web import HTTPError
 
-from device_operations.folders import keep_private
 from device_operations.settings import Settings, SettingsError, load
 
 USER = "admin"
@@ -27,7 +26,6 @@ MAX_TASKS = 10_000
 def main() -> None:
     """Runs Flower until it is stopped; exit status 2 for a wrong setting."""
     try:
-        keep_private()
         arguments = prepare(load())
     except SettingsError as error:
         print(f"flower: {error}", file=sys.stderr)

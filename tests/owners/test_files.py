@@ -37,7 +37,11 @@ def too_open(folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("open_umask")
-def test_all_that_a_used_service_has_written_is_private(start_stack: Callable[..., RunningStack]) -> None:
+def test_all_that_a_used_service_has_written_is_private(
+    start_stack: Callable[..., RunningStack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where gateway and worker are started by hand, and not by `up`.
+    monkeypatch.setattr(processes, "PRIVATE_UMASK", 0)
     stack = start_stack()
     things = make_things(stack.client, "default", 0.5)
     _use(stack, things)
