@@ -1,8 +1,8 @@
 """Folders and files of the service on disk: private to its account, and renamed durably.
 
-Gateway and workers call `keep_private` at their start, and `up` gives its servers the same umask: whatever they or their
-libraries create is 0600, or 0700 for a folder. `private_folder` is for folders whose names are the service's own: what an
-earlier version left open is closed too.
+Gateway and workers call `keep_private` at their start, and `up` gives its servers the same umask: whatever they or
+their libraries create is 0600, or 0700 for a folder. `private_folder` is for folders whose names are the service's own:
+what an earlier version left open is closed too.
 """
 
 from __future__ import annotations
