@@ -52,7 +52,7 @@ async def read_status(request: Request, caller: Known) -> Response:
         with gateway.engine.connect() as connection:
             return standing_store.standing(connection)
 
-    return json_response({"devices": [_told(caller, standing) for standing in await run_in_threadpool(read)]})
+    return json_response({"devices": [_seen_by(caller, standing) for standing in await run_in_threadpool(read)]})
 
 
 @router.get("/api/memory/device/{device_id}")
@@ -70,11 +70,11 @@ async def read_device(
             standing = standing_store.standing(connection, device_id)
             if not standing:
                 raise failure("device_not_found", f"there is no device {device_id!r}; GET /api/devices lists them")
-            told = _told(caller, standing[0])
+            seen = _seen_by(caller, standing[0])
             if not map:
-                return told
+                return seen
             things = standing_store.lying_on(connection, device_id)
-        return {**told, "map": [thing for thing in things if may_see(caller, thing)]}
+        return {**seen, "map": [thing for thing in things if may_see(caller, thing)]}
 
     return json_response(await run_in_threadpool(read))
 
@@ -232,7 +232,7 @@ def view(allocation: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _told(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
+def _seen_by(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}

@@ -1,6 +1,6 @@
 """Folders and files of the service on disk: private to its account, and renamed durably.
 
-Gateway and workers call `keep_private` at their start, and `up` gives its servers the same umask: whatever they or
+Gateway and workers call `keep_private` at their start, and `up` gives its servers the same umask: what they or
 their libraries create is 0600, or 0700 for a folder. `private_folder` is for folders whose names are the service's own:
 what an earlier version left open is closed too.
 """
@@ -36,7 +36,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """For `open(…, opener=private_opener)`: a file that this makes is 0600, whatever the process's umask is."""
+    """For `open(…, opener=private_opener)`: a file that this makes is 0600, under any umask."""
     return os.open(path, flags, 0o600)
 
 

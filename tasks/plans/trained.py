@@ -55,7 +55,7 @@ def known_session(context: Context, session_id: str) -> Row:
 
 
 def session_of(context: Context, session_id: str) -> Row:
-    """The record of a session that is the caller's, whatever became of it."""
+    """The record of a session that is the caller's, open or ended."""
     with context.engine.connect() as connection:
         row = store.get(connection, session_id)
     return found(context, row, "training session", session_id)

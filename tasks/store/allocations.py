@@ -59,7 +59,7 @@ def get_many(connection: Connection, allocation_ids: Collection[str]) -> dict[st
 def names_another(connection: Connection, ids: Collection[str]) -> set[str]:
     """Those of `ids` that are the id of a model or a session.
 
-    Jobs wait for, and fall with, whatever they name by id: an allocation of the same id would be taken for it.
+    Jobs wait for, and fall with, what they name by id: an allocation of the same id would be taken for it.
     """
     found = rows(
         connection,

@@ -125,33 +125,33 @@ def find(document: dict[str, Any]) -> list[Place]:
 
 
 def complaints(document: dict[str, Any]) -> list[str]:
-    """What the document has that nobody has looked at: routes, parameters, fields, bodies without a description."""
+    """What the document has that is not covered: routes, parameters, fields, bodies without a description."""
     walked = {place.route for place in find(document)}
     known = NOUNS.keys() | FREE
-    told = []
+    lines = []
     for route, operation in routes(document):
         if route in walked and route in NAMES_NOTHING:
-            told.append(f"{route} is said to name nothing, and does")
+            lines.append(f"{route} is said to name nothing, and does")
         if route not in walked and route not in NAMES_NOTHING:
-            told.append(f"{route} names nothing that is known: add its parameter to NOUNS, or it to NAMES_NOTHING")
+            lines.append(f"{route} names nothing that is known: add its parameter to NOUNS, or it to NAMES_NOTHING")
         for _, name in _parameters(route, operation):
             if name not in known:
-                told.append(f"{route}: is the parameter {name} an id? add it to NOUNS or FREE")
+                lines.append(f"{route}: is the parameter {name} an id? add it to NOUNS or FREE")
         if not route.startswith(("GET ", "HEAD ")) and _schema(operation) is None and route not in UNDESCRIBED:
-            told.append(f"{route}: its body is not described; add it to UNDESCRIBED")
+            lines.append(f"{route}: its body is not described; add it to UNDESCRIBED")
         for _, keys in _bodies(document, route, operation):
             if _name(keys) not in known:
-                told.append(f"{route}: is the field {'.'.join(keys)} an id? add its name to NOUNS or FREE")
+                lines.append(f"{route}: is the field {'.'.join(keys)} an id? add its name to NOUNS or FREE")
     for kind in Kind:
         schema = REQUESTS[kind].model_json_schema()
-        told += [
+        lines += [
             f"{kind.value}: is the field {'.'.join(keys)} an id? add its name to NOUNS or FREE"
             for keys in _fields(schema, schema.get("$defs", {}))
             if _name(keys) not in known
         ]
     there = {route for route, _ in routes(document)}
-    told += [f"{route} is gone" for route in sorted((NAMES_NOTHING | UNDESCRIBED.keys()) - there)]
-    return told
+    lines += [f"{route} is gone" for route in sorted((NAMES_NOTHING | UNDESCRIBED.keys()) - there)]
+    return lines
 
 
 def _noun(where: str, name: str) -> str:

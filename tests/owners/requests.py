@@ -11,7 +11,7 @@ import httpx
 from tests.owners.places import BULK, Place
 from tests.owners.things import BATCH, FLOATS, NETWORK, Things
 
-#: What the addresses need beside the id that is tried.
+#: What the addresses need as well as the id that is tried.
 _ADDRESS = {"model_version": "1"}
 
 
@@ -63,7 +63,7 @@ def _changed(things: Things, place: Place, thing_id: str) -> dict[str, Any]:
 
 
 def _base(things: Things, place: Place) -> dict[str, Any]:
-    """The body of a request of the owner's own things, less what cannot stand beside the place."""
+    """The body of a request of the owner's own things, less what cannot go with the place."""
     ids = things.ids
     if place.route.endswith("/infer"):
         return _infer()

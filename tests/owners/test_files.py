@@ -1,4 +1,4 @@
-"""What the service writes is its own account's alone: folders 0700, files 0600, whatever the umask it is started with."""
+"""What the service writes is its own account's alone: folders 0700, files 0600, under any umask."""
 
 from __future__ import annotations
 

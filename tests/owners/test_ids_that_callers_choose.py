@@ -18,11 +18,11 @@ def test_an_allocation_id_that_is_taken_is_refused_in_the_same_words_whoever_has
     own = {"size_bytes": 8, "allocation_id": "bobs-own"}
     done(bob.client, bob.client.post("/api/memory/allocate", json=own))
     before = zelda.standing()
-    told = []
+    details = []
     for taken in (zelda.ids["allocation"], "bobs-own"):
         answer = bob.client.post("/api/memory/allocate", json={"size_bytes": 24, "allocation_id": taken})
-        told.append(refused(answer, 409, "allocation_exists")["detail"].replace(taken, "ID"))
-    assert told[0] == told[1]
+        details.append(refused(answer, 409, "allocation_exists")["detail"].replace(taken, "ID"))
+    assert details[0] == details[1]
     assert zelda.standing() == before
     refused(bob.client.get(f"/api/memory/data/{zelda.ids['allocation']}"), 404, "allocation_not_found")
 

@@ -22,12 +22,12 @@ READ = [
 def _secrets() -> list[Any]:
     missing = pytest.mark.xfail(strict=False, reason="models are everybody's as yet")
     nouns = ("job", "allocation", "blob", "model", "model name", "inference session", "training session", "checkpoint")
-    told = [pytest.param(noun, marks=[missing] if noun in NOT_YET else []) for noun in nouns]
-    return [*told, pytest.param("label"), pytest.param("owner", marks=[missing])]
+    known = [pytest.param(noun, marks=[missing] if noun in NOT_YET else []) for noun in nouns]
+    return [*known, pytest.param("label"), pytest.param("owner", marks=[missing])]
 
 
 @pytest.mark.parametrize("noun", _secrets())
-def test_no_list_tells_of_anothers(noun: str, zelda: Things, bob: Things) -> None:
+def test_no_list_shows_anothers_things(noun: str, zelda: Things, bob: Things) -> None:
     secret = {**zelda.ids, "label": zelda.label, "owner": "zelda"}[noun]
     telling = [route for route in READ if secret in _read(bob, route)]
     assert telling == []
@@ -47,8 +47,8 @@ def test_an_admin_finds_everybodys(zelda: Things, bob: Things, root: httpx.Clien
 
 @pytest.mark.parametrize("route", ["/api/jobs", "/api/memory/allocations"])
 def test_only_an_admin_asks_for_another_owner(route: str, zelda: Things, bob: Things, root: httpx.Client) -> None:
-    theirs, nobodys = (bob.client.get(route, params={"owner": owner}) for owner in ("zelda", "nobody"))
-    assert (theirs.status_code, theirs.json()["code"], theirs.content) == (403, "forbidden", nobodys.content)
+    theirs, unknown = (bob.client.get(route, params={"owner": owner}) for owner in ("zelda", "link"))
+    assert (theirs.status_code, theirs.json()["code"], theirs.content) == (403, "forbidden", unknown.content)
     assert root.get(route, params={"owner": "zelda"}).status_code == 200
 
 

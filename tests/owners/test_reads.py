@@ -59,7 +59,7 @@ def test_anothers_takes_the_same_one_read_as_what_is_not_there(
 ) -> None:
     noun = {"training": "training session", "inference": "inference session", "memory": "allocation"}
     theirs = zelda.ids[noun[kind.value.partition(".")[0]]]
-    # Somebody of this process used it before: what is remembered of it must not show.
+    # Its owner used it before in this process: what is remembered of it must not show.
     context.directory.training_session(zelda.ids["training session"], zelda_asks(context))
     for thing_id in (theirs, new_id()):
         for _ in range(2):

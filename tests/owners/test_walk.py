@@ -49,7 +49,7 @@ def test_what_is_anothers_is_answered_as_what_does_not_exist(place: Place, zelda
     theirs, nothing = zelda.ids[place.noun], absent_like(place.noun)
     refusal = send(bob, place, theirs)
     assert refusal.status_code == 404, refusal.text
-    assert _told(refusal, theirs) == _told(send(bob, place, nothing), nothing)
+    assert _without_id(refusal, theirs) == _without_id(send(bob, place, nothing), nothing)
     if refusal.content and not place.route.split(" ")[1].startswith("/v2"):
         assert refusal.json()["code"] == CODES[place.noun]
     assert "zelda" not in refusal.text.replace(theirs, "")
@@ -59,10 +59,10 @@ def test_what_is_anothers_is_answered_as_what_does_not_exist(place: Place, zelda
 @pytest.mark.parametrize("place", FILTERS, ids=str)
 def test_a_list_of_anothers_is_the_list_of_nothing(place: Place, zelda: Things, bob: Things) -> None:
     theirs, nothing = zelda.ids[place.noun], absent_like(place.noun)
-    told = send(bob, place, theirs)
-    assert told.status_code == 200, told.text
-    assert _told(told, theirs) == _told(send(bob, place, nothing), nothing)
-    assert send(zelda, place, theirs).content != told.content, "the filter finds nothing for its owner either"
+    answer = send(bob, place, theirs)
+    assert answer.status_code == 200, answer.text
+    assert _without_id(answer, theirs) == _without_id(send(bob, place, nothing), nothing)
+    assert send(zelda, place, theirs).content != answer.content, "the filter finds nothing for its owner either"
 
 
 def test_every_route_parameter_and_field_is_looked_at() -> None:
@@ -76,7 +76,7 @@ def test_the_service_has_no_routes_that_are_not_in_its_document(owned: RunningSt
 @pytest.mark.parametrize(
     ("path", "parameter"), [("/api/things/{thing_id}", "thing_id"), ("/api/things", "like"), ("/api/things", None)]
 )
-def test_a_new_route_that_nobody_looked_at_is_noticed(path: str, parameter: str | None) -> None:
+def test_a_new_route_that_is_not_covered_is_reported(path: str, parameter: str | None) -> None:
     app = FastAPI()
 
     async def with_like(like: str) -> None: ...
@@ -89,12 +89,12 @@ def test_a_new_route_that_nobody_looked_at_is_noticed(path: str, parameter: str 
     document = app.openapi()
     document["paths"] |= DOCUMENT["paths"]
     document["components"] = DOCUMENT["components"]
-    told = places.complaints(document)
-    assert any(f"GET {path} names nothing that is known" in line for line in told), told
-    assert parameter is None or any(f"the parameter {parameter} an id?" in line for line in told), told
+    lines = places.complaints(document)
+    assert any(f"GET {path} names nothing that is known" in line for line in lines), lines
+    assert parameter is None or any(f"the parameter {parameter} an id?" in line for line in lines), lines
 
 
-def _told(answer: httpx.Response, thing_id: str) -> tuple[int, bytes, dict[str, str]]:
-    """What an answer says, whatever the id that it repeats."""
+def _without_id(answer: httpx.Response, thing_id: str) -> tuple[int, bytes, dict[str, str]]:
+    """What an answer says, with any mention of the id replaced."""
     headers = {name: value for name, value in answer.headers.items() if name not in ("date", "content-length")}
     return answer.status_code, answer.content.replace(thing_id.encode(), b"ID"), headers

@@ -63,7 +63,7 @@ class Things:
     def standing(self) -> dict[str, Any]:
         """How everything stands, as its owner sees it; what goes on by itself is left out."""
         ids = self.ids
-        told = {
+        standing = {
             "job": self._read(f"/api/jobs/{ids['job']}", without="queue_position"),
             "allocation": self._read(f"/api/memory/allocations/{ids['allocation']}"),
             "model": self._read(f"/api/inference/models/{ids['model']}"),
@@ -74,7 +74,7 @@ class Things:
             "checkpoint": self._read(f"/api/training/checkpoints/{ids['checkpoint']}"),
         }
         blob = self.client.get(f"/api/blobs/{ids['blob']}")
-        return told | {"blob": (blob.status_code, hashlib.sha256(blob.content).hexdigest())}
+        return standing | {"blob": (blob.status_code, hashlib.sha256(blob.content).hexdigest())}
 
     def _read(self, address: str, without: str = "") -> tuple[int, dict[str, Any]]:
         answer = self.client.get(address)
