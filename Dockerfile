@@ -19,7 +19,8 @@ COPY api_gateway api_gateway
 COPY migrations migrations
 RUN pip install --no-deps --editable . \
     && useradd --create-home --uid 1000 service \
-    && install -d -o service -g service /data /models
+    && install -d -m 700 -o service -g service /data \
+    && install -d -o service -g service /models
 USER service
 ENTRYPOINT ["device-operations"]
 CMD ["--help"]

@@ -12,6 +12,7 @@ import uvicorn
 from api_gateway.app import create_app
 from api_gateway.oip_infer import InferLane
 from api_gateway.wire import Protocol
+from device_operations.folders import keep_private
 from device_operations.settings import Settings, SettingsError, load
 from tasks.logs import configure
 
@@ -23,6 +24,7 @@ def main() -> int:
     try:
         settings = load()
         configure(settings, "gateway")
+        keep_private()
         _require_keys_beyond_loopback(settings)
         app = create_app(settings)
         settings.require_database_url()

@@ -15,6 +15,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import json_response
 from device_operations.errors import failure
 from tasks.blobs import Stored
+from tasks.owners import found
 from tasks.store import blobs as store
 from tasks.store.connection import Row
 
@@ -129,10 +130,8 @@ async def delete(request: Request, caller: Known, blob_id: str) -> Response:
 
 def _visible(gateway: Gateway, caller: Caller, blob_id: str) -> Row:
     with gateway.engine.connect() as connection:
-        blob = store.get(connection, blob_id)
-    if blob is None or not (caller.admin or blob["owner"] == caller.owner):
-        raise failure("blob_not_found", f"there is no blob {blob_id!r}: it was deleted, has expired, or is another's")
-    return blob
+        row = store.get(connection, blob_id)
+    return found(caller, row, "blob", blob_id)
 
 
 def _headers(blob: Row) -> dict[str, str]:
@@ -144,10 +143,10 @@ def _headers(blob: Row) -> dict[str, str]:
 
 def _range(header: str | None, size: int) -> tuple[int, int]:
     """The half-open byte range that one `Range` header asks for; the whole blob without one."""
-    found = re.fullmatch(r"\s*bytes=(\d*)-(\d*)\s*", header or "")
-    if found is None or found.groups() == ("", ""):
+    asked = re.fullmatch(r"\s*bytes=(\d*)-(\d*)\s*", header or "")
+    if asked is None or asked.groups() == ("", ""):
         return 0, size
-    first, last = found.groups()
+    first, last = asked.groups()
     start, end = (size - int(last), size) if not first else (int(first), int(last) + 1 if last else size)
     start, end = max(0, start), min(end, size)
     if start >= end:

@@ -19,6 +19,7 @@ from device_operations.jobs import TERMINAL, Job, Kind, State
 from device_operations.requests.inference import OpenSession
 from device_operations.requests.kinds import invalid
 from tasks.database import unavailable
+from tasks.owners import absent, found, may_see
 from tasks.plans import sessions
 from tasks.store import jobs as job_store
 from tasks.store import models as store
@@ -107,11 +108,11 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
     def read() -> dict[str, Any]:
         with gateway.engine.connect() as connection:
             row = store.get_session(connection, session_id)
-            if row is not None and (caller.admin or row["owner"] == caller.owner):
+            if row is not None and may_see(caller, row):
                 return session_view(row)
-            job = job_store.get(connection, session_id) if row is None else None
-            if job is None or job["kind"] != Kind.INFERENCE_RUN or not (caller.admin or job["owner"] == caller.owner):
-                raise failure("session_not_found", f"there is no inference session {session_id!r}")
+            job = found(caller, job_store.get(connection, session_id), "inference session", session_id)
+            if job["kind"] != Kind.INFERENCE_RUN:
+                raise absent("inference session", session_id)
             if job["resource_id"] != job["id"]:
                 raise failure("session_not_found", f"{session_id} is a run of the session {job['resource_id']}")
             return _session_of_a_job(job)

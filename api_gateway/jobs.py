@@ -28,6 +28,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks import lifecycle
+from tasks.owners import found
 from tasks.plans import plan
 from tasks.store import jobs as store
 from tasks.store.connection import Row
@@ -211,10 +212,7 @@ def _event(name: str, data: Any) -> bytes:
 
 
 async def _visible(gateway: Gateway, caller: Caller, job_id: str) -> Row:
-    row = await read_row(gateway, job_id)
-    if not caller.admin and row["owner"] != caller.owner:
-        raise failure("job_not_found", f"there is no job {job_id!r} of {caller.owner!r}")
-    return row
+    return found(caller, await read_row(gateway, job_id), "job", job_id)
 
 
 def _cursor(sequence: int) -> str:
@@ -230,7 +228,7 @@ def _sequence(cursor: str) -> int:
 
 def _label(label: str) -> tuple[str, str]:
     for separator in (":", "="):
-        name, found, value = label.partition(separator)
-        if found and name:
+        name, there, value = label.partition(separator)
+        if there and name:
             return name, value
     raise failure("validation_failed", "label is name:value or name=value")

@@ -29,6 +29,7 @@ from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
 from device_operations.requests.kinds import invalid, parse
 from device_operations.requests.memory import AllocationState, Renew
+from tasks.owners import found, may_see
 from tasks.plans import memory as plans
 from tasks.store import allocations as store
 from tasks.store import memory as standing_store
@@ -41,14 +42,17 @@ MAX_OFFSET = 2**63 - 1
 
 @router.get("/api/memory/status")
 async def read_status(request: Request, caller: Known) -> Response:
-    """What every device has, what is reserved on it and by whom. Reads records only: no device is asked."""
+    """What every device has, and what is reserved on it. Reads records only: no device is asked.
+
+    `by_owner` is the caller's own share, for an admin every owner's; `others_bytes` is what all other owners hold.
+    """
     gateway = of(request)
 
     def read() -> list[dict[str, Any]]:
         with gateway.engine.connect() as connection:
             return standing_store.standing(connection)
 
-    return json_response({"devices": await run_in_threadpool(read)})
+    return json_response({"devices": [_seen_by(caller, standing) for standing in await run_in_threadpool(read)]})
 
 
 @router.get("/api/memory/device/{device_id}")
@@ -58,21 +62,19 @@ async def read_device(
     device_id: str,
     map: bool = False,  # noqa: A002 - the contract's name
 ) -> Response:
-    """The same for one device; with `map=true`, what lies on it (another owner's things without id and label)."""
+    """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, of everybody's."""
     gateway = of(request)
 
     def read() -> dict[str, Any]:
         with gateway.engine.connect() as connection:
-            found = standing_store.standing(connection, device_id)
-            if not found:
+            standing = standing_store.standing(connection, device_id)
+            if not standing:
                 raise failure("device_not_found", f"there is no device {device_id!r}; GET /api/devices lists them")
+            seen = _seen_by(caller, standing[0])
             if not map:
-                return found[0]
+                return seen
             things = standing_store.lying_on(connection, device_id)
-        for thing in things:
-            if not caller.admin and thing["owner"] != caller.owner:
-                thing["id"] = thing["label"] = None
-        return {**found[0], "map": things}
+        return {**seen, "map": [thing for thing in things if may_see(caller, thing)]}
 
     return json_response(await run_in_threadpool(read))
 
@@ -230,12 +232,17 @@ def view(allocation: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _seen_by(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
+    """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
+    shares: dict[str, int] = standing["by_owner"]
+    own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}
+    return {**standing, "by_owner": own, "others_bytes": sum(shares.values()) - sum(own.values())}
+
+
 def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
     with gateway.engine.connect() as connection:
-        found = store.get(connection, allocation_id)
-    if found is None or not (caller.admin or found["owner"] == caller.owner):
-        raise failure("allocation_not_found", f"there is no allocation {allocation_id!r}")
-    return found
+        row = store.get(connection, allocation_id)
+    return found(caller, row, "allocation", allocation_id)
 
 
 def _named(body: dict[str, Any], allocation_id: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
 from tasks.database import unavailable
+from tasks.owners import absent
 from tasks.plans import plan
 from tasks.store import jobs as store
 from tasks.store.connection import Row
@@ -109,7 +110,7 @@ async def make_plan(
 ) -> Plan:
     """Plans on the event loop where that reads no database and moves no bytes, else on a thread."""
     context = gateway.context(caller)
-    light = not heavy and gateway.directory.is_fresh() and _touches_nothing(gateway, kind, parsed)
+    light = not heavy and gateway.directory.is_fresh() and _touches_nothing(gateway, caller, kind, parsed)
     try:
         return (
             plan(context, kind, parsed, job_id)
@@ -134,7 +135,7 @@ async def wait_for(gateway: Gateway, row: Row, wait_seconds: float) -> Response:
 
 
 async def read_row(gateway: Gateway, job_id: str) -> Row:
-    """One job's row; `job_not_found` where there is none."""
+    """The row of a job that the caller has seen or made; `job_not_found` where there is none any more."""
 
     def read() -> Row | None:
         with gateway.engine.connect() as connection:
@@ -142,7 +143,7 @@ async def read_row(gateway: Gateway, job_id: str) -> Row:
 
     row = await run_in_threadpool(read)
     if row is None:
-        raise failure("job_not_found", f"there is no job {job_id!r}, or it is no longer kept (JOBS__RETENTION_DAYS)")
+        raise absent("job", job_id)
     return row
 
 
@@ -177,7 +178,7 @@ def preferred_wait(request: Request) -> float:
     return min(float(found.group(1)), MAX_WAIT_SECONDS) if found else 0.0
 
 
-def _touches_nothing(gateway: Gateway, kind: Kind, parsed: Any) -> bool:
+def _touches_nothing(gateway: Gateway, caller: Caller, kind: Kind, parsed: Any) -> bool:
     """Whether a job names only what the directory knows: no allocation, no blob, nothing to store.
 
     An inference session is read; a training session that was named before is known.
@@ -185,7 +186,7 @@ def _touches_nothing(gateway: Gateway, kind: Kind, parsed: Any) -> bool:
     if kind is Kind.INFERENCE_RUN:
         known, tensors = parsed.session_id is None and not parsed.into, parsed.inputs
     elif kind is Kind.TRAINING_VALIDATE or (kind is Kind.TRAINING_STEP and parsed.mode == "train"):
-        known, tensors = gateway.directory.knows_training(parsed.session_id), parsed.tensors()
+        known, tensors = gateway.directory.knows_training(parsed.session_id, caller), parsed.tensors()
         known = known and bool(tensors)  # a dataset's file is none of them
     else:
         return False

@@ -14,6 +14,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import json_response, read_body, submit_job
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind
+from tasks.owners import found
 from tasks.plans.trained import find_checkpoint
 from tasks.store import checkpoints as checkpoint_store
 from tasks.store import training as store
@@ -50,9 +51,7 @@ async def read_status(
 
     def read() -> dict[str, Any]:
         with gateway.engine.connect() as connection:
-            session = store.get(connection, session_id)
-            if session is None or not _may_see(caller, session):
-                raise failure("session_not_found", f"there is no training session {session_id!r}")
+            session = found(caller, store.get(connection, session_id), "training session", session_id)
             stepping = session["state"] in ("ready", "restored") and store.is_stepping(connection, session)
             steps = store.history(connection, session_id, history) if history else []
             checkpoints = checkpoint_store.page(connection, session_id, None, CHECKPOINTS_TOLD)
@@ -157,7 +156,3 @@ def _delete(gateway: Gateway, caller: Caller, checkpoint_id: str) -> None:
                 "take another checkpoint first, or end the session",
             )
         checkpoint_store.delete(connection, checkpoint_id)
-
-
-def _may_see(caller: Caller, session: Row) -> bool:
-    return caller.admin or bool(session["owner"] == caller.owner)

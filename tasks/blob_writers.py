@@ -132,7 +132,7 @@ class FileWriter(BlobWriter):
         # What a file that is written over held beyond is nobody's to read.
         self._file.truncate(self.size_bytes)
         self._file.close()
-        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.replace(self._path, self._target)
 
     def _discard(self) -> None:

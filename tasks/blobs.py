@@ -24,14 +24,15 @@ import obstore
 import obstore.store
 
 from device_operations.errors import failure
-from device_operations.folders import sync_folder
+from device_operations.folders import private_folder, sync_folder
 from device_operations.jobs import new_id
 from tasks.blob_writers import BLOCK_BYTES, CHUNK_BYTES, BlobWriter, FileWriter, Stored, UploadWriter
 
 __all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "BlobStore", "BlobWriter", "Stored"]
 
-#: The folder of a local store in which blobs are written, beside those that are whole.
+#: The folders of a local store: in which blobs are written, and of those that are whole.
 _PARTIAL = "partial"
+_WHOLE = "blobs"
 
 #: The file of a blob that was retired, there, and how much of it is kept.
 _SPARE = "spare"
@@ -51,7 +52,8 @@ class BlobStore:
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="blobs")
         if url.startswith("file://"):
             self.folder = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
-            (self.folder / _PARTIAL).mkdir(parents=True, exist_ok=True)
+            for name in (_PARTIAL, _WHOLE):
+                private_folder(self.folder / name)
             self.objects: Any = obstore.store.LocalStore(self.folder, mkdir=True)
         else:
             self.objects = _open(url)
@@ -118,7 +120,7 @@ class BlobStore:
         size = path.stat().st_size
         if self.folder is not None:
             target = self.folder / _key(blob_id)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 os.replace(path, target)
                 sync_folder(target.parent)
@@ -320,7 +322,7 @@ def _size(path: Path) -> int:
 
 def _key(blob_id: str) -> str:
     # The last characters of a UUIDv7 are its random ones: folders fill evenly.
-    return f"blobs/{blob_id[-2:]}/{blob_id}"
+    return f"{_WHOLE}/{blob_id[-2:]}/{blob_id}"
 
 
 def _missing(blob_id: str) -> Exception:

@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 
 from device_operations.errors import failure
 from device_operations.settings import Settings
+from tasks.owners import Asker, may_see
 from tasks.store import devices as device_store
 from tasks.store import jobs as job_store
 from tasks.store import models as model_store
@@ -85,10 +86,13 @@ class Directory:
     def _counts(self, snapshot: Snapshot, max_age_seconds: float) -> bool:
         return snapshot.read_at > self._changed_at and time.monotonic() - snapshot.read_at <= max_age_seconds
 
-    def training_session(self, session_id: str) -> Row | None:
-        """What never changes of a training session: its id, owner and device. None where there is none."""
+    def training_session(self, session_id: str, asker: Asker) -> Row | None:
+        """What never changes of a training session: its id, owner and device. None where there is none.
+
+        Another owner's is read each time, as one that does not exist is: neither takes longer than the other.
+        """
         known = self._training_sessions.get(session_id)
-        if known is None:
+        if known is None or not may_see(asker, known):
             with self._engine.connect() as connection:
                 found = training_store.get(connection, session_id)
             if found is None:
@@ -105,9 +109,10 @@ class Directory:
             self._training_sessions[session["session_id"]] = known
         return known
 
-    def knows_training(self, session_id: str | None) -> bool:
+    def knows_training(self, session_id: str | None, asker: Asker) -> bool:
         """Whether `training_session` gives that one without a read."""
-        return session_id in self._training_sessions
+        known = self._training_sessions.get(session_id or "")
+        return known is not None and may_see(asker, known)
 
     def is_fresh(self) -> bool:
         """Whether the snapshot can be used without a read."""

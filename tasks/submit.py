@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
+from tasks.owners import Owner, may_see
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import order
@@ -166,11 +167,11 @@ def _with_predecessors(
     own = {plan.job.id for plan in plans}
     named = {job_id for plan in plans for job_id in plan.job.after}.union(*more.values())
     before = {job_id for job_id in last.values() if job_id is not None}
-    known = store.states(connection, (named | before) - own) if (named | before) - own else {}
-    missing = sorted(named - own - known.keys())
+    known = store.predecessors(connection, (named | before) - own) if (named | before) - own else {}
+    missing = sorted((named - own - known.keys()) | _others(plans, known))
     if missing:
         raise failure("job_not_found", f"after names jobs that do not exist: {', '.join(missing)}")
-    still_open = {job_id for job_id, state in known.items() if state in OPEN}
+    still_open = {job_id for job_id, row in known.items() if row["state"] in OPEN}
     seen: set[str] = set()
     jobs = []
     for plan in plans:
@@ -187,3 +188,13 @@ def _with_predecessors(
     if used:
         order.set_order(connection, {resource: str(last[resource]) for resource in used})
     return jobs
+
+
+def _others(plans: Sequence[Plan], known: dict[str, Row]) -> set[str]:
+    """Predecessors that callers have named and that are other owners' jobs."""
+    return {
+        job_id
+        for plan in plans
+        for job_id in plan.job.own_after
+        if job_id in known and not may_see(Owner(plan.job.owner), known[job_id])
+    }

@@ -22,6 +22,7 @@ from typing import Any
 import obstore
 
 from device_operations.errors import OperationError, failure
+from device_operations.folders import private_folder
 from device_operations.jobs import new_id
 from tasks.blobs import BlobStore
 
@@ -48,8 +49,7 @@ class Transients:
         self._objects = blobs.objects
         self._folder: Path | None = None
         if blobs.folder is not None:
-            self._folder = blobs.folder / "transient"
-            self._folder.mkdir(exist_ok=True)
+            self._folder = private_folder(blobs.folder / "transient")
 
     @property
     def is_local(self) -> bool:

@@ -9,6 +9,7 @@ import structlog
 
 from device_operations.devices import device
 from device_operations.errors import OperationError
+from device_operations.folders import keep_private
 from device_operations.settings import SettingsError, load
 from tasks.logs import configure
 
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load()
         configure(settings, "worker")
+        keep_private()
         named = device(settings, given.device)
         # Loaded here, so that a wrong setting is told before Celery and ONNX Runtime are.
         from workers.service import Service

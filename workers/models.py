@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy.exc import IntegrityError
 
 from device_operations.errors import OperationError, failure
+from device_operations.folders import private_folder
 from tasks.effects.inference import evicted, lost, settled
 from tasks.plans.models import ESTIMATE_BYTES, entry_file, model_file
 from tasks.store import devices as device_store
@@ -190,7 +191,7 @@ def _files(resident: Resident, row: Row) -> tuple[Path, Path]:
     named_blobs = {"model.onnx": source["blob_id"]} if "blob_id" in source else source["blobs"]
     for relative, blob_id in named_blobs.items():
         target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(target.parent)
         resident.blobs.fetch(blob_id, target)
     return entry_file(folder), folder
 

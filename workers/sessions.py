@@ -12,8 +12,11 @@ import numpy as np
 
 from device_operations.errors import failure
 from tasks.effects.inference import SESSION_LOST
+from tasks.owners import absent
 from tasks.plans.residents import ended_session
+from tasks.store import allocations
 from tasks.store import models as store
+from tasks.store.connection import Row
 from workers.devices.base import Array
 from workers.devices.onnx_tensors import Feed, TensorSpec
 from workers.resident import Resident, ResidentModel, ResidentSession
@@ -23,7 +26,8 @@ from workers.tensors import feed
 def session_of(resident: Resident, model: ResidentModel, session_id: str) -> ResidentSession:
     """The session, begun from its record where this is its first run here.
 
-    Raises `session_lost` where its state lay with an epoch that is gone, and what became of it where it has ended.
+    Raises `session_lost` where its state lay with an epoch that is gone, what became of it where it has ended, and
+    `allocation_not_found` where an allocation that `initial` names was freed since the session was opened.
     """
     known = resident.sessions.get(session_id)
     if known is not None:
@@ -35,10 +39,25 @@ def session_of(resident: Resident, model: ResidentModel, session_id: str) -> Res
         raise failure(*ended_session(session_id, row["state"]))
     if row["epoch"] is not None and row["state_map"]:
         raise failure("session_lost", str(SESSION_LOST["message"]))
+    _check_initial(resident, row)
     begun = ResidentSession(session_id, model.model_id, dict(row["state_map"]))
     begun.state = {name: feed(resident, name, tensor) for name, tensor in row["initial"].items()}
     resident.sessions[session_id] = begun
     return begun
+
+
+def _check_initial(resident: Resident, session: Row) -> None:
+    """Refuses allocations that are not those which were the caller's when the session was opened.
+
+    An id may name another allocation by now, of another owner even: one that was made since. One that stands as
+    pending may be there already: its job's end is still to be recorded.
+    """
+    named = sorted({tensor["allocation_id"] for tensor in session["initial"].values() if tensor.get("allocation_id")})
+    known = resident.read(allocations.get_many, named) if named else {}
+    for allocation_id in named:
+        there = known.get(allocation_id)
+        if there is None or there["state"] not in ("pending", "active") or there["created_at"] > session["opened_at"]:
+            raise absent("allocation", allocation_id)
 
 
 def fed_by(session: ResidentSession, model: ResidentModel, given: dict[str, Feed]) -> dict[str, Feed]:

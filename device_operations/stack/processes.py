@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from device_operations.folders import PRIVATE_UMASK, private_opener
+
 #: Start times are read from the kernel's clock ticks; two readings of one process may differ by rounding.
 _SAME_START_SECONDS = 0.1
 
@@ -54,7 +56,11 @@ def start(command: Command, log: Path | None = None) -> psutil.Popen:
     ended with this process (Windows): call it from the main thread.
     """
     with contextlib.ExitStack() as closing:
-        output: Any = subprocess.DEVNULL if log is None else closing.enter_context(log.open("ab", buffering=0))
+        output: Any = (
+            subprocess.DEVNULL
+            if log is None
+            else closing.enter_context(open(log, "ab", buffering=0, opener=private_opener))
+        )
         options: dict[str, Any] = {
             "env": None if command.environment is None else dict(command.environment),
             "stdin": subprocess.DEVNULL,
@@ -64,6 +70,7 @@ def start(command: Command, log: Path | None = None) -> psutil.Popen:
         }
         if os.name == "posix":
             options |= {"start_new_session": True, "preexec_fn": _dies_with_parent(command.stop_signal)}
+            options |= {"umask": PRIVATE_UMASK}
             if command.account is not None:
                 account = command.account
                 options |= {"user": account.user_id, "group": account.group_id, "extra_groups": []}

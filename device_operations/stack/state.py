@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from device_operations.folders import private_folder, private_opener
 from device_operations.stack.errors import StackError
 
 #: Ports are taken from here: below what Linux (32768) and Windows (49152) hand out for outgoing connections, which
@@ -20,10 +21,15 @@ PORTS = range(20_000, 32_000)
 
 
 def make_private_folder(path: Path) -> Path:
-    """Makes the folder; its private files are 0600 each, and the folder itself may be passed through (0711)."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Makes the folder for this account alone (0700); one that is there keeps its permissions.
+
+    Where we are root, others may pass through it, and no more (0711): PostgreSQL's account has its own folder inside.
+    """
+    is_new = not path.exists()
+    if is_new:
+        private_folder(path)
     if os.name == "posix" and path.stat().st_uid == os.geteuid() and os.geteuid() == 0:
-        path.chmod(path.stat().st_mode & 0o777 | 0o711)
+        path.chmod(0o711 if is_new else path.stat().st_mode & 0o777 | 0o711)
     return path
 
 
@@ -122,7 +128,7 @@ def locked(data_dir: Path) -> Iterator[None]:
     Raises `StackError` naming the holder's process id where another process holds it.
     """
     path = data_dir / "up.lock"
-    with path.open("a+", encoding="utf-8") as file:
+    with open(path, "a+", encoding="utf-8", opener=private_opener) as file:
         if not _try_lock(file):
             file.seek(0)
             holder = file.read().strip() or "unknown"

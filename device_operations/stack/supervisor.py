@@ -21,6 +21,7 @@ from typing import Self
 
 import psutil
 
+from device_operations.folders import private_folder
 from device_operations.stack import processes
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Command, Identity
@@ -86,8 +87,7 @@ class Supervisor:
     def __init__(self, data_dir: Path, say: Callable[[str], None] = lambda _: None) -> None:
         self._record = data_dir / "processes.json"
         self._data_dir = data_dir
-        self._logs = data_dir / "logs"
-        self._logs.mkdir(mode=0o700, exist_ok=True)
+        self._logs = private_folder(data_dir / "logs")
         self._say = say
         self._groups: list[list[Child]] = []
         self._stop_requests = 0
@@ -256,5 +256,5 @@ def _ending(status: int) -> str:
 def _cut(log: Path) -> None:
     """Keeps a log short while its writer, who appends, has it open."""
     with contextlib.suppress(OSError):
-        shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+        shutil.copy(log, log.with_name(f"{log.name}.1"))
         os.truncate(log, 0)

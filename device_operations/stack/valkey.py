@@ -10,6 +10,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from device_operations.folders import private_folder
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Command
 from device_operations.stack.state import Remembered
@@ -32,8 +33,7 @@ appendfsync everysec
 def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> Service:
     """Writes the configuration and answers how to run the server. Raises `StackError` where there is none."""
     program = _program()
-    folder = data_dir / "valkey"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = private_folder(data_dir / "valkey")
     password = remembered.secret("valkey_password")
     port = remembered.port("valkey_port")
     configuration = folder / "valkey.conf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from device_operations.tensors import INLINE_BYTES, Tensor, decode, to_bytes
 from device_operations.texts import pack_texts
 from tasks.blobs import BlobStore
 from tasks.directory import Directory
+from tasks.owners import absent, found
 from tasks.queues import device_queue
 from tasks.store import blobs as blob_store
 from tasks.store.connection import Row
@@ -33,10 +35,6 @@ class Context:
     admin: bool = False
     device_id: str | None = None
     wants_result: bool = False
-
-    def may_see(self, owner: str) -> bool:
-        """Whether what belongs to `owner` is the caller's to see and use."""
-        return self.admin or owner == self.owner
 
 
 def owner_of(context: Context, options: JobOptions) -> str:
@@ -99,6 +97,7 @@ def new_stored_job(
         state=(State.SCHEDULED if options.delay_seconds else State.QUEUED).value,
         max_attempts=options.max_attempts,
         after=[*more.pop("after", ()), *options.after],
+        own_after=() if context.admin else options.after,
         labels=options.labels,
         delay_seconds=options.delay_seconds,
         expires_in_seconds=options.expires_in_seconds,
@@ -109,11 +108,17 @@ def new_stored_job(
     )
 
 
-def store_tensors(context: Context, tensors: dict[str, Tensor], owner: str) -> tuple[dict[str, Tensor], list[str]]:
+def store_tensors(
+    context: Context, tensors: dict[str, Tensor], owner: str, allocations: Collection[str]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors with every inline one checked, those above 64 KiB moved to blobs; and the ids of all blobs named.
 
-    Raises `input_mismatch` for elements that do not fit, `blob_not_found` for blobs that are not the caller's.
+    `allocations` are the ids that were checked (`tasks.plans.memory.check_allocations`): no other may be named. Raises
+    `input_mismatch` for elements that do not fit, `blob_not_found` for blobs that are not the caller's.
     """
+    for tensor in tensors.values():
+        if tensor.allocation_id is not None and tensor.allocation_id not in allocations:
+            raise absent("allocation", tensor.allocation_id)
     kept: dict[str, Tensor] = {}
     named = [tensor.blob_id for tensor in tensors.values() if tensor.blob_id]
     check_blobs(context, named, tensors)
@@ -153,10 +158,7 @@ def check_blobs(context: Context, blob_ids: list[str], tensors: dict[str, Tensor
     with context.engine.connect() as connection:
         known = blob_store.get_many(connection, blob_ids)
     for blob_id in blob_ids:
-        if blob_id not in known or not context.may_see(known[blob_id]["owner"]):
-            raise failure(
-                "blob_not_found", f"there is no blob {blob_id!r}: it was deleted, has expired, or is another's"
-            )
+        found(context, known.get(blob_id), "blob", blob_id)
     for name, tensor in (tensors or {}).items():
         if tensor.blob_id and tensor.offset + tensor.size_bytes > known[tensor.blob_id]["size_bytes"]:
             raise failure(

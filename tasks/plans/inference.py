@@ -88,7 +88,7 @@ def plan_run(context: Context, request: Run, job_id: str) -> Plan:
         raise failure("validation_failed", "into names a state output; state stays with the session")
     allocations = allocations_of(request)
     staged = check_allocations(context, request, model["device_id"]) if allocations else {}
-    inputs, blob_ids = store_tensors(context, request.inputs, owner)
+    inputs, blob_ids = store_tensors(context, request.inputs, owner, allocations)
     payload = request.payload()
     payload["inputs"] = {name: tensor.model_dump(mode="json", exclude_unset=True) for name, tensor in inputs.items()}
     for name, device_id in staged.items():
@@ -140,12 +140,19 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
             raise no_model(model_id, model)
         before = job_store.open_ids_needing(connection, model_id)
         sessions = model_store.open_sessions(connection, model_id)
+        # Other owners' sessions, where the model is shared, count but are not named.
+        named = (
+            sessions
+            if context.admin or not sessions
+            else model_store.open_sessions(connection, model_id, context.owner)
+        )
     if sessions and not request.force:
+        listed = f": {', '.join(named[:3])}{', …' if len(named) > 3 else ''}" if named else ""
         raise failure(
             "model_in_use",
-            f"{len(sessions)} open sessions hold state of model {model_id}: {', '.join(sessions[:3])}"
-            f"{', …' if len(sessions) > 3 else ''}; close them, or unload with force=true",
-            detail={"sessions": sessions},
+            f"{len(sessions)} open sessions hold state of model {model_id}{listed}; "
+            "close them, or unload with force=true",
+            detail={"sessions": named},
         )
     device = context.directory.device(model["device_id"])
     job = new_job(

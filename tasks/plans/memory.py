@@ -6,16 +6,19 @@ them can be submitted without waiting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection
 
-from device_operations.errors import failure, from_job_error
+from device_operations.errors import OperationError, failure, from_job_error
 from device_operations.jobs import Kind, new_id
 from device_operations.requests.base import JobRequest
 from device_operations.requests.memory import Allocate, Clear, Copy, Deallocate, Read, Write
+from device_operations.tensors import FIXED_DTYPES, Tensor
+from tasks.owners import absent, found
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, check_blobs, new_job, owner_of, place
 from tasks.queues import device_queue
@@ -25,6 +28,9 @@ from tasks.store.jobs import NewJob
 from tasks.submit import Plan, Recorded, body_hash
 
 GIB = 2**30
+
+#: The form of the ids that the service itself gives (`new_id`): only an id of this form can be another thing's too.
+_LIKE_OURS = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ def plan_allocate(context: Context, request: Allocate, job_id: str) -> Plan:
         "allocation_id": allocation_id, "device_id": device["device_id"], "size_bytes": size, "dtype": request.dtype,
         "shape": request.shape, "label": request.label, "owner": job.owner, "job_id": job_id,
         "request_sha256": body_hash(request.payload()), "ttl_seconds": request.ttl_seconds,
+        "is_chosen": request.allocation_id is not None,
     }  # fmt: skip
     return Plan(job, exclusive=(allocation_id,), together=record_allocations, makes=makes)
 
@@ -65,9 +72,13 @@ def plan_allocate(context: Context, request: Allocate, job_id: str) -> Plan:
 def record_allocations(connection: Connection, plans: Sequence[Plan]) -> Recorded:
     """Records the allocations of all plans as pending and reserves their memory: a statement each, however many.
 
-    Raises `allocation_exists` for an id that is another owner's or was used with another request, and
-    `insufficient_memory`.
+    Raises `allocation_exists` for an id that is another owner's, was used with another request, or is a model's or a
+    session's, and `insufficient_memory`.
     """
+    chosen = {plan.makes["allocation_id"] for plan in plans if plan.makes["is_chosen"]}
+    alike = {allocation_id for allocation_id in chosen if _LIKE_OURS.fullmatch(allocation_id)}
+    for allocation_id in sorted(store.names_another(connection, alike)) if alike else ():
+        raise _taken(allocation_id)
     recorded = store.insert(connection, [plan.makes for plan in plans])
     made = [plan for plan in plans if recorded.get(plan.makes["allocation_id"]) == plan.job.id]
     answered = {}
@@ -78,10 +89,7 @@ def record_allocations(connection: Connection, plans: Sequence[Plan]) -> Recorde
             if there["job_id"] == plan.job.id:
                 continue
             if there["owner"] != plan.job.owner or there["request_sha256"] != plan.makes["request_sha256"]:
-                raise failure(
-                    "allocation_exists",
-                    f"the allocation id {there['allocation_id']!r} is taken by another request; choose another",
-                )
+                raise _taken(there["allocation_id"])
             answered[plan.job.id] = there["job_id"]
     after = {}
     wanted: dict[str, list[Plan]] = {}
@@ -142,8 +150,8 @@ def record_expiry(connection: Connection, plans: Sequence[Plan]) -> Recorded:
 def plan_copy(context: Context, request: Copy, job_id: str) -> Plan:
     """Copies on the destination's device. Without a size: what is left of the shorter of the two."""
     source, destination = request.source, request.destination
-    found = find_many(context, [source.allocation_id, destination.allocation_id])
-    from_row, to_row = found[source.allocation_id], found[destination.allocation_id]
+    both = find_many(context, [source.allocation_id, destination.allocation_id])
+    from_row, to_row = both[source.allocation_id], both[destination.allocation_id]
     size = request.size_bytes
     if size is None:
         size = min(from_row["size_bytes"] - source.offset, to_row["size_bytes"] - destination.offset)
@@ -151,7 +159,7 @@ def plan_copy(context: Context, request: Copy, job_id: str) -> Plan:
             size = 1  # one offset lies at or past the end: the check below says which
     check_range(from_row, Range(source.allocation_id, source.offset, size))
     check_range(to_row, Range(destination.allocation_id, destination.offset, size))
-    names = sorted(found)
+    names = sorted(both)
     payload = {**request.payload(), "size_bytes": size, "source_device_id": from_row["device_id"]}
     if from_row["device_id"] != to_row["device_id"]:
         _require_online(context, from_row["device_id"])
@@ -204,10 +212,40 @@ def check_allocations(context: Context, ranges: Iterable[Range]) -> dict[str, Ro
     caller to see (`device_id`).
     """
     wanted = list(ranges)
-    found = find_many(context, [one.allocation_id for one in wanted])
+    known = find_many(context, [one.allocation_id for one in wanted])
     for one in wanted:
-        check_range(found[one.allocation_id], one)
-    return found
+        check_range(known[one.allocation_id], one)
+    return known
+
+
+def ranges_of(tensors: Mapping[str, Tensor], what: str = "input {!r}") -> dict[str, Range]:
+    """The range of each tensor that lies in an allocation, by the tensor's name, which errors put into `what`.
+
+    Raises `dtype_unsupported` for text, whose elements have no fixed size.
+    """
+    ranges = {}
+    for name, tensor in tensors.items():
+        if tensor.allocation_id is None:
+            continue
+        if tensor.dtype not in FIXED_DTYPES:
+            raise failure("dtype_unsupported", f"{what.format(name)}: {tensor.dtype} has no place in an allocation")
+        ranges[name] = Range(tensor.allocation_id, tensor.offset, tensor.size_bytes)
+    return ranges
+
+
+def check_tensors(
+    context: Context, tensors: Mapping[str, Tensor], device_id: str, what: str = "input {!r}"
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The allocations that hold tensors, in order of id, and the device of each tensor that lies elsewhere, by name.
+
+    Raises for allocations that are not the caller's, are gone, or end before their tensor does.
+    """
+    ranges = ranges_of(tensors, what)
+    if not ranges:
+        return (), {}
+    known = check_allocations(context, ranges.values())
+    lying = {name: str(known[one.allocation_id]["device_id"]) for name, one in ranges.items()}
+    return tuple(sorted(known)), {name: there for name, there in lying.items() if there != device_id}
 
 
 def forget_hashes(connection: Connection, allocation_ids: Iterable[str]) -> None:
@@ -225,13 +263,12 @@ def find_many(context: Context, allocation_ids: Sequence[str]) -> dict[str, Row]
     if not allocation_ids:
         return {}
     with context.engine.connect() as connection:
-        found = store.get_many(connection, set(allocation_ids))
+        known = store.get_many(connection, set(allocation_ids))
     for allocation_id in allocation_ids:
-        there = found.get(allocation_id)
-        if there is None or not context.may_see(there["owner"]) or there["state"] not in ("pending", "active"):
-            visible = there is not None and context.may_see(there["owner"])
-            raise _gone(allocation_id, there if visible else None)
-    return found
+        there = found(context, known.get(allocation_id), "allocation", allocation_id)
+        if there["state"] not in ("pending", "active"):
+            raise _gone(allocation_id, there)
+    return known
 
 
 def check_range(allocation: Row, wanted: Range) -> int:
@@ -265,10 +302,16 @@ def _require_online(context: Context, device_id: str) -> Row:
     return context.directory.device(device_id)
 
 
+def _taken(allocation_id: str) -> OperationError:
+    return failure(
+        "allocation_exists", f"the allocation id {allocation_id!r} is taken by another request; choose another"
+    )
+
+
 def _gone(allocation_id: str, there: Row | None) -> Exception:
     """Why an allocation cannot be used."""
     if there is None:
-        return failure("allocation_not_found", f"there is no allocation {allocation_id!r}")
+        return absent("allocation", allocation_id)
     if there["state"] == "lost":
         return failure(
             "allocation_lost",

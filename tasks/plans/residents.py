@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from device_operations.errors import OperationError, failure
 from device_operations.requests.inference import Run
-from device_operations.tensors import FIXED_DTYPES
 from tasks.directory import Snapshot
+from tasks.owners import found
 from tasks.plans.base import Context
-from tasks.plans.memory import Range
+from tasks.plans.memory import Range, ranges_of
 from tasks.plans.memory import check_allocations as find_ranges
 from tasks.store import models as model_store
 from tasks.store.connection import Row
@@ -31,15 +31,15 @@ class Shaped(Protocol):
 def find_model(context: Context, model_id: str | None, name: str | None, version: str | None = None) -> Row:
     """The model to run: by id, or by name the one on the device with the shortest queue. Else `model_not_found`."""
     if model_id is not None:
-        found = context.directory.model(model_id)
-        if found is None:
+        model = context.directory.model(model_id)
+        if model is None:
             with context.engine.connect() as connection:
                 gone = model_store.get(connection, model_id)
             raise no_model(model_id, gone)
-        if found["state"] == "loading":
+        if model["state"] == "loading":
             # By now it may be there, with inputs to be held to: a run that does not fit is refused, not failed later.
-            found = context.directory.snapshot(LOADING_SECONDS).models.get(model_id, found)
-        return found
+            model = context.directory.snapshot(LOADING_SECONDS).models.get(model_id, model)
+        return model
     assert name is not None
     named = context.directory.models_named(name, version)
     if context.device_id is not None:
@@ -71,12 +71,11 @@ def no_model(model_id: str, gone: Row | None) -> OperationError:
 def find_session(context: Context, session_id: str) -> Row:
     """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
     with context.engine.connect() as connection:
-        found = model_store.get_session(connection, session_id)
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("session_not_found", f"there is no inference session {session_id!r}")
-    if found["state"] != "active":
-        raise failure(*ended_session(session_id, found["state"]))
-    return found
+        row = model_store.get_session(connection, session_id)
+    session = found(context, row, "inference session", session_id)
+    if session["state"] != "active":
+        raise failure(*ended_session(session_id, session["state"]))
+    return session
 
 
 def ended_session(session_id: str, state: str) -> tuple[str, str]:
@@ -140,13 +139,7 @@ def check_allocations(context: Context, request: Run, device_id: str) -> dict[st
     Gives the inputs that lie on another device than the model, by name, with that device: they are staged. An output
     cannot be written to another device.
     """
-    ranges = {}
-    for name, tensor in request.inputs.items():
-        if tensor.allocation_id is None:
-            continue
-        if tensor.dtype not in FIXED_DTYPES:
-            raise failure("dtype_unsupported", f"input {name!r}: {tensor.dtype} has no place in an allocation")
-        ranges[name] = Range(tensor.allocation_id, tensor.offset, tensor.size_bytes)
+    ranges = ranges_of(request.inputs)
     places = [Range(place.allocation_id, place.offset, 1) for place in (request.into or {}).values()]
     known = find_ranges(context, [*ranges.values(), *places])
     for place in places:

@@ -9,6 +9,7 @@ from device_operations.jobs import new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import OpenSession
 from tasks.plans.base import Context, owner_of, store_tensors
+from tasks.plans.memory import check_tensors
 from tasks.plans.residents import find_model, unfit
 from tasks.store import models as store
 from tasks.store.connection import Row, transaction
@@ -17,7 +18,8 @@ from tasks.store.connection import Row, transaction
 def open_session(context: Context, request: OpenSession) -> Row:
     """Records a session with a model and gives its row.
 
-    Raises `input_mismatch` where a state output cannot feed its input, `too_many_sessions` over the device's limit.
+    Raises `input_mismatch` where a state output cannot feed its input, `too_many_sessions` over the device's limit, and
+    what `check_tensors` raises for `initial` tensors in allocations.
     """
     owner = owner_of(context, JobOptions(owner=request.owner))
     model = find_model(context, request.model_id, request.model_name)
@@ -25,13 +27,17 @@ def open_session(context: Context, request: OpenSession) -> Row:
     device = context.directory.snapshot().devices.get(device_id) or context.directory.device(device_id)
     context.directory.require_online(device)
     _check_state(model, request)
-    initial, blob_ids = store_tensors(context, request.initial, owner)
+    allocations, staged = check_tensors(context, request.initial, device_id, "initial {!r}")
+    tensors, blob_ids = store_tensors(context, request.initial, owner, allocations)
+    initial = {name: tensor.model_dump(mode="json", exclude_unset=True) for name, tensor in tensors.items()}
+    for name, elsewhere in staged.items():
+        initial[name]["device_id"] = elsewhere
     session_id = new_id()
     limits = context.settings.inference
     row = {
         "session_id": session_id, "model_id": model["model_id"], "device_id": device_id, "owner": owner,
         "state_map": request.state, "blob_ids": blob_ids, "timeout_seconds": limits.session_timeout_minutes * 60,
-        "initial": {name: tensor.model_dump(mode="json", exclude_unset=True) for name, tensor in initial.items()},
+        "initial": initial,
     }  # fmt: skip
     with transaction(context.engine) as connection:
         if not store.open_session(connection, row, limits.max_concurrent_sessions):

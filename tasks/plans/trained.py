@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.errors import failure
+from tasks.owners import absent, found
 from tasks.plans.base import Context
 from tasks.store import checkpoints as checkpoint_store
 from tasks.store import training as store
@@ -15,19 +16,19 @@ from tasks.store.connection import Row
 
 def find_session(context: Context, session_id: str) -> Row:
     """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
-    found = session_of(context, session_id)
-    if found["state"] not in store.OPEN:
-        raise failure(*gone(found))
-    return found
+    session = session_of(context, session_id)
+    if session["state"] not in store.OPEN:
+        raise failure(*gone(session))
+    return session
 
 
 def check_open(connection: Connection, session_id: str) -> None:
     """Raises what became of the session where it is not open any more, in the transaction that records a job on it."""
-    found = store.standing(connection, session_id)
-    if found is None:
-        raise failure("session_not_found", f"there is no training session {session_id!r}")
-    if found["state"] not in store.OPEN:
-        raise failure(*gone(found))
+    session = store.standing(connection, session_id)
+    if session is None:
+        raise absent("training session", session_id)
+    if session["state"] not in store.OPEN:
+        raise failure(*gone(session))
 
 
 def gone(session: Row) -> tuple[str, str]:
@@ -43,28 +44,21 @@ def gone(session: Row) -> tuple[str, str]:
 def find_checkpoint(context: Context, checkpoint_id: str) -> Row:
     """The recorded checkpoint of that id, if it is the caller's; else `checkpoint_not_found`."""
     with context.engine.connect() as connection:
-        found = checkpoint_store.get(connection, checkpoint_id)
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")
-    return found
+        row = checkpoint_store.get(connection, checkpoint_id)
+    return found(context, row, "checkpoint", checkpoint_id)
 
 
 def known_session(context: Context, session_id: str) -> Row:
     """What never changes of a session that is the caller's, mostly without a read: a step costs one less."""
-    return _callers(context, context.directory.training_session(session_id), session_id)
+    row = context.directory.training_session(session_id, context)
+    return found(context, row, "training session", session_id)
 
 
 def session_of(context: Context, session_id: str) -> Row:
+    """The record of a session that is the caller's, open or ended."""
     with context.engine.connect() as connection:
-        found = store.get(connection, session_id)
-    return _callers(context, found, session_id)
-
-
-def _callers(context: Context, found: Row | None, session_id: str) -> Row:
-    """The session that was found, if it is the caller's."""
-    if found is None or not context.may_see(found["owner"]):
-        raise failure("session_not_found", f"there is no training session {session_id!r}")
-    return found
+        row = store.get(connection, session_id)
+    return found(context, row, "training session", session_id)
 
 
 def device_of(context: Context, session: Row) -> Row:
@@ -80,15 +74,12 @@ def resumed_from(context: Context, checkpoint_id: str) -> tuple[dict[str, Any], 
     with context.engine.connect() as connection:
         # In this order: a job that ends between the two reads has made its checkpoint by the second.
         making = checkpoint_store.being_made(connection, checkpoint_id)
-        found = checkpoint_store.get(connection, checkpoint_id)
-    owner = found["owner"] if found else making["owner"] if making else None
-    if owner is None or not context.may_see(owner):
-        raise failure("checkpoint_not_found", f"there is no checkpoint {checkpoint_id!r}")
-    if found is None:
-        assert making is not None
-        request = making["request"]
-        told = {"checkpoint_id": checkpoint_id, "blob_id": None, "sha256": None, "job_id": making["id"],
+        kept = checkpoint_store.get(connection, checkpoint_id)
+    known = found(context, kept or making, "checkpoint", checkpoint_id)
+    if kept is None:
+        request = known["request"]
+        told = {"checkpoint_id": checkpoint_id, "blob_id": None, "sha256": None, "job_id": known["id"],
                 "session_id": request["session_id"]}  # fmt: skip
         return told, request["at_sequence"], request["at_step"]
-    told = {name: found[name] for name in ("checkpoint_id", "session_id", "blob_id", "sha256")}
-    return told, found["sequence"], found["step"]
+    told = {name: kept[name] for name in ("checkpoint_id", "session_id", "blob_id", "sha256")}
+    return told, kept["sequence"], kept["step"]

@@ -24,11 +24,12 @@ from device_operations.requests.training import (
     TorchScriptModel,
     Validate,
 )
-from device_operations.tensors import FIXED_DTYPES, Tensor
+from device_operations.tensors import Tensor
 from tasks.effects.training import number_of
+from tasks.owners import absent
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, check_blobs, new_job, owner_of, place, store_tensors
-from tasks.plans.memory import Range, check_allocations
+from tasks.plans.memory import check_tensors
 from tasks.plans.models import file_hash, model_file
 from tasks.plans.parameters import count_parameters
 from tasks.plans.trained import check_open, device_of, find_session, gone, known_session, resumed_from, session_of
@@ -98,8 +99,8 @@ def plan_step(context: Context, request: Step, job_id: str) -> Plan:
     _check_batch(context, request)
     owner = owner_of(context, request.job)
     named = request.tensors()
-    allocations, staged = _find_allocations(context, named, session["device_id"])
-    tensors, blob_ids = store_tensors(context, named, owner)
+    allocations, staged = check_tensors(context, named, session["device_id"], "{}")
+    tensors, blob_ids = store_tensors(context, named, owner, allocations)
     if request.dataset is not None and request.dataset.blob_id:
         check_blobs(context, [request.dataset.blob_id])
         blob_ids.append(request.dataset.blob_id)
@@ -175,8 +176,8 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
         session = session_of(context, resumed["session_id"])
         more, after = {"checkpoint": resumed}, [] if resumed["blob_id"] else [resumed["job_id"]]
     named = request.tensors()
-    allocations, staged = _find_allocations(context, named, session["device_id"])
-    tensors, blob_ids = store_tensors(context, named, owner)
+    allocations, staged = check_tensors(context, named, session["device_id"], "{}")
+    tensors, blob_ids = store_tensors(context, named, owner, allocations)
     told = {name: _told(tensor, staged.get(name)) for name, tensor in tensors.items()}
     payload = {
         **request.model_dump(mode="json", exclude={"job", "inputs", "targets"}, exclude_none=True),
@@ -214,7 +215,7 @@ def _earlier(connection: Connection, makes: dict[str, Any]) -> str:
     session_id, sequence = makes["session_id"], makes["sequence"]
     session = store.lock(connection, session_id)
     if session is None:
-        raise failure("session_not_found", f"there is no training session {session_id!r}")
+        raise absent("training session", session_id)
     if session["state"] not in store.OPEN:
         raise failure(*gone(session))
     detail = {"submitted_sequence": session["submitted_sequence"], "applied_sequence": session["applied_sequence"]}
@@ -282,27 +283,6 @@ def _check_batch(context: Context, request: Step) -> None:
             "send smaller batches and accumulate their gradients",
             detail={"batch_size": size, "max_batch_size": most},
         )
-
-
-def _find_allocations(
-    context: Context, tensors: dict[str, Tensor], device_id: str
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The allocations that hold tensors, in order of id, and the device of each tensor that lies elsewhere, by name.
-
-    Raises for allocations that are not the caller's, are gone, or end before their tensor does.
-    """
-    ranges = {}
-    for name, tensor in tensors.items():
-        if tensor.allocation_id is None:
-            continue
-        if tensor.dtype not in FIXED_DTYPES:
-            raise failure("dtype_unsupported", f"{name}: {tensor.dtype} has no place in an allocation")
-        ranges[name] = Range(tensor.allocation_id, tensor.offset, tensor.size_bytes)
-    if not ranges:
-        return (), {}
-    known = check_allocations(context, list(ranges.values()))
-    lying = {name: str(known[one.allocation_id]["device_id"]) for name, one in ranges.items()}
-    return tuple(sorted(known)), {name: there for name, there in lying.items() if there != device_id}
 
 
 def _with_tensors(request: Step, tensors: dict[str, Tensor], staged: dict[str, str]) -> dict[str, Any]:

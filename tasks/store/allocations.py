@@ -56,6 +56,23 @@ def get_many(connection: Connection, allocation_ids: Collection[str]) -> dict[st
     return {entry["allocation_id"]: entry for entry in found}
 
 
+def names_another(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Those of `ids` that are the id of a model or a session.
+
+    Jobs wait for, and fall with, what they name by id: an allocation of the same id would be taken for it.
+    """
+    found = rows(
+        connection,
+        """
+        SELECT model_id AS id FROM models WHERE model_id = ANY(%(ids)s)
+        UNION ALL SELECT session_id FROM inference_sessions WHERE session_id = ANY(%(ids)s)
+        UNION ALL SELECT session_id FROM training_sessions WHERE session_id = ANY(%(ids)s)
+        """,
+        {"ids": list(ids)},
+    )
+    return {entry["id"] for entry in found}
+
+
 def page(connection: Connection, *, filters: dict[str, Any], before: tuple[str, str] | None, limit: int) -> list[Row]:
     """Allocations newest first, at most `limit`, after the place `before` (creation time and id) in that order."""
     conditions = [f"{name} = %({name})s" for name in filters]

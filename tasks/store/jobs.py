@@ -43,6 +43,8 @@ class NewJob:
     resource_id: str | None = None
     needs: Sequence[str] = ()
     after: Sequence[str] = ()
+    #: Those of `after` that must be jobs of the same owner; an admin may name anybody's.
+    own_after: Sequence[str] = ()
     blob_ids: Sequence[str] = ()
     labels: dict[str, str] = field(default_factory=dict)
     delay_seconds: float | None = None
@@ -131,10 +133,17 @@ def request_of(connection: Connection, job_id: str) -> dict[str, Any] | None:
 
 def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
     """The state of each of `job_ids` that exists."""
-    return {job["id"]: job["state"] for job in _STATES.rows(connection, {"ids": list(job_ids)})}
+    return {job_id: job["state"] for job_id, job in predecessors(connection, job_ids).items()}
 
 
-_STATES = Prepared("states_of_jobs", "SELECT id, state FROM jobs WHERE id = ANY(%(ids)s)", {"ids": "text[]"})
+def predecessors(connection: Connection, job_ids: Collection[str]) -> dict[str, Row]:
+    """State and owner of each of `job_ids` that exists, by id: what a job that waits for them must know."""
+    return {job["id"]: job for job in _PREDECESSORS.rows(connection, {"ids": list(job_ids)})}
+
+
+_PREDECESSORS = Prepared(
+    "predecessors_of_jobs", "SELECT id, state, owner FROM jobs WHERE id = ANY(%(ids)s)", {"ids": "text[]"}
+)
 
 
 def queue_position(connection: Connection, job: Row) -> int | None:

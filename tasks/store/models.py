@@ -313,12 +313,15 @@ def expire_sessions(connection: Connection) -> list[str]:
     return [session["session_id"] for session in found]
 
 
-def open_sessions(connection: Connection, model_id: str) -> list[str]:
-    """The open sessions of a model."""
+def open_sessions(connection: Connection, model_id: str, owner: str | None = None) -> list[str]:
+    """The open sessions of a model: everybody's, or those of one owner."""
     found = rows(
         connection,
-        "SELECT session_id FROM inference_sessions WHERE model_id = %(id)s AND state = 'active' ORDER BY opened_at",
-        {"id": model_id},
+        """
+        SELECT session_id FROM inference_sessions WHERE model_id = %(id)s AND state = 'active'
+          AND (%(owner)s::text IS NULL OR owner = %(owner)s) ORDER BY opened_at
+        """,
+        {"id": model_id, "owner": owner},
     )
     return [session["session_id"] for session in found]
 

@@ -61,10 +61,15 @@ def test_anothers_allocation_is_not_found_on_any_route(of: Of) -> None:
     assert [one["allocation_id"] for one in client.get("/api/memory/allocations").json()["allocations"]] == [his]
     refused(client.get("/api/memory/allocations", params={"owner": "ada"}), 403, "forbidden")
     seen = client.get("/api/memory/device/cpu_0", params={"map": True}).json()
-    assert {(thing["owner"], thing["id"], thing["label"]) for thing in seen["map"]} == {
-        ("ada", None, None), ("bob", his, None),
+    assert [(thing["owner"], thing["id"], thing["label"]) for thing in seen["map"]] == [("bob", his, None)]
+    assert (seen["by_owner"], seen["others_bytes"], seen["allocated_bytes"]) == ({"bob": 64}, 64, 128)
+    (listed,) = client.get("/api/memory/status").json()["devices"]
+    assert (listed["by_owner"], listed["others_bytes"]) == ({"bob": 64}, 64)
+    everything = root.client.get("/api/memory/device/cpu_0", params={"map": True}).json()
+    assert {(thing["owner"], thing["id"], thing["label"]) for thing in everything["map"]} == {
+        ("ada", mine, "secret"), ("bob", his, None),
     }  # fmt: skip
-    assert seen["by_owner"] == {"ada": 64, "bob": 64}
+    assert (everything["by_owner"], everything["others_bytes"]) == ({"ada": 64, "bob": 64}, 0)
     assert root.read(mine) == bytes(64)
     root.done(root.deallocate(mine))
     bob.done(bob.deallocate(his))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -123,6 +124,26 @@ def up(folder: Path, options: dict[str, Any] | None = None, **settings: object) 
         yield started
     finally:
         started.stop()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such permissions")
+def test_what_it_writes_is_its_own_accounts_alone(running_up: Up) -> None:
+    folder = running_up.data_dir
+    top, cluster = folder.stat(), (folder / "postgres").stat()
+    # PostgreSQL does not run as root: its account passes through to the one folder that is its own.
+    is_root = os.geteuid() == 0
+    assert stat.S_IMODE(top.st_mode) == (0o711 if is_root else 0o700)
+    assert stat.S_IMODE(cluster.st_mode) == 0o700
+    assert (cluster.st_uid == os.geteuid()) is not is_root
+    modes = {}
+    for path in folder.rglob("*"):
+        if "postgres" not in path.relative_to(folder).parts:
+            with contextlib.suppress(FileNotFoundError):  # written beside and renamed meanwhile
+                modes[path] = (path.is_dir(), stat.S_IMODE(path.lstat().st_mode))
+    assert {"stack.json", "remembered.json", "processes.json", "up.lock", "gateway.log", "valkey.conf"} <= {
+        path.name for path in modes
+    }
+    assert [f"{path} {mode:o}" for path, (is_dir, mode) in modes.items() if mode != (0o700 if is_dir else 0o600)] == []
 
 
 def test_everything_is_up_when_it_says_ready(running_up: Up) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from device_operations.folders import private_folder
 from device_operations.jobs import new_id
 from device_operations.requests.training import Initialize, OnnxModel
 from tasks.blobs import Stored
@@ -44,7 +45,7 @@ def local_file(resident: Resident, blob_id: str, session_id: str) -> Path:
         return stored
     target = scratch(resident, session_id) / blob_id
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(target.parent)
         partial = target.with_name(f"{blob_id}.partial")
         resident.blobs.fetch(blob_id, partial)
         partial.replace(target)

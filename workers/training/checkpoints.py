@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from device_operations.errors import failure
-from device_operations.folders import sync_folder
+from device_operations.folders import private_folder, sync_folder
 from workers.training.definition import check_hash
 
 FORMAT = 1
@@ -111,7 +111,7 @@ def read(path: Path, sha256: str) -> Snapshot:
 def _write_whole(parts: Iterable[memoryview], path: Path) -> WrittenFile:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         sha256, size = _write_parts(parts, temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
