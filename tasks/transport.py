@@ -66,10 +66,10 @@ class QoS(redis.QoS):
 
         def restore(pipe: Any) -> None:
             size = pipe.hstrlen(self.unacked_key, tag)
-            kept = pipe.hget(self.unacked_key, tag) if 0 < size <= messages.KEPT_BYTES else None
+            kept = pipe.hget(self.unacked_key, tag) if size <= messages.KEPT_BYTES else None
             pipe.multi()
             self._remove_from_indices(tag, pipe)
-            if not size:
+            if kept is None and not size:
                 return
             try:
                 message = messages.read_kept(kept, size)
