@@ -36,6 +36,30 @@ _DONE = DONE_CHANNEL.encode()
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
 
 
+#: How the announcement of an end begins and ends, for the same reason.
+_END = re.compile(
+    rb'\{"job_id":"([^"]*)","kind":"[a-z_.]+","state":"(?:' + "|".join(sorted(TERMINAL)).encode() + rb')",.*\}',
+    re.DOTALL,
+)
+
+
+def _is_end(job_id: bytes, text: bytes) -> bool:
+    found = _END.fullmatch(text)
+    return found is not None and found[1] == job_id
+
+
+def _event(data: bytes) -> dict[str, Any] | None:
+    """What is announced of a followed job: `{"event": "state" | "progress", "data"}`; None if it is not that."""
+    try:
+        told = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        told = None
+    if type(told) is dict and told.get("event") in ("state", "progress") and type(told.get("data")) is dict:
+        return told
+    log.warning("announcement refused", size_bytes=len(data))
+    return None
+
+
 class Waiters:
     """Everybody in this process who waits for a job or follows one."""
 
@@ -127,17 +151,26 @@ class Waiters:
                 self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
 
     def _hand_over(self, channel: bytes, data: bytes) -> None:
-        if channel == _DONE:
-            for line in data.split(b"\n"):
-                job_id, _, text = line.partition(b" ")
-                if _CHANGES_MODEL.match(text):
-                    self._on_models_changed()
-                for future in self._awaited.get(job_id, ()):
-                    if not future.done():
-                        future.set_result(text)
+        """Wakes whom an announcement concerns. One that is none wakes nobody: the record is read all the same."""
+        if channel != _DONE:
+            told = _event(data)
+            if told is not None:
+                for follower in self._followers.get(channel, ()):
+                    follower.put_nowait(told)
             return
-        for follower in self._followers.get(channel, ()):
-            follower.put_nowait(orjson.loads(data))
+        for line in data.split(b"\n"):
+            job_id, _, text = line.partition(b" ")
+            if _CHANGES_MODEL.match(text):
+                self._on_models_changed()
+            waiting = self._awaited.get(job_id)
+            if waiting is None:
+                continue
+            if not _is_end(job_id, text):
+                log.warning("announcement refused", size_bytes=len(line))
+                continue
+            for future in waiting:
+                if not future.done():
+                    future.set_result(text)
 
     async def _look(self) -> None:
         while True:

@@ -42,8 +42,9 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         # Restored at the worker's start, by `workers.main`, and by nobody else's.
         options["unacked_key"] = f"device-operations.unacked.{device_id}"
         options["unacked_index_key"] = f"device-operations.unacked-index.{device_id}"
-        app.conf.broker_transport = "tasks.transport:Transport"
         options["unacked_mutex_key"] = f"device-operations.unacked-mutex.{device_id}"
+        options["home_queue"] = device_queue(device_id)
+        app.conf.broker_transport = "tasks.transport:Transport"
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",

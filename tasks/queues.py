@@ -14,6 +14,7 @@ from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, s
 __all__ = [
     "ANY_QUEUE",
     "DONE_CHANNEL",
+    "MESSAGE_BYTES",
     "NOTED",
     "control_queue",
     "device_queue",
@@ -25,6 +26,12 @@ __all__ = [
 
 #: The header that says that a message's job is recorded, and what the lane needs to order it.
 NOTED = "device_operations"
+
+#: Bytes of one message in Redis, and of its body unpacked, at most. Bigger payloads are blobs.
+MESSAGE_BYTES = 16 << 20
+
+#: Bytes of a recorded job's request in its message at most, in base64.
+_BODY_BYTES = MESSAGE_BYTES // 2
 
 #: Where ended jobs are announced, to all gateways.
 DONE_CHANNEL = "device-operations.done"
@@ -57,9 +64,12 @@ def redis_keys(queue: str) -> list[str]:
 def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
     """One job as Celery's protocol 2 in kombu's Redis envelope.
 
-    `job` is a recorded row. Messages without the header `NOTED` come from direct callers.
+    `job` is a recorded row. Messages without the header `NOTED` come from direct callers. A request that is too big for
+    a message is left to the record: the claim reads it there.
     """
     body = base64.b64encode(orjson.dumps([[], {"request": request}, _NO_CANVAS])).decode()
+    if len(body) > _BODY_BYTES:
+        body = base64.b64encode(orjson.dumps([[], {"request": {}}, _NO_CANVAS])).decode()
     job_id = job["id"]
     return orjson.dumps(
         {

@@ -7,24 +7,25 @@ a row that waits and is not here ──▶ published again
 
 from __future__ import annotations
 
-import base64
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
-import orjson
 import redis
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TASK_PREFIX, TERMINAL, Kind, State
 from device_operations.requests.base import JobOptions
 from device_operations.requests.kinds import parse
 from tasks import lifecycle, submit
+from tasks.app import PREFETCH
 from tasks.database import is_disconnect, until_reachable
+from tasks.key_types import with_types
+from tasks.messages import Recorded, reason, unstorable
 from tasks.plans import plan
 from tasks.plans.base import Context
 from tasks.publish import Publisher
@@ -43,6 +44,9 @@ log = structlog.get_logger(__name__)
 #: Seconds after which a row that waits and is not in the lane is looked for, and how many are published at once.
 ORPHAN_AGE_SECONDS = 2.0
 ORPHANS_AT_ONCE = 500
+
+#: How often such a row is published in a row before it is taken from the record: its message may be unreadable.
+REPUBLISHED_TIMES = 3
 
 #: Seconds between two looks at predecessors that run elsewhere: short at first, longer while nothing happens.
 FOREIGN_SECONDS = (0.02, 0.25)
@@ -72,6 +76,7 @@ class Intake:
         self._is_draining = is_draining
         self._direct: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._delivered: dict[int, int] = {}
+        self._published_again: dict[str, int] = {}
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._record_direct, name="direct", daemon=True),
@@ -95,20 +100,24 @@ class Intake:
         """A direct caller's message, on Celery's own thread: nothing here waits."""
         self._direct.put(handle)
 
-    def receive_recorded(self, payload: dict[str, Any]) -> None:
-        """A recorded job's message as it came from Redis, on Celery's own thread: nothing here waits."""
-        try:
-            note = Note(payload["headers"])
-            _, kwargs, _ = orjson.loads(base64.b64decode(payload["body"]))
-            entry = self._entry(note.job_id, note.kind, kwargs["request"], payload["headers"][NOTED], note)
-        except Exception as error:  # noqa: BLE001 - a message that cannot be read is no reason to stop reading
-            log.warning(
-                "unreadable message; its job is taken from the record", error=f"{type(error).__name__}: {error}"
-            )
-            return
+    def receive_recorded(self, message: Recorded) -> None:
+        """A recorded job's message, on Celery's own thread: nothing here waits."""
+        note = Note(message.headers)
+        entry = self._entry(note.job_id, note.kind, message.request, message.headers[NOTED], note)
         self._delivered[entry.priority] = max(entry.seq, self._delivered.get(entry.priority, 0))
         note.received()
         self._admit(entry)
+
+    def report_unknown(self, job_id: str, task: str) -> None:
+        """A direct caller's task that none here is: Celery is given its failure, unless the id is a job's."""
+
+        def report() -> None:
+            with self._engine.connect() as connection:
+                known = store.get(connection, job_id)
+            if known is None:
+                self._recorder.report_unknown(job_id, task)
+
+        self._recorder.note(report)
 
     def _entry(
         self, job_id: str, kind: str, request: dict[str, Any], noted: dict[str, Any], handle: Handle | Note | None
@@ -122,6 +131,16 @@ class Intake:
             after=set(noted["after"]),
             handle=handle,
         )
+        try:
+            self._join(entry, request)
+        except Exception as error:  # noqa: BLE001 - a request that fits no batch goes alone, and fails alone
+            log.info("the job runs alone", job_id=job_id, reason=type(error).__name__)
+            entry.batch_key, entry.batch_limit, entry.batch_delay_seconds = None, 1, 0.0
+        return entry
+
+    def _join(self, entry: Entry, request: dict[str, Any]) -> None:
+        """Notes with which others the entry may run."""
+        kind = entry.kind
         if kind == Kind.INFERENCE_RUN and not request.get("session_id") and not request.get("into"):
             model = self._resident.models.get(request.get("model_id", ""))
             batch = model.batch_of(request["inputs"], request.get("outputs")) if model else None
@@ -132,7 +151,6 @@ class Intake:
             kind == Kind.MEMORY_ALLOCATE and request["size_bytes"] <= memory.SMALL_BYTES
         ):
             entry.batch_key, entry.batch_limit = kind, memory.BATCH_LIMIT
-        return entry
 
     def _admit(self, entry: Entry) -> None:
         if not self._lane.admit(entry):
@@ -152,9 +170,13 @@ class Intake:
                 return
             try:
                 until_reachable(lambda handle=handle: self._take_direct(handle), stop=self._stopping.is_set)  # type: ignore[misc]
-            except Exception:
-                # Not acknowledged: the next worker is given it again.
-                log.exception("a direct message could not be recorded", job_id=handle.job_id)
+            except Exception as error:  # noqa: BLE001 - one message's failure is not the next one's
+                if _may_pass(error):
+                    # Not acknowledged: the next worker is given it again.
+                    log.error("a direct message could not be recorded", job_id=handle.job_id, error=reason(error))
+                else:
+                    log.error("a direct message cannot be recorded", job_id=handle.job_id, error=reason(error))
+                    handle.dropped()
 
     def _take_direct(self, handle: Handle) -> None:
         kind = Kind(handle.task_name.removeprefix(TASK_PREFIX))
@@ -168,20 +190,29 @@ class Intake:
         except OperationError as error:
             self._refuse(kind, handle, error)
             return
+        except Exception as error:
+            if _may_pass(error):
+                raise
+            log.error("a direct caller's request cannot be recorded", job_id=handle.job_id, error=reason(error))
+            unrecorded = failure("internal_error", f"the request cannot be recorded: {type(error).__name__}")
+            self._refuse(kind, handle, unrecorded)
+            return
         row = rows[0]
         if row["device_id"] != self._resident.device_id:
             self._publisher.jobs([(row, request)])
             handle.dropped()
         elif row["state"] == State.QUEUED:
-            noted = {"seq": row["seq"], "priority": row["priority"], "after": row["after"], "needs": row["needs"]}
-            self._admit(self._entry(row["id"], row["kind"], request, noted, handle))
+            self._admit(self._entry(row["id"], row["kind"], request, row, handle))
         else:
             handle.dropped()
 
     def _plan_direct(self, kind: Kind, handle: Handle) -> tuple[list[Row], dict[str, Any]]:
         args, kwargs = handle.payload()
+        why = unstorable([args, kwargs])
+        if why is not None:
+            raise failure("validation_failed", f"the arguments cannot be stored: {why}")
         if args or set(kwargs) - {"request", "job"} or not isinstance(kwargs.get("request"), dict):
-            given = [*(["positional arguments"] if args else []), *sorted(map(str, kwargs))]
+            given = [*(["positional arguments"] if args else []), *sorted(name[:50] for name in kwargs)[:10]]
             raise failure(
                 "validation_failed",
                 f"a task takes kwargs={{'request': {{…}}}} and maybe 'job', both objects; given: {given or 'none'}",
@@ -222,6 +253,8 @@ class Intake:
         for row in rows:
             lifecycle.announce(self._publisher, [row])
             self._recorder.tell_celery(row, handle)
+        if not rows:
+            handle.dropped()
 
     def _meet_again(self, row: Row, handle: Handle) -> None:
         """A message whose job is recorded: the record's request counts, whatever the message says."""
@@ -230,8 +263,7 @@ class Intake:
         elif row["device_id"] == self._resident.device_id and row["state"] in (State.QUEUED, State.RESERVED):
             with self._engine.connect() as connection:
                 request = store.request_of(connection, row["id"]) or {}
-            noted = {"seq": row["seq"], "priority": row["priority"], "after": row["after"], "needs": row["needs"]}
-            self._admit(self._entry(row["id"], row["kind"], request, noted, handle))
+            self._admit(self._entry(row["id"], row["kind"], request, row, handle))
         else:
             handle.dropped()
 
@@ -281,9 +313,21 @@ class Intake:
         if missing:
             in_redis = sum(self._redis.llen(key) for key in redis_keys(device_queue(self._resident.device_id)))
             orphans = [row for row in missing if in_redis == 0 or row["seq"] < self._delivered.get(row["priority"], 0)]
-        if orphans:
-            log.info("published again", jobs=len(orphans))
-            self._publisher.jobs([(row, row["request"]) for row in orphans])
+        self._bring_in(orphans)
+
+    def _bring_in(self, orphans: list[Row]) -> None:
+        """Publishes orphans again; those whose messages never arrive come from the record itself."""
+        times = {row["id"]: self._published_again.get(row["id"], 0) + 1 for row in orphans}
+        by_message = [row for row in orphans if times[row["id"]] <= REPUBLISHED_TIMES]
+        if by_message:
+            log.info("published again", jobs=len(by_message))
+            self._publisher.jobs([(row, row["request"]) for row in by_message])
+        by_record = [row for row in orphans if times[row["id"]] > REPUBLISHED_TIMES]
+        if by_record and self._lane.eligible < PREFETCH:
+            log.warning("taken from the record: their messages do not arrive", jobs=len(by_record))
+            for row in by_record:
+                self._admit(self._entry(row["id"], row["kind"], row["request"], row, None))
+        self._published_again = times
 
     def _watch_elsewhere(self) -> None:
         """Looks at predecessors that are not here, while entries wait for any."""
@@ -313,25 +357,33 @@ class Intake:
         """
         sources = redis_keys(ANY_QUEUE)
         targets = redis_keys(device_queue(self._resident.device_id))
+
+        def move() -> Any:
+            for source, target in zip(sources, targets, strict=True):
+                moved = self._redis.lmove(source, target, "RIGHT", "LEFT")
+                if moved is not None:
+                    return moved
+            # Celery's callers who name no priority use the plain key, which is the first.
+            return self._redis.blmove(sources[0], targets[0], 1, "RIGHT", "LEFT")
+
         while not self._stopping.is_set():
             if len(self._lane) or self._is_draining():
                 self._stopping.wait(0.05)
                 continue
             try:
-                moved = None
-                for source, target in zip(sources, targets, strict=True):
-                    moved = self._redis.lmove(source, target, "RIGHT", "LEFT")
-                    if moved is not None:
-                        break
-                if moved is None:
-                    # Celery's callers who name no priority use the plain key, which is the first.
-                    moved = self._redis.blmove(sources[0], targets[0], 1, "RIGHT", "LEFT")
+                moved = with_types(self._redis, dict.fromkeys([*sources, *targets], "list"), move)
                 if moved is not None:
                     # Until Celery's consumer has handed it over, this worker must not look idle to itself.
                     self._stopping.wait(0.01)
             except redis.RedisError as error:
                 log.warning("the queue for any device cannot be read", error=str(error))
                 self._stopping.wait(1.0)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether what failed at the database may succeed later: it was away, busy, or ended the statement."""
+    code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
+    return is_disconnect(error) or (isinstance(error, OperationalError) and code[:2] in ("40", "55", "57", "58"))
 
 
 _WAITING = frozenset({State.SCHEDULED, State.QUEUED, State.RESERVED, State.RETRYING})

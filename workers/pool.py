@@ -45,8 +45,8 @@ class Handle:
 
     @property
     def task_name(self) -> str:
-        """The task's name."""
-        return str(self._request.name)
+        """The task's name; the request's own `name` is what the caller wants to be shown."""
+        return str(self._request.type)
 
     @property
     def priority(self) -> int | None:

