@@ -277,7 +277,8 @@ class Intake:
                 for entry in held:
                     entry.reserved = True
             waiting = store.waiting(connection, self._resident.device_id, ORPHAN_AGE_SECONDS, ORPHANS_AT_ONCE)
-        missing = [row for row in waiting if row["id"] not in self._lane]
+        unflushed = self._recorder.unflushed
+        missing = [row for row in waiting if row["id"] not in self._lane and row["id"] not in unflushed]
         if missing:
             in_redis = sum(self._redis.llen(key) for key in redis_keys(device_queue(self._resident.device_id)))
             orphans = [row for row in missing if in_redis == 0 or row["seq"] < self._delivered.get(row["priority"], 0)]

@@ -25,7 +25,8 @@ from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import models as model_store
-from tasks.store.connection import Relaxed, Row
+from tasks.store.connection import Row
+from tasks.unflushed import ASK_SECONDS, Unflushed
 from workers.lane import Lane
 from workers.pool import Handle, Note
 from workers.uses import Uses
@@ -38,6 +39,9 @@ PROGRESS_INTERVAL_SECONDS = 0.2
 
 #: Seconds for which a job counts as followed; whoever follows it says so again before that.
 FOLLOWED_SECONDS = 60.0
+
+#: Seconds for which a worker that stops waits for PostgreSQL where an announced end may be lost.
+CLOSE_SECONDS = 5.0
 
 #: Seconds before a job that failed retryably is tried again: doubled with each attempt.
 RETRY_SECONDS = 1.0
@@ -65,7 +69,8 @@ class Recorder:
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
         self._followed: dict[str, float] = {}
-        self._relaxed = Relaxed(engine)
+        #: The ends that were announced before PostgreSQL had them on its disk.
+        self.unflushed = Unflushed(engine)
         self._uses = Uses()
         self._uses_written_at = time.monotonic()
         self._stopping = threading.Event()
@@ -127,8 +132,10 @@ class Recorder:
                 self._record(items)
             except Exception:
                 log.exception("recording failed")
+            self.unflushed.look()
             if any(item is None for item in items):
                 self._write_uses()
+                self.unflushed.close(CLOSE_SECONDS)
                 return
             if time.monotonic() - self._uses_written_at > 1.0:
                 self._write_uses()
@@ -137,7 +144,7 @@ class Recorder:
         """What was handed over, all of it; nothing after a quiet second, so that counts are written in time."""
         items = []
         with suppress(queue.Empty):
-            items.append(self._queue.get(timeout=1.0))
+            items.append(self._queue.get(timeout=ASK_SECONDS if self.unflushed else 1.0))
             while True:
                 items.append(self._queue.get_nowait())
         return items
@@ -211,6 +218,7 @@ class Recorder:
             return
         try:
             rows = self._write(ending)
+            rows += self._recovered(ending, rows)
             if any(row["kind"] in CHANGES_MODELS for row in rows):
                 self.on_models_changed()
         finally:
@@ -234,7 +242,7 @@ class Recorder:
         claimed = {one.work.job_id: one.work.row for one in ending}
         try:
             return until_reachable(
-                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch, self._relaxed),
+                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch, self.unflushed),
                 stop=self._stopping.is_set,
             )
         except Exception as error:
@@ -245,6 +253,18 @@ class Recorder:
             log.exception("an outcome could not be recorded", job_id=ending[0].work.job_id)
             unwritten = failure("internal_error", f"the job's outcome could not be recorded: {type(error).__name__}")
             return self._write([_Finished(ending[0].work, ending[0].work.failed(unwritten))])
+
+    def _recovered(self, ending: list[_Finished], rows: list[Row]) -> list[Row]:
+        """The rows of those that were not found running, where they ended all the same: after a crash of PostgreSQL."""
+        found = {row["id"] for row in rows}
+        missing = [one for one in ending if one.work.job_id not in found]
+        if not missing:
+            return []
+        outcomes = [one.outcome for one in missing]
+        claimed = {one.work.job_id: one.work.row for one in missing}
+        return until_reachable(
+            lambda: lifecycle.recover(self._engine, outcomes, claimed, self._epoch), stop=self._stopping.is_set
+        )
 
     def tell_celery(self, row: Row, handle: Handle | Note | None) -> None:
         """Celery's events, its result where the caller asked for one, and one line in the log."""

@@ -72,13 +72,26 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
 class Relaxed:
     """A connection of its own, in autocommit, whose commits do not wait for the disk.
 
-    A crash of the machine, or of PostgreSQL itself, may lose the last half second of what it writes. So it is for what
-    may be lost: that a run which leaves nothing behind was begun or is done, since it may be run again; and that a job
-    was submitted of which nobody was told yet.
+    A crash of PostgreSQL (or of its machine) may lose the last of what it writes: about half a second of it. Each use:
+
+        the claim of a job that leaves nothing      lost: the row waits again, while its worker runs it. The worker's
+        (`workers.runner`)                          own sweep leaves it alone, and its end is recorded all the same
+        the end of such a job                       lost after it was announced: kept by its worker until the disk has
+        (`tasks.unflushed`)                         it, and recorded again
+        the submission of a job whose caller waits  lost: the caller was promised nothing, and is answered 503; before
+        (`api_gateway.submitter`, `tasks.submit`)   it is answered 202 instead, the row is written to the disk
+
+    What else those transactions record (the number of a training step, a reservation) is lost with the job, as one. An
+    effect on a device, a training step's end above all, is never committed so: its claim and its end wait for the disk,
+    and everything that was committed before them is on the disk with them.
+
+    `on_broken` is called, under the same lock as each action, when the connection is given up: what was committed on
+    it may be lost from then on.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_broken: Callable[[], None] = lambda: None) -> None:
         self._engine = engine
+        self._on_broken = on_broken
         self._lock = threading.Lock()
         self._connection: Connection | None = None
 
@@ -97,6 +110,7 @@ class Relaxed:
                     self._connection.invalidate()
                     self._connection.close()
                     self._connection = None
+                self._on_broken()
                 raise
 
 
