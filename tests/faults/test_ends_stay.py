@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,3 +172,31 @@ def test_told_ends_and_accepted_jobs_outlive_twenty_kills_of_postgresql(
     lost = re.findall(r"had lost ends that were announced", stack.log("cpu_0"))
     assert len(lost) >= KILLS // 4, f"{len(lost)} of {KILLS} kills lost an announced end"
     assert stack.client.get("/api/devices/cpu_0").json()["epoch"] == 1
+
+
+def test_a_told_run_whose_row_waits_again_is_not_run_again(stack: RunningStack, crashing: CrashingPostgres) -> None:
+    hold_seconds = 8.0
+    stack.stop("cpu_0")
+    stack.run_instead("cpu_0", "tests.faults.late_worker", HOLD_SECONDS=str(hold_seconds))
+    stack.start("cpu_0")
+    stack.wait_ready()
+    load(stack, "tiny")
+
+    def lose() -> dict | None:
+        job_id = stack.client.post("/api/inference/run", json=run(1)).json()["job_id"]
+        told: dict = stack.client.get(f"/api/jobs/{job_id}", params={"wait": 10}).json()
+        crashing.kill()
+        now = eventually(lambda: (answer := stack.client.get(f"/api/jobs/{job_id}")).status_code == 200 and answer)
+        return told if now.json()["attempt"] == 0 else None
+
+    told = eventually(lose, 60)
+    seen = []
+    until = time.monotonic() + 30
+    while not seen or seen[-1]["attempt"] == 0:
+        assert time.monotonic() < until
+        seen.append(stack.client.get(f"/api/jobs/{told['job_id']}").json())
+        time.sleep(0.05)
+    # Its message came again meanwhile, since the record said that it waits.
+    assert len(seen) > 40, "the row was lost for long enough to be found waiting"
+    assert {job["state"] for job in seen[:-1]} <= {"queued", "reserved"}
+    assert seen[-1] == told
