@@ -72,18 +72,9 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
 class Relaxed:
     """A connection of its own, in autocommit, whose commits do not wait for the disk.
 
-    A crash of PostgreSQL (or of its machine) may lose the last of what it writes: about half a second of it. Each use:
-
-        the claim of a job that leaves nothing      lost: the row waits again, while its worker runs it. The worker's
-        (`workers.runner`)                          own sweep leaves it alone, and its end is recorded all the same
-        the end of such a job                       lost after it was announced: kept by its worker until the disk has
-        (`tasks.unflushed`)                         it, and recorded again
-        the submission of a job whose caller waits  lost: the caller was promised nothing, and is answered 503; before
-        (`api_gateway.submitter`, `tasks.submit`)   it is answered 202 instead, the row is written to the disk
-
-    What else those transactions record (the number of a training step, a reservation) is lost with the job, as one. An
-    effect on a device, a training step's end above all, is never committed so: its claim and its end wait for the disk,
-    and everything that was committed before them is on the disk with them.
+    A crash of PostgreSQL may lose the last half second of what it writes. So it is for what is kept elsewhere, found
+    out, or may be lost: docs/operations.md lists each use with what its loss means. A training step, or whatever else
+    changes something on a device, is claimed and ended with commits that wait, which bring all before them to the disk.
 
     `on_broken` is called, under the same lock as each action, when the connection is given up: what was committed on
     it may be lost from then on.
