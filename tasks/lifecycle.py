@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -110,8 +110,12 @@ def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, R
             if (now["state"], now["epoch"], now["attempt"]) == (outcome.state, epoch, before["attempt"]):
                 recorded.append(now)
         elif leaves_nothing(before["kind"], before["needs"]):
-            ended = asdict(outcome.ending())
-            unclaimed.append({**before, **ended, "finished_at": None})
+            unclaimed.append(
+                {
+                    **before, "state": outcome.state.value, "result": outcome.result, "error": outcome.error,
+                    "device_ms": outcome.device_ms, "finished_at": None,
+                }
+            )  # fmt: skip
     if unclaimed:
         with engine.connect() as connection:
             again = ends.record_unclaimed(connection, dumps(unclaimed))
