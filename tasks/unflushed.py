@@ -49,7 +49,8 @@ class Unflushed:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._relaxed = Relaxed(engine, on_broken=self._doubt)
+        #: The connection. Whatever else is committed on it may be lost, and is not kept.
+        self.relaxed = Relaxed(engine, on_broken=self._doubt)
         self._kept: list[_Batch] = []
         self._doubtful: list[_Batch] = []
         self._ids: set[str] = set()
@@ -76,7 +77,7 @@ class Unflushed:
                 self._keep([{**claimed[row["id"]], **row} for row in rows])
             return rows
 
-        return self._relaxed.run(end)
+        return self.relaxed.run(end)
 
     def look(self) -> None:
         """Forgets what is on the disk by now, and records again what is in doubt. Returns at once if it is too soon."""
@@ -107,7 +108,7 @@ class Unflushed:
     def _settle(self) -> None:
         if self._kept and self._can_ask:
             try:
-                self._relaxed.run(self._forget_flushed)
+                self.relaxed.run(self._forget_flushed)
             except Exception as error:
                 if not is_disconnect(error):
                     # Some servers do not tell where their log is. By now all is in doubt, and is recorded again.

@@ -237,7 +237,7 @@ def test_a_server_that_does_not_tell_its_position_is_given_ends_that_wait(bench:
         execute(connection, "REVOKE EXECUTE ON FUNCTION pg_current_wal_flush_lsn() FROM public")
     row, next_one = bench.begun(2), bench.begun(2)
     bench.end(row)
-    bench.kept._relaxed.run(lambda connection: execute(connection, "SET ROLE plain"))
+    bench.kept.relaxed.run(lambda connection: execute(connection, "SET ROLE plain"))
     bench.look()
     assert not len(bench.kept), "recorded again, and so on the disk"
     bench.end(next_one)
