@@ -263,7 +263,15 @@ class Intake:
                 elif entry.handle is not None:
                     entry.handle.dropped()
 
-        self._recorder.call(find_out)
+        def find_out_in_time() -> None:
+            try:
+                until_reachable(find_out, stop=self._stopping.is_set)
+            except Exception:
+                # The record still says what they wait for, and they are published again.
+                self._lane.put_back([entry.job_id for entry in entries])
+                raise
+
+        self._recorder.call(find_out_in_time)
 
     # ---- the records themselves
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -128,10 +129,7 @@ class Recorder:
     def _record_until_stopped(self) -> None:
         while True:
             items = self._waiting()
-            try:
-                self._record(items)
-            except Exception:
-                log.exception("recording failed")
+            self._record(items)
             self.unflushed.look()
             if any(item is None for item in items):
                 self._write_uses()
@@ -150,7 +148,7 @@ class Recorder:
         return items
 
     def _record(self, items: list[Any]) -> None:
-        """Takes the items in order; outcomes that stand together are written together."""
+        """Takes the items in order; outcomes that stand together are written together. One that fails, fails alone."""
         finished: list[_Finished] = []
         for item in items:
             if isinstance(item, list):
@@ -159,14 +157,29 @@ class Recorder:
             if item is None:
                 continue
             if callable(item):
-                self._finish(finished)
+                self._end(finished)
                 finished = []
-                item()
+                self._guarded(item)
             elif item[0] == "started":
-                self._tell_started(item[1])
+                self._guarded(partial(self._tell_started, item[1]))
             else:
-                self._tell_progress(item[1], item[2])
-        self._finish(finished)
+                self._guarded(partial(self._tell_progress, item[1], item[2]))
+        self._end(finished)
+
+    def _end(self, finished: list[_Finished]) -> None:
+        """Records outcomes. Where that fails for good, this worker holds the jobs no longer: see `reconcile`."""
+        if not self._guarded(partial(self._finish, finished)):
+            self._lane.put_back([one.work.job_id for one in finished])
+
+    @staticmethod
+    def _guarded(step: Callable[[], None]) -> bool:
+        """Runs one step; False where it raised, which must not cost those after it."""
+        try:
+            step()
+        except Exception:
+            log.exception("recording failed")
+            return False
+        return True
 
     def _tell_started(self, works: list[Work]) -> None:
         for work in works:
