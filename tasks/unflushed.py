@@ -74,7 +74,8 @@ class Unflushed:
         def end(connection: Connection) -> list[Row]:
             rows = store.end_running(connection, endings, epoch, claimed)
             if rows:
-                self._keep([{**claimed[row["id"]], **row} for row in rows])
+                # What the database read back itself comes without the request.
+                self._keep([row if "request" in row else {**claimed[row["id"]], **row} for row in rows])
             return rows
 
         return self.relaxed.run(end)
