@@ -81,6 +81,7 @@ async def _perform(gateway: Gateway, caller: Caller, kind: Kind, request: JobReq
     made = await make_plan(gateway, caller, kind, request, job_id)
     async with gateway.waiters.awaiting(job_id) as ended:
         await gateway.submitter.submit([made], None, awaited=True)
+        ended.recorded = True
         job: dict[str, Any] = orjson.loads(await ended)
     if job["state"] != State.SUCCEEDED:
         raise from_job_error(job["error"] or {"code": str(job["state"]), "message": f"the job was {job['state']}"})

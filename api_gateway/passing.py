@@ -22,7 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.gateway import Gateway
-from api_gateway.submission import accepted, read_row
+from api_gateway.submission import accepted, promised_row
 from device_operations.errors import OperationError, from_job_error
 from tasks.blobs import CHUNK_BYTES
 from tasks.ring import Ring
@@ -50,8 +50,9 @@ async def answer(gateway: Gateway, plan: Plan, wait_seconds: float) -> Response:
             plan.job.request["ring"] = ring.name
         ended = await held.enter_async_context(gateway.waiters.awaiting(plan.job.id))
         await gateway.submitter.submit([plan], None, awaited=True)
+        ended.recorded = True
         if not await _came(ring, ended, wait_seconds) and (ring is None or ring.withdraw()):
-            return accepted(await read_row(gateway, plan.job.id))
+            return accepted(await promised_row(gateway, plan.job.id))
         await _came(ring, ended, None)
         piece = ring.piece() if ring is not None else None
         if ring is not None and piece is not None:
@@ -97,7 +98,7 @@ class Passing(StreamingResponse):
             log.warning("a read broke off", job_id=self._plan.job.id, code=error.code, error=error.message)
         finally:
             await self._held.aclose()
-            if self._ended.done():
+            if self._ended.done() and self._ended.exception() is None:
                 told = orjson.loads(self._ended.result())["result"] or {}
                 if told.get("blob_id"):
                     asyncio.get_running_loop().run_in_executor(None, _drop, self._gateway, told["blob_id"])

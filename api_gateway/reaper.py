@@ -2,8 +2,8 @@
 
     due jobs are published · expired jobs end · lapsed leases are buried · sessions, blobs and old jobs go
 
-Nothing is buried until one lease period after PostgreSQL became reachable: a database that was away expired every
-lease at once, and the workers behind them are well.
+Nothing is buried until one lease period after PostgreSQL became reachable, or after this process or its machine stood
+still: a database that was away, or a sleep, expired every lease at once, and the workers behind them are well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from api_gateway.awake import Awake
 from api_gateway.webhooks import Webhooks
 from device_operations.jobs import CLAIMABLE, State
 from device_operations.settings import Settings
@@ -56,17 +57,20 @@ class Reaper:
         self._blobs = blobs
         self._settings = settings
         self._webhooks = Webhooks(engine, settings)
+        self._awake = Awake()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._reap_until_stopped, name="reaper", daemon=True)
 
     def start(self) -> None:
         """Begins; does nothing while another gateway leads."""
+        self._awake.start()
         self._thread.start()
 
     def stop(self) -> None:
         """Ends after the round in progress."""
         self._stopping.set()
         self._thread.join(timeout=10)
+        self._awake.stop()
         self._webhooks.stop()
 
     def _reap_until_stopped(self) -> None:
@@ -140,6 +144,9 @@ class Reaper:
                 current = device_store.lock(connection, device["device_id"])
                 if current is None or current["alive"] or current["buried"]:
                     continue
+                # Asked after the look at the lease: a pause between the two is one before this.
+                if self._awake.seconds() <= self._settings.lease_seconds:
+                    return
                 burial = lifecycle.bury(connection, device["device_id"], current["epoch"])
             log.warning(
                 "a worker is lost", device_id=device["device_id"], epoch=device["epoch"], ended=len(burial.ended),

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.waiting import lost
 from device_operations.errors import failure
 from device_operations.jobs import TERMINAL, Kind, new_id
 from device_operations.requests.base import JobRequest
@@ -21,6 +22,7 @@ from device_operations.tensors import INLINE_BYTES
 from tasks.database import unavailable
 from tasks.owners import absent
 from tasks.plans import plan
+from tasks.store import ends
 from tasks.store import jobs as store
 from tasks.store.connection import Row
 from tasks.submit import Plan, Promise, body_hash
@@ -28,9 +30,8 @@ from tasks.submit import Plan, Promise, body_hash
 #: The longest that a request may wait for its job, in seconds.
 MAX_WAIT_SECONDS = 60.0
 
-#: Seconds after which what was written without waiting for the disk is there (three times PostgreSQL's
-#: wal_writer_delay, and some more): who waits for less may be given a 202, which is a promise.
-ON_DISK_SECONDS = 1.0
+#: Who waits for less is likely to be given a 202, which is a promise: then the submission waits for the disk at once.
+LIKELY_ENDED_SECONDS = 1.0
 
 JSON = "application/json"
 
@@ -93,15 +94,16 @@ async def submit_parsed(
         rows = await gateway.submitter.submit([made], promise)
         return accepted(rows[0])
     async with gateway.waiters.awaiting(job_id) as ended:
-        awaited = promise is None and wait_seconds >= ON_DISK_SECONDS
+        awaited = promise is None and wait_seconds >= LIKELY_ENDED_SECONDS
         rows = await gateway.submitter.submit([made], promise, awaited=awaited)
         row = rows[0]
         if row["id"] != job_id:
             return await wait_for(gateway, row, wait_seconds)
+        ended.recorded = True
         try:
             text = await asyncio.wait_for(ended, wait_seconds)
         except TimeoutError:
-            return accepted(await read_row(gateway, job_id))
+            return accepted(await promised_row(gateway, job_id))
         return Response(text, 200, _location(row), media_type=JSON)
 
 
@@ -144,6 +146,25 @@ async def read_row(gateway: Gateway, job_id: str) -> Row:
     row = await run_in_threadpool(read)
     if row is None:
         raise absent("job", job_id)
+    return row
+
+
+async def promised_row(gateway: Gateway, job_id: str) -> Row:
+    """The row of a job that was submitted without waiting for the disk, now on the disk: a 202 is a promise.
+
+    `database_unavailable` where PostgreSQL lost it.
+    """
+
+    def write() -> Row | None:
+        with gateway.engine.connect() as connection:
+            return ends.on_disk(connection, job_id)
+
+    try:
+        row = await run_in_threadpool(write)
+    except Exception as error:
+        raise unavailable(error) from error
+    if row is None:
+        raise lost()
     return row
 
 

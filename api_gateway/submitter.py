@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from starlette.concurrency import run_in_threadpool
 
+from api_gateway.waiting import Awaited
 from device_operations.errors import failure
 from tasks import submit
 from tasks.database import unavailable
@@ -80,7 +81,7 @@ class Submitter:
         except Exception as error:
             raise unavailable(error) from error
 
-    async def submit_awaited(self, plan: Plan, ended: asyncio.Future[bytes]) -> None:
+    async def submit_awaited(self, plan: Plan, ended: Awaited) -> None:
         """The same for one whose caller waits for the job's end in this very request.
 
         May come back before the job is recorded: `ended` is told if it cannot be. `recorded` waits for that.
@@ -89,6 +90,7 @@ class Submitter:
             self._arrive(_Waiting([plan], True, ended.get_loop(), ended, wants_rows=False))
         else:
             await self.submit([plan], None, awaited=True)
+            ended.recorded = True
 
     async def recorded(self) -> None:
         """Returns once what was submitted before is recorded, or refused."""
@@ -136,16 +138,28 @@ class Submitter:
         by_id = {row["id"]: row for row in rows}
         if len(by_id) != len(plans):
             raise failure("internal_error", "a new job's id was taken")
+        for waiting in together:
+            if isinstance(waiting.future, Awaited):
+                waiting.future.recorded = True
         return [[by_id[plan.job.id] for plan in waiting.plans] for waiting in together]
 
     def _insert(self, jobs: list[store.NewJob], relaxed: bool) -> list[Row]:
         """One INSERT, once more after a broken connection. A 202 never comes from a relaxed one."""
+
+        def insert(connection: Connection) -> list[Row]:
+            rows = store.insert(connection, jobs)
+            if attempt == 2:
+                # What the first attempt recorded before its connection broke. The ids are ours alone.
+                missing = {job.id for job in jobs} - {row["id"] for row in rows}
+                rows += store.get_many(connection, missing).values() if missing else ()
+            return rows
+
         for attempt in (1, 2):
             try:
                 if relaxed:
-                    return self._relaxed.run(lambda connection: store.insert(connection, jobs))
+                    return self._relaxed.run(insert)
                 with self._engine.connect() as connection:
-                    return store.insert(connection, jobs)
+                    return insert(connection)
             except Exception as error:
                 if attempt == 2 or unavailable(error) is error:
                     raise

@@ -3,7 +3,8 @@
 The same announcements tell when models were loaded or unloaded, by whichever gateway.
 
 First register, then read the record: an end between the two is not missed. After a broken connection, and every
-`LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement costs seconds, not for ever.
+`LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement costs seconds, not for ever. A job
+that was recorded without waiting for the disk and is not there any more was lost with PostgreSQL: its waiters are told.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import CHANGES_MODELS, TERMINAL
 from tasks.queues import DONE_CHANNEL, job_channel
 from tasks.store import jobs as store
@@ -60,6 +62,12 @@ def _event(data: bytes) -> dict[str, Any] | None:
     return None
 
 
+class Awaited(asyncio.Future[bytes]):
+    """The end of a job, as JSON bytes. `recorded` is set, by any thread, once PostgreSQL has taken the job."""
+
+    recorded = False
+
+
 class Waiters:
     """Everybody in this process who waits for a job or follows one."""
 
@@ -71,7 +79,7 @@ class Waiters:
         #: Called when a model was loaded or unloaded, before whoever waited for that hears of it.
         self._on_models_changed = on_models_changed
         self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
-        self._awaited: dict[bytes, set[asyncio.Future[bytes]]] = {}
+        self._awaited: dict[bytes, set[Awaited]] = {}
         self._followers: dict[bytes, set[asyncio.Queue[dict[str, Any]]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -90,7 +98,7 @@ class Waiters:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def awaiting(self, job_id: str) -> AsyncIterator[asyncio.Future[bytes]]:
+    async def awaiting(self, job_id: str) -> AsyncIterator[Awaited]:
         """A future that is given the ended job as JSON bytes."""
         future = self.expect(job_id)
         try:
@@ -98,13 +106,13 @@ class Waiters:
         finally:
             self.forget(job_id, future)
 
-    def expect(self, job_id: str) -> asyncio.Future[bytes]:
+    def expect(self, job_id: str) -> Awaited:
         """The same without the context: `forget` ends it."""
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        future = Awaited()
         self._awaited.setdefault(job_id.encode(), set()).add(future)
         return future
 
-    def forget(self, job_id: str, future: asyncio.Future[bytes]) -> None:
+    def forget(self, job_id: str, future: Awaited) -> None:
         """Nobody waits for `future` any more."""
         key = job_id.encode()
         waiting = self._awaited.get(key)
@@ -182,6 +190,12 @@ class Waiters:
         ids = [job_id.decode() for job_id in self._awaited]
         if not ids:
             return
+        recorded = [
+            (job_id.decode(), future)
+            for job_id, futures in self._awaited.items()
+            for future in futures
+            if future.recorded
+        ]
 
         def read() -> dict[str, Any]:
             with self._engine.connect() as connection:
@@ -192,9 +206,21 @@ class Waiters:
         except DBAPIError as error:
             log.warning("awaited jobs could not be read", error=str(error.orig).strip())
             return
+        for job_id, future in recorded:
+            if job_id not in found and not future.done():
+                future.set_exception(lost())
         for job_id, row in found.items():
             if row["state"] in TERMINAL:
                 text = orjson.dumps(store.view(row), option=orjson.OPT_UTC_Z)
                 for future in self._awaited.get(job_id.encode(), ()):
                     if not future.done():
                         future.set_result(text)
+
+
+def lost() -> OperationError:
+    """What a caller is answered whose job PostgreSQL lost before it was promised."""
+    return failure(
+        "database_unavailable",
+        "PostgreSQL stopped before the job was on its disk, and the record of it is lost; submit it again",
+        retry_after_seconds=2,
+    )

@@ -10,7 +10,7 @@ reservation back whether a worker, a cancellation or a death ended it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,13 +20,16 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError
-from device_operations.jobs import Kind, State
+from device_operations.jobs import TERMINAL, Kind, State
 from tasks import effects
+from tasks.database import dumps
 from tasks.publish import Publisher
 from tasks.store import devices as device_store
+from tasks.store import ends
 from tasks.store import jobs as store
-from tasks.store.connection import Relaxed, Row, transaction
+from tasks.store.connection import Row, transaction
 from tasks.store.jobs import Ending
+from tasks.unflushed import Unflushed
 
 log = structlog.get_logger(__name__)
 
@@ -65,19 +68,19 @@ def finish(
     outcomes: Sequence[Outcome],
     claimed: Mapping[str, Row],
     epoch: int,
-    relaxed: Relaxed | None = None,
+    unflushed: Unflushed | None = None,
 ) -> list[Row]:
     """Ends jobs that ran under `epoch`, and everything that falls with them. Gives all rows that ended.
 
     `claimed` are the jobs' rows as they were claimed. A job that is not among the rows had been ended by someone else:
-    its outcome is dropped. Kinds without effects take one statement in autocommit, by `relaxed` where they leave
-    nothing behind.
+    its outcome is dropped (but see `recover`). Kinds without effects take one statement in autocommit, which does not
+    wait for the disk where they leave nothing behind and `unflushed` keeps their ends meanwhile.
     """
     kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
         endings = [outcome.ending() for outcome in outcomes]
-        if relaxed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
-            return relaxed.run(lambda connection: store.end_running(connection, endings, epoch, claimed))
+        if unflushed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
+            return unflushed.end(endings, epoch, claimed)
         with engine.connect() as connection:
             return store.end_running(connection, endings, epoch, claimed)
     alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
@@ -88,6 +91,38 @@ def finish(
         rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
         facts = {outcome.job_id: outcome.facts for outcome in outcomes}
         return rows + settle(connection, rows, facts, epoch)
+
+
+def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
+    """The rows of jobs that `finish` did not find running, and that ended as `outcomes` say all the same.
+
+    Either an earlier try was carried out although its connection broke before it said so; or PostgreSQL crashed and
+    lost the claim, which had not waited for the disk, and perhaps the job's submission with it: then the end is
+    recorded from there. What a worker's death put back, or somebody else ended, is not among them.
+    """
+    with engine.connect() as connection:
+        found = store.get_many(connection, [outcome.job_id for outcome in outcomes])
+    recorded: list[Row] = []
+    unclaimed: list[Row] = []
+    for outcome in outcomes:
+        before, now = claimed[outcome.job_id], found.get(outcome.job_id)
+        if now is not None and now["state"] in TERMINAL:
+            if (now["state"], now["epoch"], now["attempt"]) == (outcome.state, epoch, before["attempt"]):
+                recorded.append(now)
+        elif leaves_nothing(before["kind"], before["needs"]):
+            unclaimed.append(
+                {
+                    **before, "state": outcome.state.value, "result": outcome.result, "error": outcome.error,
+                    "device_ms": outcome.device_ms, "finished_at": None,
+                }
+            )  # fmt: skip
+    if unclaimed:
+        with engine.connect() as connection:
+            again = ends.record_unclaimed(connection, dumps(unclaimed))
+        if again:
+            log.warning("PostgreSQL had lost the claims of jobs that ended; they are recorded", jobs=len(again))
+        recorded += again
+    return recorded
 
 
 def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
@@ -189,20 +224,7 @@ def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
     one job makes it `poison`. Jobs that need what was lost fail with its code.
     """
     lost = effects.lose(connection, device_id, epoch)
-    running = store.running_under(connection, device_id, epoch)
-    endings: list[Ending] = []
-    again: list[str] = []
-    for job in running:
-        if job["deaths"] + 1 >= POISON_DEATHS:
-            endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
-        elif job["cancel_requested"]:
-            endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
-        elif effects.may_repeat(connection, job, SAFE_TO_REPEAT):
-            again.append(job["id"])
-        else:
-            endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
-    requeued = store.requeue(connection, again, died=True) if again else []
-    ended = store.end_open(connection, endings) if endings else []
+    requeued, ended = _give_up(connection, device_id, store.running_under(connection, device_id, epoch))
     for resource_ids, error in lost.failing():
         ended += fail_needing(connection, resource_ids, error)
     ended += settle(connection, ended)
@@ -215,6 +237,38 @@ def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
         lost.models,
         lost.sessions,
     )
+
+
+def put_back(connection: Connection, device_id: str, epoch: int, job_ids: Collection[str]) -> Burial | None:
+    """Treats jobs that run under a living epoch, and that its worker does not hold, as if the worker had died.
+
+    Those of `job_ids` that still run so, in the caller's transaction; None when `epoch` no longer stands. What the
+    epoch holds on the device stays.
+    """
+    device = device_store.lock(connection, device_id)
+    if device is None or device["epoch"] != epoch or device["buried"]:
+        return None
+    under = store.running_under(connection, device_id, epoch)
+    requeued, ended = _give_up(connection, device_id, [job for job in under if job["id"] in job_ids])
+    ended += settle(connection, ended)
+    return Burial(ended, requeued, [], [], [])
+
+
+def _give_up(connection: Connection, device_id: str, running: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Running jobs that no worker will end: those that went back to the queue, and those that ended."""
+    endings: list[Ending] = []
+    again: list[str] = []
+    for job in running:
+        if job["deaths"] + 1 >= POISON_DEATHS:
+            endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
+        elif job["cancel_requested"]:
+            endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
+        elif effects.may_repeat(connection, job, SAFE_TO_REPEAT):
+            again.append(job["id"])
+        else:
+            endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
+    requeued = store.requeue(connection, again, died=True) if again else []
+    return requeued, store.end_open(connection, endings) if endings else []
 
 
 #: The error of a job that was cancelled.

@@ -78,8 +78,9 @@ def submit(
 ) -> list[Row]:
     """Records all of `plans` or none, publishes them, and gives their rows in order.
 
-    `relaxed` does not wait for the disk: only where the caller is promised nothing before the job has ended. Raises
-    `job_not_found` for a predecessor that does not exist, and whatever a plan's `record` refuses with.
+    `relaxed` does not wait for the disk: only where the caller is promised nothing before the job has ended, or is
+    written there (`ends.on_disk`). Raises `job_not_found` for a predecessor that does not exist, and whatever a plan's
+    `record` refuses with.
     """
     with transaction(engine) as connection:
         if relaxed:

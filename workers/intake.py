@@ -295,7 +295,15 @@ class Intake:
                 elif entry.handle is not None:
                     entry.handle.dropped()
 
-        self._recorder.call(find_out)
+        def find_out_in_time() -> None:
+            try:
+                until_reachable(find_out, stop=self._stopping.is_set)
+            except Exception:
+                # The record still says what they wait for, and they are published again.
+                self._lane.put_back([entry.job_id for entry in entries])
+                raise
+
+        self._recorder.call(find_out_in_time)
 
     # ---- the records themselves
 
@@ -309,7 +317,8 @@ class Intake:
                 for entry in held:
                     entry.reserved = True
             waiting = store.waiting(connection, self._resident.device_id, ORPHAN_AGE_SECONDS, ORPHANS_AT_ONCE)
-        missing = [row for row in waiting if row["id"] not in self._lane]
+        unflushed = self._recorder.unflushed
+        missing = [row for row in waiting if row["id"] not in self._lane and row["id"] not in unflushed]
         if missing:
             in_redis = sum(self._redis.llen(key) for key in redis_keys(device_queue(self._resident.device_id)))
             orphans = [row for row in missing if in_redis == 0 or row["seq"] < self._delivered.get(row["priority"], 0)]

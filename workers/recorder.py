@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -26,8 +27,9 @@ from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import models as model_store
-from tasks.store.connection import Relaxed, Row
 from workers.events import Dispatcher
+from tasks.store.connection import Row
+from tasks.unflushed import ASK_SECONDS, Unflushed
 from workers.lane import Lane
 from workers.pool import Handle, Note
 from workers.uses import Uses
@@ -40,6 +42,9 @@ PROGRESS_INTERVAL_SECONDS = 0.2
 
 #: Seconds for which a job counts as followed; whoever follows it says so again before that.
 FOLLOWED_SECONDS = 60.0
+
+#: Seconds for which a worker that stops waits for PostgreSQL where an announced end may be lost.
+CLOSE_SECONDS = 5.0
 
 #: Seconds before a job that failed retryably is tried again: doubled with each attempt.
 RETRY_SECONDS = 1.0
@@ -67,7 +72,8 @@ class Recorder:
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
         self._followed: dict[str, float] = {}
-        self._relaxed = Relaxed(engine)
+        #: The ends that were announced before PostgreSQL had them on its disk.
+        self.unflushed = Unflushed(engine)
         self._uses = Uses()
         self._uses_written_at = time.monotonic()
         self._stopping = threading.Event()
@@ -125,12 +131,11 @@ class Recorder:
     def _record_until_stopped(self) -> None:
         while True:
             items = self._waiting()
-            try:
-                self._record(items)
-            except Exception:
-                log.exception("recording failed")
+            self._record(items)
+            self.unflushed.look()
             if any(item is None for item in items):
                 self._write_uses()
+                self.unflushed.close(CLOSE_SECONDS)
                 return
             if time.monotonic() - self._uses_written_at > 1.0:
                 self._write_uses()
@@ -139,13 +144,13 @@ class Recorder:
         """What was handed over, all of it; nothing after a quiet second, so that counts are written in time."""
         items = []
         with suppress(queue.Empty):
-            items.append(self._queue.get(timeout=1.0))
+            items.append(self._queue.get(timeout=ASK_SECONDS if self.unflushed else 1.0))
             while True:
                 items.append(self._queue.get_nowait())
         return items
 
     def _record(self, items: list[Any]) -> None:
-        """Takes the items in order; outcomes that stand together are written together."""
+        """Takes the items in order; outcomes that stand together are written together. One that fails, fails alone."""
         finished: list[_Finished] = []
         for item in items:
             if isinstance(item, list):
@@ -154,14 +159,29 @@ class Recorder:
             if item is None:
                 continue
             if callable(item):
-                self._finish(finished)
+                self._end(finished)
                 finished = []
-                item()
+                self._guarded(item)
             elif item[0] == "started":
-                self._tell_started(item[1])
+                self._guarded(partial(self._tell_started, item[1]))
             else:
-                self._tell_progress(item[1], item[2])
-        self._finish(finished)
+                self._guarded(partial(self._tell_progress, item[1], item[2]))
+        self._end(finished)
+
+    def _end(self, finished: list[_Finished]) -> None:
+        """Records outcomes. Where that fails for good, this worker holds the jobs no longer: see `reconcile`."""
+        if not self._guarded(partial(self._finish, finished)):
+            self._lane.put_back([one.work.job_id for one in finished])
+
+    @staticmethod
+    def _guarded(step: Callable[[], None]) -> bool:
+        """Runs one step; False where it raised, which must not cost those after it."""
+        try:
+            step()
+        except Exception:
+            log.exception("recording failed")
+            return False
+        return True
 
     def _tell_started(self, works: list[Work]) -> None:
         for work in works:
@@ -213,6 +233,7 @@ class Recorder:
             return
         try:
             rows = self._write(ending)
+            rows += self._recovered(ending, rows)
             if any(row["kind"] in CHANGES_MODELS for row in rows):
                 self.on_models_changed()
         finally:
@@ -236,7 +257,7 @@ class Recorder:
         claimed = {one.work.job_id: one.work.row for one in ending}
         try:
             return until_reachable(
-                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch, self._relaxed),
+                lambda: lifecycle.finish(self._engine, outcomes, claimed, self._epoch, self.unflushed),
                 stop=self._stopping.is_set,
             )
         except Exception as error:
@@ -247,6 +268,18 @@ class Recorder:
             log.exception("an outcome could not be recorded", job_id=ending[0].work.job_id)
             unwritten = failure("internal_error", f"the job's outcome could not be recorded: {type(error).__name__}")
             return self._write([_Finished(ending[0].work, ending[0].work.failed(unwritten))])
+
+    def _recovered(self, ending: list[_Finished], rows: list[Row]) -> list[Row]:
+        """The rows of those that were not found running, where they ended all the same: after a crash of PostgreSQL."""
+        found = {row["id"] for row in rows}
+        missing = [one for one in ending if one.work.job_id not in found]
+        if not missing:
+            return []
+        outcomes = [one.outcome for one in missing]
+        claimed = {one.work.job_id: one.work.row for one in missing}
+        return until_reachable(
+            lambda: lifecycle.recover(self._engine, outcomes, claimed, self._epoch), stop=self._stopping.is_set
+        )
 
     def tell_celery(self, row: Row, handle: Handle | Note | None) -> None:
         """Celery's events, its result where the caller asked for one, and one line in the log."""

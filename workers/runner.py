@@ -9,6 +9,7 @@ raises is that job's outcome; only the loss of the device ends the process.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome, leaves_nothing
+from tasks.store import ends
 from tasks.store import jobs as store
 from tasks.store.connection import Relaxed, Row
 from workers.ahead import Ahead
@@ -203,9 +205,9 @@ class Runner:
     def _claim(self, entries: list[Entry]) -> list[Work]:
         """The entries that are ours to run; the others go back to the intake, which finds out why."""
         by_id = {entry.job_id: entry for entry in entries}
-
+        tries = itertools.count()
         try:
-            rows = until_reachable(lambda: self._claim_rows(entries), stop=self._stopping.is_set)
+            rows = until_reachable(lambda: self._claim_rows(entries, again=next(tries) > 0), stop=self._stopping.is_set)
         except Exception as error:  # noqa: BLE001 - a claim that fails for good leaves the jobs to the record
             log.error("claim failed", error=str(error), jobs=len(entries))
             rows = []
@@ -219,13 +221,24 @@ class Runner:
         works.sort(key=lambda work: work.entry.rank)
         return works
 
-    def _claim_rows(self, entries: list[Entry]) -> list[Row]:
-        """The rows of what could be claimed. The claim of what may be begun again does not wait for the disk."""
-        ids, epoch = [entry.job_id for entry in entries], self._lease.epoch
+    def _claim_rows(self, entries: list[Entry], *, again: bool) -> list[Row]:
+        """The rows of what could be claimed. The claim of what may be begun again does not wait for the disk.
+
+        What ended already, and may have been lost since, is not claimed. `again` after a broken connection: what it
+        claimed before it broke is ours.
+        """
+        unflushed = self._recorder.unflushed
+        ids = [entry.job_id for entry in entries if entry.job_id not in unflushed]
+        device_id, epoch = self._resident.device_id, self._lease.epoch
+
+        def claim(connection: Connection) -> list[Row]:
+            held = ends.held_by(connection, ids, device_id, epoch) if again else []
+            return held + store.claim(connection, ids, device_id, epoch)
+
         if all(leaves_nothing(entry.kind, entry.needs) for entry in entries):
-            return self._relaxed.run(lambda connection: store.claim(connection, ids, self._resident.device_id, epoch))
+            return self._relaxed.run(claim)
         with self._engine.connect() as connection:
-            return store.claim(connection, ids, self._resident.device_id, epoch)
+            return claim(connection)
 
     def _perform_batch(self, works: list[Work]) -> list[Outcome]:
         try:

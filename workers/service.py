@@ -38,7 +38,7 @@ from tasks.plans.base import Context
 from tasks.publish import Publisher, connect
 from tasks.queues import control_queue, device_queue
 from tasks.store import devices as device_store
-from tasks.store import jobs as store
+from tasks.store import ends
 from tasks.store.connection import transaction
 from workers import lease as leases
 from workers import training_sessions as training
@@ -48,6 +48,7 @@ from workers.intake import Intake
 from workers.lane import Lane
 from workers.models import bring_back, look_after
 from workers.pool import LanePool, Note
+from workers.reconcile import Reconciler
 from workers.recorder import Recorder
 from workers.resident import Resident
 from workers.runner import DEVICE_LOST_STATUS, Runner
@@ -110,6 +111,10 @@ class Service:
         self.runner = Runner(
             self._lane, self._lease, self.resident, self._recorder, self._engine,
             on_unclaimed=self._intake.unclaimed, on_device_lost=self._device_lost,
+        )  # fmt: skip
+        self._reconciler = Reconciler(
+            self._engine, self.device_id, epoch,
+            lambda job_id: job_id in self._lane or job_id in self._recorder.unflushed, self._announce,
         )  # fmt: skip
         self.resident.transfers = self._transfers = Transfers(
             self.resident, self._publisher, settings.require_database_url(), self._lane.wake
@@ -263,8 +268,11 @@ class Service:
     def _sweep(self) -> None:
         self._intake.sweep()
         with self._engine.connect() as connection:
-            for job_id in store.running_to_cancel(connection, self.device_id, self._lease.epoch):
-                self.runner.cancel(job_id)
+            running = ends.running(connection, self.device_id, self._lease.epoch)
+        for job in running:
+            if job["cancel_requested"]:
+                self.runner.cancel(job["id"])
+        self._reconciler.look(running)
 
     def _recycle_if_asked(self) -> None:
         """Ends the process in good order once it is idle; what it held loaded comes back with the next."""

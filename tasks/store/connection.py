@@ -72,13 +72,17 @@ def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | No
 class Relaxed:
     """A connection of its own, in autocommit, whose commits do not wait for the disk.
 
-    A crash of the machine, or of PostgreSQL itself, may lose the last half second of what it writes. So it is for what
-    may be lost: that a run which leaves nothing behind was begun or is done, since it may be run again; and that a job
-    was submitted of which nobody was told yet.
+    A crash of PostgreSQL may lose the last half second of what it writes. So it is for what is kept elsewhere, found
+    out, or may be lost: docs/operations.md lists each use with what its loss means. A training step, or whatever else
+    changes something on a device, is claimed and ended with commits that wait, which bring all before them to the disk.
+
+    `on_broken` is called, under the same lock as each action, when the connection is given up: what was committed on
+    it may be lost from then on.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_broken: Callable[[], None] = lambda: None) -> None:
         self._engine = engine
+        self._on_broken = on_broken
         self._lock = threading.Lock()
         self._connection: Connection | None = None
 
@@ -97,6 +101,7 @@ class Relaxed:
                     self._connection.invalidate()
                     self._connection.close()
                     self._connection = None
+                self._on_broken()
                 raise
 
 

@@ -297,17 +297,6 @@ def request_cancel(connection: Connection, job_id: str) -> Row | None:
     )
 
 
-def running_to_cancel(connection: Connection, device_id: str, epoch: int) -> list[str]:
-    """Running jobs of the device that were asked to be cancelled, or ended by someone else: the control queue's net."""
-    found = rows(
-        connection,
-        "SELECT id FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND epoch = %(epoch)s "
-        "AND state = 'running' AND cancel_requested",
-        {"device_id": device_id, "epoch": epoch},
-    )
-    return [job["id"] for job in found]
-
-
 def waiting(connection: Connection, device_id: str, older_than_seconds: float, limit: int) -> list[Row]:
     """Jobs of the device that wait for a worker, oldest first: each row is its own outbox."""
     return rows(

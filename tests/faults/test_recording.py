@@ -40,3 +40,43 @@ def test_one_bad_outcome_fails_alone_and_the_others_are_recorded(database_url: s
     recorder.stop()
     assert (first["state"], last["state"]) == ("succeeded", "succeeded")
     assert (bad["state"], bad["error"]["code"]) == ("failed", "internal_error")
+
+
+def test_a_step_that_fails_costs_no_outcome_that_was_handed_over_after_it(database_url: str, redis_url: str) -> None:
+    engine: Engine = open_engine(database_url)
+    epoch = make_device(engine)
+    made = new_job()
+    with engine.connect() as connection:
+        jobs.insert(connection, [made])
+        (row,) = jobs.claim(connection, [made.id], "cpu_0", epoch)
+    work = Work(Entry(made.id, made.kind, 5, 0), row, {})
+    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", epoch, Celery(broker=redis_url))
+
+    def step() -> None:
+        raise ZeroDivisionError
+
+    # Taken together, since they wait when it starts.
+    recorder.call(step)
+    recorder.finished([work], [work.succeeded({"fine": True})])
+    recorder.start()
+    recorder.stop()
+    with engine.connect() as connection:
+        found = jobs.get(connection, made.id)
+    assert found is not None
+    assert found["state"] == "succeeded"
+
+
+def test_a_job_whose_outcome_cannot_be_recorded_is_no_longer_held(database_url: str, redis_url: str) -> None:
+    engine: Engine = open_engine(database_url)
+    epoch = make_device(engine)
+    lane = Lane()
+    assert lane.admit(Entry("no-such-row", "inference.run", 5, 0))
+    (entry,) = lane.take(0)
+    assert "no-such-row" in lane
+    # Without a row there is nothing to say how often it may be tried: as unexpected as anything.
+    work = Work(entry, {}, {})
+    recorder = Recorder(engine, Publisher(connect(redis_url)), lane, "cpu_0", epoch, Celery(broker=redis_url))
+    recorder.finished([work], [work.succeeded({})])
+    recorder.start()
+    recorder.stop()
+    assert "no-such-row" not in lane

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from api_gateway.submitter import Submitter
+from api_gateway.waiting import Awaited
 from device_operations.errors import OperationError
 from device_operations.jobs import new_id
 from tasks.database import open_engine
@@ -43,7 +44,7 @@ def test_requests_that_arrive_in_one_turn_are_recorded_by_one_statement(database
     async def scenario() -> list[str]:
         async def ask() -> str:
             made = plan()
-            await made_with.submit_awaited(made, asyncio.get_running_loop().create_future())
+            await made_with.submit_awaited(made, Awaited())
             return made.job.id
 
         async with submitter(database_url, redis_url) as made_with:
@@ -61,7 +62,7 @@ def test_requests_that_arrive_in_one_turn_are_recorded_by_one_statement(database
 def test_who_waits_for_the_end_is_told_why_a_job_could_not_be_recorded(databases: object, redis_url: str) -> None:
     async def scenario(url: str) -> None:
         async with submitter(url, redis_url) as made_with:
-            ended = asyncio.get_running_loop().create_future()
+            ended = Awaited()
             await made_with.submit_awaited(plan(), ended)
             await made_with.recorded()
             assert not ended.done()
@@ -78,7 +79,7 @@ def test_who_waits_for_the_end_is_told_why_a_job_could_not_be_recorded(databases
 def test_an_answer_that_is_not_recorded_names_the_database(redis_url: str) -> None:
     async def scenario() -> None:
         async with submitter("postgresql://nobody@127.0.0.1:1/nothing", redis_url) as made_with:
-            ended = asyncio.get_running_loop().create_future()
+            ended = Awaited()
             await made_with.submit_awaited(plan(), ended)
             with pytest.raises(OperationError) as refused:
                 await asyncio.wait_for(ended, 20)
