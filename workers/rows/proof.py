@@ -9,8 +9,8 @@ disproven   an output would depend on who else is in the batch, or is no list of
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from workers.rows.sizes import ONE_EACH, symbol
@@ -18,7 +18,7 @@ from workers.rows.values import FREE, MIXED, ROWS, UNKNOWN, Because, Value
 from workers.rows.walk import OLDEST, TooLargeError, Walk
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, ValueInfoProto
 
 
 class Proof(enum.StrEnum):
@@ -37,44 +37,77 @@ class Verdict:
     reason: str
     node: str = ""
     operator: str = ""
+    #: The most elements that a tensor within the graph has for one row, each open side counting as 1.
+    largest_elements: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
-    """An input or output as the session offers it: each side a number, or None where it is open."""
-
-    name: str
-    shape: tuple[int | None, ...]
-
-
-def prove(model: ModelProto, inputs: Sequence[Port], outputs: Sequence[Port]) -> Verdict:
+def prove(model: ModelProto, sizes: Mapping[str, int] | None = None) -> Verdict:
     """Whether runs may be joined along the first axis of every input that has one.
 
-    `inputs` are those that every caller gives; the model's weights need not be loaded.
+    `sizes` are the open sides that the session fixes, by name. An input that an initializer stands for is a constant:
+    who gives one has runs of his own. The weights need not be loaded.
     """
-    rows = [port for port in inputs if port.shape]
-    if not rows:
-        return Verdict(Proof.DISPROVEN, "no input has an axis")
-    if not outputs:
-        return Verdict(Proof.DISPROVEN, "no output is a tensor")
-    for port in [*rows, *outputs]:
-        if not port.shape or port.shape[0] is not None:
-            return Verdict(Proof.DISPROVEN, f"{port.name} has no open first axis")
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [_port(found, sizes or {}) for found in model.graph.input if found.name not in constants]
+    outputs = [_port(found, sizes or {}) for found in model.graph.output]
+    refused = _unfit(inputs, outputs)
+    if refused is not None:
+        return Verdict(Proof.DISPROVEN, refused)
     oldest = min((found.version for found in model.opset_import if found.domain in ("", "ai.onnx")), default=OLDEST)
     if oldest < OLDEST:
         return Verdict(Proof.UNKNOWN, f"its operator set {oldest} is older than {OLDEST}, the first that the table has")
-    given = {port.name: _given(port) for port in inputs}
+    walk = Walk(model)
     try:
-        found = Walk(model).outputs(model.graph, given)
+        found = walk.outputs(model.graph, {port.name: _given(port) for port in inputs})
     except TooLargeError as error:
         return Verdict(Proof.UNKNOWN, f"the graph is not followed: {error}")
     except (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # ONNX Runtime accepts graphs that are not quite as the standard has them.
         return Verdict(Proof.UNKNOWN, f"the graph is not followed: {type(error).__name__} {error}")
-    return _judged({port.name: found.get(port.name) for port in outputs})
+    judged = _judged({port.name: found.get(port.name) for port in outputs})
+    return replace(judged, largest_elements=walk.largest_elements)
 
 
-def _given(port: Port) -> Value:
+@dataclass(frozen=True, slots=True)
+class _Port:
+    """An input or output as the graph declares it; a side is None where it is open, the shape where it is left out."""
+
+    name: str
+    is_tensor: bool
+    shape: tuple[int | None, ...] | None
+
+
+def _port(declared: ValueInfoProto, sizes: Mapping[str, int]) -> _Port:
+    if not declared.type.HasField("tensor_type"):
+        return _Port(declared.name, False, None)
+    tensor = declared.type.tensor_type
+    if not tensor.HasField("shape"):
+        return _Port(declared.name, True, None)
+    sides = [
+        side.dim_value if side.HasField("dim_value") and side.dim_value >= 0 else sizes.get(side.dim_param)
+        for side in tensor.shape.dim
+    ]
+    return _Port(declared.name, True, tuple(sides))
+
+
+def _unfit(inputs: Sequence[_Port], outputs: Sequence[_Port]) -> str | None:
+    """Why the inputs and outputs, as they are declared, cannot be parted by rows."""
+    for port in [*inputs, *outputs]:
+        if not port.is_tensor:
+            return f"{port.name} is no tensor, and is not parted by rows"
+    for port in inputs:
+        if port.shape is None:
+            return f"{port.name} declares no shape"
+    rows = [port for port in inputs if port.shape]
+    if not rows:
+        return "no input has an axis"
+    for port in [*rows, *outputs]:
+        if port.shape is not None and (not port.shape or port.shape[0] is not None):
+            return f"{port.name} has no open first axis"
+    return None
+
+
+def _given(port: _Port) -> Value:
     if not port.shape:
         return Value(FREE, ())
     sides = [symbol(f"{port.name}.{at}") if side is None else side for at, side in enumerate(port.shape)]

@@ -363,12 +363,20 @@ def _scatter_nd(node: Node) -> Value:
     return node.mixed(_ALONG, data.shape)
 
 
-@rule("Compress", "NonZero", "Unique", "NonMaxSuppression", "StringSplit", "TfIdfVectorizer")
+@rule("Compress", "NonZero", "Unique", "NonMaxSuppression", "StringSplit")
 def _by_what_they_hold(node: Node) -> Answer:
     """How much comes out depends on what all rows hold together."""
     if all(value is None or value.kind is FREE for value in node.inputs):
         return [Value(FREE, None, because=node.doubt) for _ in node.proto.output]
     return [node.mixed("how much comes out depends on what all rows hold together")] * len(node.proto.output)
+
+
+@rule("TfIdfVectorizer")
+def _tf_idf(node: Node) -> Value:
+    value = node.first
+    if value.kind is ROWS and (value.shape is None or len(value.shape) != 2 or value.axis != 0):
+        return node.mixed("it counts words over all rows")
+    return node.give(None if value.shape is None else (*value.shape[:-1], opaque_side()), value.axis, value.outer)
 
 
 @rule("OneHot")

@@ -88,7 +88,8 @@ def _flatten(node: Node) -> Value:
     value = node.first
     if value.shape is None:
         return Value(FREE, (opaque_side(), opaque_side()), because=node.doubt)
-    axis = node.number("axis", 1) % (len(value.shape) + 1)
+    axis = node.number("axis", 1)
+    axis += len(value.shape) if axis < 0 else 0
     return reshaped(node, value, [product_of(value.shape[:axis]), product_of(value.shape[axis:])], allow_zero=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from workers.rows import control, elementwise, images, learners, microsoft, products, selecting  # noqa: F401
@@ -40,6 +40,10 @@ class Scope:
     def __setitem__(self, name: str, value: Value) -> None:
         self._values[name] = value
 
+    def values(self) -> Iterable[Value]:
+        """What is known of the graph's own tensors."""
+        return self._values.values()
+
     def get(self, name: str) -> Value | None:
         """What is known of a tensor; None where there is none of the name."""
         scope: Scope | None = self
@@ -60,15 +64,17 @@ class Walk:
         }
         self._versions = _versions(model.opset_import)
         self._left = MOST_NODES
+        #: The most elements of a tensor that the main graph computes for one row, each open side counting as 1.
+        self.largest_elements = 0
 
     def outputs(self, graph: GraphProto, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """What is known of the graph's outputs, by name, where `inputs` are given."""
         scope = Scope()
         for name, value in inputs.items():
             scope[name] = value
-        return dict(
-            zip([out.name for out in graph.output], self._graph(graph, scope, self._versions, {}, 0), strict=True)
-        )
+        found = self._graph(graph, scope, self._versions, {}, 0)
+        self.largest_elements = max([_elements(value) for value in scope.values()], default=0)
+        return dict(zip([out.name for out in graph.output], found, strict=True))
 
     def _graph(
         self, graph: GraphProto, scope: Scope, versions: Mapping[str, int], environment: Attributes, depth: int
@@ -195,6 +201,15 @@ def _not_in_table(node: Node, domain: str, worst: int) -> Value:
         found = Value(FREE, None, because=node.doubt)
         return found if not domain else node.doubted(found, f"the table does not have {name}")
     return node.unknown(f"the table does not have {name}")
+
+
+def _elements(value: Value) -> int:
+    if value.tensor is not None or not value.shape:
+        return 0
+    elements = 1
+    for side in value.shape:
+        elements *= abs(side) if isinstance(side, int) else abs(side.factor)
+    return elements
 
 
 def constant(tensor: TensorProto) -> Value:
