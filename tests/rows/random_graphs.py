@@ -339,7 +339,9 @@ def graphs(draw: Draw) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
         out = made.node("Identity", [out], made.floats[-1][1])
     inputs = [
         helper.make_tensor_value_info(
-            name, TensorProto.FLOAT, ["n", *(side if draw(st.booleans()) else f"{name}{at}" for at, side in enumerate(shape))]
+            name,
+            TensorProto.FLOAT,
+            ["n", *(side if draw(st.booleans()) else f"{name}{at}" for at, side in enumerate(shape))],
         )
         for name, shape in sides.items()
     ]

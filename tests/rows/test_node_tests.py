@@ -96,7 +96,8 @@ def survey() -> tuple[collections.Counter[str], list[str]]:
         for count in (1, 1, 2, given and next(len(array) for array in given.values() if array.ndim)):
             scalars = {key: array for key, array in given.items() if not array.ndim}
             callers = [
-                {key: drawn(random, array, count) for key, array in given.items() if array.ndim and array.size} | scalars
+                {key: drawn(random, array, count) for key, array in given.items() if array.ndim and array.size}
+                | scalars
                 for _ in range(3)
             ]
             found = difference(session, callers)

@@ -170,7 +170,7 @@ def _clipped(node: Node, items: Sequence[Item]) -> Item:
     value, low, high = items
     if any(isinstance(item, Size) for item in items):
         return opaque(_depends(items))
-    return max(low, min(high, value))  # type: ignore[type-var]
+    return max(low, min(high, value))
 
 
 def _rounded(to: Callable[[float], int]) -> Arithmetic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from workers.rows.sizes import Dim, counts_rows, of_rows
 from workers.rows.values import FREE, MIXED, ROWS, UNKNOWN, Because, Shape, Value
@@ -130,6 +130,7 @@ class Node:
 _NOTHING = Value(FREE, ())
 
 Rule = Callable[[Node], Answer]
+R = TypeVar("R", bound=Rule)
 
 #: What happens to the rows, by domain and operator. A rule here sees inputs that are FREE or ROWS.
 RULES: dict[tuple[str, str], Rule] = {}
@@ -138,10 +139,10 @@ RULES: dict[tuple[str, str], Rule] = {}
 ALL_KINDS: set[Rule] = set()
 
 
-def rule(*operators: str, domain: str = "", all_kinds: bool = False) -> Callable[[Rule], Rule]:
+def rule(*operators: str, domain: str = "", all_kinds: bool = False) -> Callable[[R], R]:
     """Enters a rule into the table for `operators`."""
 
-    def enter(made: Rule) -> Rule:
+    def enter(made: R) -> R:
         RULES.update({(domain, operator): made for operator in operators})
         if all_kinds:
             ALL_KINDS.add(made)

@@ -15,10 +15,9 @@ _OTHERS = "every row meets every other"
 
 @rule("MatMul", "MatMulInteger", "QLinearMatMul")
 def _matmul(node: Node) -> Value:
-    if node.operator == "QLinearMatMul":
-        left, right, of_left, of_right = node.first, node.input(3), (1, 2, 6, 7), (4, 5)
-    else:
-        left, right, of_left, of_right = node.first, node.input(1), (2,), (3,)
+    linear = node.operator == "QLinearMatMul"
+    left, right = node.first, node.input(3 if linear else 1)
+    of_left, of_right = ([1, 2, 6, 7], [4, 5]) if linear else ([2], [3])
     assert right is not None
     if node.operator != "MatMul":
         for value, scales in ((left, of_left), (right, of_right)):

@@ -182,10 +182,9 @@ def _slice(node: Node) -> Value:
         shape[axis] = side
     items = items_of(value) if rank == 1 else None
     if items is not None and axes:
-        bounds = [known(node.input(index)) for index in (1, 2, 4)] if node.version >= 10 else [starts, ends, None]
-        one = [None if bound is None else bound[0] for bound in bounds]
-        if isinstance(one[0], int) and isinstance(one[1], int) and (one[2] is not None or node.input(4) is None):
-            return numbers(_cut(items, one[0], one[1], one[2] or 1), because=node.doubt)
+        start, end, step = (bound[0] if bound else None for bound in (starts, ends, steps))
+        if isinstance(start, int) and isinstance(end, int) and (isinstance(step, int) or node.input(4) is None):
+            return numbers(_cut(items, start, end, step if isinstance(step, int) else 1), because=node.doubt)
     return value._replace(shape=tuple(shape), items=None, tensor=None)
 
 

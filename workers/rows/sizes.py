@@ -144,8 +144,8 @@ def either(a: Dim, b: Dim) -> Dim:
         return a
     if a == 1:
         return b
+    if of_rows(a) or of_rows(b):
+        return opaque_side(of_rows=True)
     if not isinstance(a, Size):
         return a
-    if not isinstance(b, Size):
-        return b
-    return opaque_side(of_rows(a) or of_rows(b))
+    return opaque_side() if isinstance(b, Size) else b
