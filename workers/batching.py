@@ -1,17 +1,23 @@
-"""Whether runs of a model may be joined: asked of the model itself, when it is loaded.
+"""Whether runs of a model may be joined: proven from its graph, and tried on made-up rows where it was not disproven.
 
-Joined runs must give each caller what it would have got alone. What a model declares does not say so: exporters give
-one batch axis two names, or leave axes open that are none. So two rows are run alone and then joined, and compared:
+Joined runs must give each caller what it would have got alone.
 
-    every input (but scalars) and every output leaves its first axis open?  no ─▶ runs go alone
-    joined outputs have two rows, and each is what its row gave alone?      no ─▶ runs go alone
-    the model could not be run on made-up rows?  joined only if all first axes have one and the same name
+    proof        max_batch_size   runs are joined
+    proven       not given        up to DEFAULT_ROWS
+    proven       given            up to that
+    unknown      not given        never
+    unknown      given            up to that
+    disproven    whatever         never
+
+The trial is a second check: it only ever takes away. Two rows are run alone and then joined, and compared. It makes up
+at most `MADE_UP_BYTES`, and is left out where rows would take more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +25,16 @@ import numpy as np
 from device_operations.errors import OperationError
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel, TensorSpec
+from workers.rows.proof import Proof, Verdict
+
+#: How many rows are joined at most where rows are proven apart and the caller gave no max_batch_size.
+DEFAULT_ROWS = 8
+
+#: What made-up inputs and the outputs that the model declares for them may take, in bytes.
+MADE_UP_BYTES = 64 << 20
+
+#: What the largest tensor inside the graph may take, in bytes, for the graph to be run on made-up rows.
+LARGEST_INSIDE_BYTES = 1 << 30
 
 #: How far, as a share of the largest value, a joined row may lie from the row alone. Quantisation to eight bits of the
 #: whole batch moves outputs by a few parts in a hundred in ONNX Runtime itself; rows that mix move by their own size.
@@ -35,35 +51,105 @@ class Batching:
     enabled: bool
     reason: str
     largest_difference: float | None = None
+    proof: Proof | None = None
+    #: The node that decided against a proof: its name, operator and what it does.
+    decided_by: dict[str, str] | None = None
+    #: What became of the trial; None where there was nothing to try.
+    trial: str | None = None
+    #: What became of the warm-up; None where none was asked for.
+    warmup: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As the model's record holds it."""
         return asdict(self)
 
 
-def find_out(model: OnnxModel, max_batch_size: int, cancel: Cancel | None = None) -> Batching:
-    """Whether runs of `model` may be joined. Takes three runs on one or two rows where the axes leave it open."""
-    if max_batch_size < 2:
-        return Batching(False, "max_batch_size is 1")
-    arrays = [spec for spec in model.inputs if spec.shape]
-    if not arrays:
-        return Batching(False, "no input has an axis")
-    for spec in [*arrays, *model.outputs]:
-        if not spec.shape or isinstance(spec.shape[0], int):
-            return Batching(False, f"{spec.name} has no open first axis")
-    for side in _SIDES if any(_open_sides(spec) for spec in arrays) else _SIDES[:1]:
+def decide(verdict: Verdict, asked: int | None) -> int:
+    """How many rows may be joined at most, where the caller gave `asked` as max_batch_size; 1 is never."""
+    if verdict.proof is Proof.DISPROVEN:
+        return 1
+    if verdict.proof is Proof.UNKNOWN:
+        return asked or 1
+    return asked or DEFAULT_ROWS
+
+
+def find_out(
+    model: OnnxModel,
+    asked: int | None,
+    cancel: Cancel | None = None,
+    *,
+    earlier: Mapping[str, Any] | None = None,
+    may_try: bool = True,
+) -> Batching:
+    """Whether runs of `model` may be joined, with the caller's max_batch_size, or None.
+
+    Takes three runs on one or two made-up rows, unless an `earlier` record of the same model and proof has a trial, or
+    the caller does not let it try. Raises `cancelled`, `timeout`, `device_lost`.
+    """
+    verdict = model.rows
+    found = _proven(verdict, asked)
+    if not found.enabled:
+        return found
+    if earlier is not None and earlier.get("trial") is not None and earlier.get("proof") == verdict.proof:
+        same = replace(found, trial=earlier["trial"], largest_difference=earlier.get("largest_difference"))
+        return same if earlier.get("enabled") else replace(same, enabled=False, reason=earlier["trial"])
+    return _tried(model, found, cancel) if may_try else replace(found, trial="not tried at a restart")
+
+
+def made_up_bytes(model: OnnxModel, side: int, rows: int) -> int:
+    """What `rows` made-up rows take, with the outputs declared for them, where each other open side is `side`."""
+    return sum(_elements(spec, side, rows) * _item_bytes(spec) for spec in (*model.inputs, *model.outputs))
+
+
+def too_large(model: OnnxModel, side: int, rows: int) -> str | None:
+    """Why the model is not run on made-up rows of that size; None where it may be."""
+    needed = made_up_bytes(model, side, rows)
+    if needed > MADE_UP_BYTES:
+        return f"made-up rows would take {_mebibytes(needed)}, more than {_mebibytes(MADE_UP_BYTES)}"
+    inside = model.rows.largest_elements * rows * 4
+    if inside > LARGEST_INSIDE_BYTES:
+        return (
+            f"a tensor inside the graph would take {_mebibytes(inside)}, more than {_mebibytes(LARGEST_INSIDE_BYTES)}"
+        )
+    return None
+
+
+def _proven(verdict: Verdict, asked: int | None) -> Batching:
+    """What the proof and the caller's limit say, before anything is tried."""
+    decided_by = None
+    if verdict.operator:
+        decided_by = {"node": verdict.node, "operator": verdict.operator, "reason": verdict.reason}
+    found = Batching(True, verdict.reason, proof=verdict.proof, decided_by=decided_by)
+    if decide(verdict, asked) > 1:
+        if verdict.proof is Proof.UNKNOWN:
+            return replace(found, reason=f"max_batch_size was given; it is not proven: {verdict.reason}")
+        return found
+    if verdict.proof is Proof.DISPROVEN:
+        return replace(found, enabled=False)
+    if asked is None:
+        return replace(found, enabled=False, reason=f"not proven, and no max_batch_size was given: {verdict.reason}")
+    return replace(found, enabled=False, reason="max_batch_size is 1")
+
+
+# ---- the trial
+
+
+def _tried(model: OnnxModel, found: Batching, cancel: Cancel | None) -> Batching:
+    reason = None
+    sides = _SIDES if any(_open_sides(spec) for spec in model.inputs) else _SIDES[:1]
+    for side in sides:
+        reason = too_large(model, side, 4)  # each row once alone and once joined
+        if reason is not None:
+            continue
         try:
-            return _compared(model, side, cancel)
+            return _compared(model, found, side, cancel)
         except OperationError as error:
             if error.code in ("cancelled", "timeout", "device_lost"):
                 raise
-    names = {spec.shape[0] for spec in [*arrays, *model.outputs]}
-    if len(names) == 1 and None not in names:
-        return Batching(True, f"all first axes are named {names.pop()!r}; the model does not run on made-up rows")
-    return Batching(False, "first axes have several names, and the model does not run on made-up rows")
+    return replace(found, trial=f"not tried: {reason}" if reason else "the model does not run on made-up rows")
 
 
-def _compared(model: OnnxModel, side: int, cancel: Cancel | None) -> Batching:
+def _compared(model: OnnxModel, found: Batching, side: int, cancel: Cancel | None) -> Batching:
     first, second = ({spec.name: _made_up(spec, side, row) for spec in model.inputs if spec.shape} for row in (0, 1))
     scalars = {spec.name: _made_up(spec, side, 0) for spec in model.inputs if not spec.shape}
     alone = [model.run({**rows, **scalars}, cancel=cancel) for rows in (first, second)]
@@ -74,11 +160,15 @@ def _compared(model: OnnxModel, side: int, cancel: Cancel | None) -> Batching:
     for name, both in joined.items():
         rows = [np.asarray(one[name]) for one in alone]
         if any(row.shape[:1] != (1,) for row in rows) or np.asarray(both).shape != (2, *rows[0].shape[1:]):
-            return Batching(False, f"{name} does not have a row for each row of the inputs")
+            return _refuted(found, f"{name} does not have a row for each row of the inputs")
         largest = max(largest, _difference(np.asarray(both), np.concatenate(rows)))
     if largest > TOLERANCE:
-        return Batching(False, "rows of one batch change each other", round(largest, 6))
-    return Batching(True, "joined rows are what they are alone", round(largest, 6))
+        return replace(_refuted(found, "rows of one batch change each other"), largest_difference=round(largest, 6))
+    return replace(found, trial="joined rows are what they are alone", largest_difference=round(largest, 6))
+
+
+def _refuted(found: Batching, why: str) -> Batching:
+    return replace(found, enabled=False, reason=why, trial=why)
 
 
 def _difference(a: Array, b: Array) -> float:
@@ -96,16 +186,36 @@ def _difference(a: Array, b: Array) -> float:
 
 def _made_up(spec: TensorSpec, side: int, row: int) -> Array:
     """One row for an input: rows differ, and whole numbers are 0 and 1, which tables, masks and flags all take."""
-    shape = [1, *(d if isinstance(d, int) else side for d in spec.shape[1:])] if spec.shape else []
-    count = int(np.prod(shape))
+    shape = _sides(spec, side, 1)
+    count = math.prod(shape)
     if spec.dtype == "string":
         return np.full(shape, "ab"[row], object)
     if spec.dtype.startswith("float"):
-        drawn = np.random.default_rng([row, *spec.name.encode()]).standard_normal(count)
-        return drawn.reshape(shape).astype(spec.dtype)
-    pattern: Sequence[int] = [1] * count if row == 0 else [(index + 1) % 2 for index in range(count)]
-    return np.array(pattern).reshape(shape).astype(spec.dtype)
+        drawn = np.random.default_rng([row, *spec.name.encode()]).standard_normal(count, np.float32)
+        return drawn.reshape(shape).astype(spec.dtype, copy=False)
+    pattern = np.ones(count, spec.dtype)
+    if row:
+        pattern[1::2] = 0
+    return pattern.reshape(shape)
+
+
+def _sides(spec: TensorSpec, side: int, rows: int) -> list[int]:
+    return [rows, *(d if isinstance(d, int) else side for d in spec.shape[1:])] if spec.shape else []
+
+
+def _elements(spec: TensorSpec, side: int, rows: int) -> int:
+    return math.prod(_sides(spec, side, rows))
+
+
+def _item_bytes(spec: TensorSpec) -> int:
+    """Bytes of an element; a string's are those of its reference."""
+    return 8 if spec.dtype == "string" else np.dtype(spec.dtype).itemsize
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):,.0f} MiB"
 
 
 def _open_sides(spec: TensorSpec) -> bool:
-    return any(not isinstance(side, int) for side in spec.shape[1:])
+    sides: Sequence[int | str | None] = spec.shape[1:]
+    return any(not isinstance(side, int) for side in sides)

@@ -6,7 +6,10 @@ Everything here runs on the device's thread.
 from __future__ import annotations
 
 import shutil
+import threading
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ from workers.resident import Resident, ResidentModel
 from workers.work import named
 
 log = structlog.get_logger(__name__)
+
+#: How long a warm-up may take where a model comes back after a death, before it is stopped.
+WARMUP_AGAIN_SECONDS = 10.0
 
 
 def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> ResidentModel:
@@ -59,21 +65,54 @@ def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> Re
 
 def _made(row: Row, onnx: OnnxModel, cancel: Cancel | None) -> ResidentModel:
     options = row["options"]
-    max_batch_size = options.get("max_batch_size", 1)
-    if options.get("warmup"):
-        onnx.run(_zeros(onnx), cancel=cancel)
+    asked = options.get("max_batch_size")
+    # A model that comes back after a death has been tried: what it did then is recorded, and is not done again.
+    again = row["state"] == "lost"
+    earlier = row["batching"] if again else None
+    warmup = _warmed(onnx, cancel, again, earlier or {}) if options.get("warmup") else None
+    found = batching.find_out(onnx, asked, cancel, earlier=earlier, may_try=not again)
     return ResidentModel(
         model_id=row["model_id"],
         name=row["name"],
         onnx=onnx,
         pinned=row["pinned"],
-        max_batch_size=max_batch_size,
+        max_batch_size=batching.decide(onnx.rows, asked),
         max_delay_ms=options.get("max_delay_ms", 0.0),
-        batching=batching.find_out(onnx, max_batch_size, cancel),
+        batching=replace(found, warmup=warmup),
         # At least the file's own size: the system's figure is rounded, shared, or not to be had.
         memory_bytes=max(onnx.memory_bytes or 0, onnx.file_bytes or 0, ESTIMATE_BYTES),
         last_used=time.monotonic(),
     )
+
+
+def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mapping[str, Any]) -> str:
+    """Runs the model once on zeros, and says what came of it.
+
+    At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
+    failed before is left out, and a run that takes long is stopped: nobody waits there who could cancel it.
+    """
+    reason = batching.too_large(onnx, 1, 1)
+    if reason is not None:
+        return f"left out: {reason}"
+    if not again:
+        onnx.run(_zeros(onnx), cancel=cancel)
+        return "done"
+    if str(earlier.get("warmup", "")).startswith("failed"):
+        return str(earlier["warmup"])
+    limited = Cancel()
+    timer = threading.Timer(WARMUP_AGAIN_SECONDS, limited.trip, ("timeout",))
+    timer.daemon = True
+    timer.start()
+    try:
+        onnx.run(_zeros(onnx), cancel=limited)
+    except OperationError as error:
+        if error.code == "device_lost":
+            raise
+        log.warning("a model came back without its warm-up", error=error.message)
+        return f"failed at a restart: {error.message}"
+    finally:
+        timer.cancel()
+    return "done"
 
 
 def facts(model: ResidentModel) -> dict[str, Any]:

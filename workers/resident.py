@@ -63,7 +63,7 @@ class ResidentModel:
         for name in sorted(inputs):
             tensor = inputs[name]
             shape = tensor["shape"]
-            if tensor.get("allocation_id"):
+            if tensor.get("allocation_id") or name not in self.onnx.row_inputs:
                 return None
             if not shape:
                 value = tensor.get("base64") or repr(tensor.get("data"))

@@ -27,7 +27,7 @@ class ModelSource(Request):
 class ModelOptions(Request):
     """How a model is made resident and run."""
 
-    max_batch_size: int = Field(8, ge=1, le=65536, strict=True)
+    max_batch_size: int | None = Field(None, ge=1, le=65536, strict=True)
     max_delay_ms: float = Field(0, ge=0, le=60_000)
     warmup: bool = False
     free_dimensions: dict[str, int] = Field(default_factory=dict)

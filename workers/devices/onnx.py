@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from device_operations.errors import OperationError, failure
 from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx_file import inspect
+from workers.devices.onnx_graph import read_graph
 from workers.devices.onnx_rewrite import EXTERNAL_FOLDER, rewritten
 from workers.devices.onnx_session import (
     REWRITE,
@@ -35,6 +37,7 @@ from workers.devices.onnx_session import (
 )
 from workers.devices.onnx_tensors import Feed, Fetched, Kept, TensorSpec, aligned, drawn, kind, overlap, unfit
 from workers.devices.values import ModelOptions
+from workers.rows.proof import Proof, Verdict, prove
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
@@ -70,11 +73,16 @@ class OnnxModel:
             source = rewritten(source, name)
             device.trim()  # what writing took is none of the model's memory
         held = device.held_bytes()
-        self._session: ort.InferenceSession | None = load_session(
-            device, source, name, settings, self._provider, cancel
-        )
+        # ONNX Runtime lets other threads run while it loads.
+        with ThreadPoolExecutor(1, thread_name_prefix="proof") as prover:
+            proof = prover.submit(_proven, source, options.free_dimensions)
+            self._session: ort.InferenceSession | None = load_session(
+                device, source, name, settings, self._provider, cancel
+            )
         #: Milliseconds that loading took.
         self.load_ms = (time.perf_counter() - started) * 1e3
+        #: Whether rows of a batch leave each other alone, as the graph that is run has it.
+        self.rows: Verdict = proof.result()
         #: Bytes that the process holds more on the device since the load, as measured; None where it cannot be told.
         self.memory_bytes = _grown(held, device.held_bytes())
         #: Bytes of the model's files, external data included.
@@ -84,6 +92,8 @@ class OnnxModel:
         self.cpu_fallback_ops = cpu_fallbacks(self._session, self.provider)
         self.inputs = tensor_specs(self._session.get_inputs(), name, "input")
         self.outputs = tensor_specs(self._session.get_outputs(), name, "output")
+        #: What `rows` was proven for: the inputs that every run gives. An initializer that a run overrides is none.
+        self.row_inputs = frozenset(found.name for found in self._session.get_inputs())
         self._input_specs = {spec.name: spec for spec in self.inputs}
         self._output_specs = {spec.name: spec for spec in self.outputs}
         self._output_names = [spec.name for spec in self.outputs]
@@ -294,6 +304,14 @@ class OnnxModel:
         if named.code == "internal_error" and text.startswith("Error in execution"):
             return failure("run_failed", f"ONNX Runtime failed on {self.device}: {text}")
         return named
+
+
+def _proven(source: Path | bytes, sizes: Mapping[str, int]) -> Verdict:
+    """The verdict on a model whose open sides `sizes` fixes; `unknown` where the graph cannot be read."""
+    try:
+        return prove(read_graph(source), sizes)
+    except Exception as error:  # noqa: BLE001 - what ONNX Runtime loads is served, whether or not it can be followed
+        return Verdict(Proof.UNKNOWN, f"the graph cannot be read: {tidy(error)}")
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

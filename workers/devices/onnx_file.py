@@ -17,7 +17,7 @@ from device_operations.errors import failure
 
 #: Fields to descend into, by message: number ─▶ message. Everything else is skipped by its length.
 #: Source: onnx.proto of ONNX 1.19; numbers never change once given.
-_INSIDE: dict[str, dict[int, str]] = {
+INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 8: "opset", 25: "function"},
     "graph": {1: "node", 5: "tensor", 11: "value", 15: "sparse"},
     "function": {7: "node", 11: "attribute"},
@@ -118,8 +118,8 @@ def _walk(content: Content, span: tuple[int, int], message: str, found: OnnxFile
         if texts.get(2):
             found.symbols.add(texts[2])
     else:
-        inside = _INSIDE[message]
-        for number, kind, at, stop in _fields(content, *span):
+        inside = INSIDE[message]
+        for number, kind, at, stop in fields(content, *span):
             if kind == 2 and number in inside:
                 _walk(content, (at, stop), inside[number], found, depth + 1)
 
@@ -128,7 +128,7 @@ def _note_external(content: Content, span: tuple[int, int], found: OnnxFile) -> 
     """Notes where a tensor's bytes lie, if not in the model itself: in `external_data`, pairs of key and value."""
     pairs = [
         _flat(content, (at, stop))[0]
-        for number, kind, at, stop in _fields(content, *span)
+        for number, kind, at, stop in fields(content, *span)
         if (number, kind) == (_EXTERNAL_DATA, 2)
     ]
     entries = {pair.get(1, ""): pair.get(2, "") for pair in pairs}
@@ -142,7 +142,7 @@ def _flat(content: Content, span: tuple[int, int]) -> tuple[dict[int, str], dict
     """A small message's strings and whole numbers, by field number."""
     texts: dict[int, str] = {}
     numbers: dict[int, int] = {}
-    for number, kind, at, stop in _fields(content, *span):
+    for number, kind, at, stop in fields(content, *span):
         if kind == 2:
             texts[number] = content[at:stop].decode("utf-8", "replace")
         elif kind == 0:
@@ -150,7 +150,7 @@ def _flat(content: Content, span: tuple[int, int]) -> tuple[dict[int, str], dict
     return texts, numbers
 
 
-def _fields(content: Content, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def fields(content: Content, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Each field of a message: number, wire type, and where its value begins and ends."""
     at = start
     while at < end:
