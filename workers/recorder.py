@@ -27,9 +27,9 @@ from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import models as model_store
-from workers.events import Dispatcher
 from tasks.store.connection import Row
 from tasks.unflushed import ASK_SECONDS, Unflushed
+from workers.events import Dispatcher
 from workers.lane import Lane
 from workers.pool import Handle, Note
 from workers.uses import Uses
