@@ -68,7 +68,7 @@ async def read_device(
                 raise failure("device_not_found", f"there is no device {device_id!r}; GET /api/devices lists them")
             if not map:
                 return found[0]
-            things = standing_store.lying_on(connection, device_id)
+            things = standing_store.lying_on(connection, device_id, None if caller.admin else caller.owner)
         for thing in things:
             if not caller.admin and thing["owner"] != caller.owner:
                 thing["id"] = thing["label"] = None

@@ -45,7 +45,7 @@ from workers.devices import open_device
 from workers.events import SERIALIZER, Dispatcher, EventsInTurns
 from workers.intake import Intake
 from workers.lane import Lane
-from workers.models import bring_back, look_after
+from workers.models import bring_back, let_replaced_go, look_after, replaced
 from workers.pool import LanePool, Note
 from workers.recorder import Recorder
 from workers.resident import Resident
@@ -264,6 +264,8 @@ class Service:
         with self._engine.connect() as connection:
             for job_id in store.running_to_cancel(connection, self.device_id, self._lease.epoch):
                 self.runner.cancel(job_id)
+            if self.resident.models and replaced(connection, self.device_id):
+                self.runner.call(lambda: let_replaced_go(self.resident))
 
     def _recycle_if_asked(self) -> None:
         """Ends the process in good order once it is idle; what it held loaded comes back with the next."""

@@ -20,7 +20,7 @@ def open_session(context: Context, request: OpenSession) -> Row:
     Raises `input_mismatch` where a state output cannot feed its input, `too_many_sessions` over the device's limit.
     """
     owner = owner_of(context, JobOptions(owner=request.owner))
-    model = find_model(context, request.model_id, request.model_name)
+    model = find_model(context, request.model_id, request.model_name, owner=owner)
     device_id = model["device_id"]
     device = context.directory.snapshot().devices.get(device_id) or context.directory.device(device_id)
     context.directory.require_online(device)
