@@ -31,7 +31,7 @@ router = APIRouter(tags=["inference"])
 T = TypeVar("T")
 
 #: How often a load looks again when others load the same name at the same moment.
-LOADS_AT_ONCE = 3
+LOADS_AT_ONCE = 8
 
 
 async def until_recorded(submit: Callable[[], Awaitable[T]]) -> T:

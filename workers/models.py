@@ -113,6 +113,7 @@ def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Ro
     """
     try:
         with transaction(resident.engine) as connection:
+            device_store.lock_budget(connection, resident.device_id)
             again = store.revive(connection, row["model_id"], job_id)
             if again is None:
                 raise no_model(row["model_id"], row)
@@ -187,6 +188,7 @@ def replaced(connection: Connection, device_id: str) -> list[str]:
 def _let_go(resident: Resident, state: str, choose: Callable[[Connection], list[str]]) -> list[str]:
     """Takes idle models off the device: first in the records, so that no further run is planned for them."""
     with transaction(resident.engine) as connection:
+        device_store.lock_budget(connection, resident.device_id)
         model_ids = choose(connection)
         if model_ids:
             let_go(connection, model_ids, state)

@@ -52,9 +52,12 @@ def settled(connection: Connection, model_id: str, epoch: int, facts: dict[str, 
 
     What the name and version meant before is replaced: it takes no new runs, and its worker lets it go once it is idle.
     """
-    models.lock_namesakes(connection, model_id)
-    model = models.settle(connection, model_id, epoch, facts)
+    model = models.get(connection, model_id)
     if model is None:
+        return
+    devices.lock_budget(connection, model["device_id"])
+    models.lock_namesakes(connection, model)
+    if not models.settle(connection, model_id, epoch, facts):
         return
     models.replace_namesakes(connection, model["owner"], model["name"], model["version"])
     more = graphs.settle(connection, model["device_id"], model["content_key"], facts["memory_bytes"])
@@ -110,6 +113,7 @@ def session_of(job: Row) -> str | None:
 
 def lose_models(connection: Connection, device_id: str) -> list[str]:
     """A worker died: its models are lost until the next epoch brings them back; they keep their reservations."""
+    devices.lock_budget(connection, device_id)
     return [row["model_id"] for row in models.lose(connection, device_id)]
 
 
@@ -121,6 +125,8 @@ def lose_sessions(connection: Connection, device_id: str, epoch: int) -> list[st
 def _end_models(
     connection: Connection, model_ids: Collection[str], state: str, leaving: tuple[str, ...], **more: Any
 ) -> list[tuple[str, dict[str, Any]]]:
+    for device_id in models.devices_of(connection, model_ids):
+        devices.lock_budget(connection, device_id)
     gone = models.end(connection, model_ids, state, leaving=leaving, **more)
     gone.sort(key=lambda model: str(model["device_id"]))
     for device_id, left in groupby(gone, key=lambda model: str(model["device_id"])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,11 +27,12 @@ from tasks.plans.residents import (
     no_model,
     state_inputs,
 )
+from tasks.store import devices as device_store
 from tasks.store import graphs as graph_store
 from tasks.store import jobs as job_store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
-from tasks.submit import Plan
+from tasks.submit import Plan, Recorded
 
 #: The types of model that can be loaded. Each has its loader in `workers.loaders`, and pipelines enter there too.
 MODEL_TYPES = ("onnx",)
@@ -65,30 +67,43 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         payload={**request.payload(), "model_id": model_id, "estimate_bytes": estimate},
         resource_type="model", resource_id=model_id, needs=[model_id], blob_ids=blob_ids, after=after,
     )  # fmt: skip
-    source = request.source.model_dump(mode="json", exclude_none=True)
-    given = request.model_fields_set
+    makes = {
+        **same, "model_id": model_id, "model_type": request.model_type, "device_id": device_id, "content_key": key,
+        "sha256": sha256, "source": request.source.model_dump(mode="json", exclude_none=True), "options": options,
+        "pinned": request.pin, "shared": request.shared, "load_job_id": job_id, "blob_ids": blob_ids,
+        "estimate_bytes": estimate, "is_there": there is not None, "given": request.model_fields_set,
+    }  # fmt: skip
+    return Plan(job, together=record_loads, makes=makes)
 
-    def record(connection: Connection) -> None:
-        if there is not None:
-            known = model_store.load_again(
-                connection, model_id, source=source, blob_ids=blob_ids,
-                pin=request.pin if "pin" in given else None, shared=request.shared if "shared" in given else None,
-            )  # fmt: skip
-        else:
-            # The graph's row is held from here on: it cannot leave between the reservation and the model's record.
-            if graph_store.join(connection, device_id, key, estimate):
-                reserve(connection, device_id, estimate, "the model")
-            row = {
-                **same, "model_id": model_id, "model_type": request.model_type, "device_id": device_id,
-                "content_key": key, "sha256": sha256, "source": source, "options": options, "pinned": request.pin,
-                "shared": request.shared, "load_job_id": job_id, "blob_ids": blob_ids,
-            }  # fmt: skip
-            known = model_store.insert(connection, row)
-        if not known:
+
+def record_loads(connection: Connection, plans: Sequence[Plan]) -> Recorded:
+    """Records the models of loads in their order, and reserves the memory of graphs that are not there yet.
+
+    Raises `insufficient_memory`, and `model_in_use` (retryable) where what a plan was made upon has changed meanwhile.
+    """
+    for device_id in sorted({plan.makes["device_id"] for plan in plans}):
+        device_store.lock_budget(connection, device_id)
+    model_store.lock(connection, {plan.makes["model_id"] for plan in plans})
+    for plan in plans:
+        if not (_load_again(connection, plan.makes) if plan.makes["is_there"] else _load(connection, plan.makes)):
             raise failure("model_in_use", "the same name is being loaded at this moment; submit the request again",
                           retryable=True)  # fmt: skip
+    return Recorded()
 
-    return Plan(job, exclusive=(), record=record)
+
+def _load(connection: Connection, model: dict[str, Any]) -> bool:
+    device_id, estimate = model["device_id"], model["estimate_bytes"]
+    if graph_store.join(connection, device_id, model["content_key"], estimate):
+        reserve(connection, device_id, estimate, "the model")
+    return model_store.insert(connection, model)
+
+
+def _load_again(connection: Connection, model: dict[str, Any]) -> bool:
+    return model_store.load_again(
+        connection, model["model_id"], source=model["source"], blob_ids=model["blob_ids"],
+        pin=model["pinned"] if "pin" in model["given"] else None,
+        shared=model["shared"] if "shared" in model["given"] else None,
+    )  # fmt: skip
 
 
 def _holding(context: Context, content_key: str, same: dict[str, str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Models and inference sessions: recording, settling, looking up. Rows of one name are locked in the order of ids."""
+"""Models and inference sessions: recording, settling, looking up.
+
+What locks several models does so in the order of their ids, and after the budget of the device where it takes that too.
+"""
 
 from __future__ import annotations
 
@@ -130,9 +133,9 @@ def runnable(connection: Connection) -> list[Row]:
     )
 
 
-def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> Row | None:
-    """A load ended well: the model is `loaded` under `epoch`, with what was measured. Gives its row."""
-    return row(
+def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> bool:
+    """A load ended well: the model is `loaded` under `epoch`, with what was measured; False where it is gone."""
+    changed = execute(
         connection,
         """
         UPDATE models SET state = 'loaded', epoch = %(epoch)s, inputs = %(inputs)s::jsonb, outputs = %(outputs)s::jsonb,
@@ -140,7 +143,6 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             provider = %(provider)s, cpu_fallback_ops = %(cpu_fallback_ops)s, last_used_at = clock_timestamp(),
             error = NULL, batching = %(batching)s::jsonb
         WHERE model_id = %(id)s AND state IN ('loading', 'lost')
-        RETURNING *
         """,
         {
             **facts,
@@ -151,24 +153,49 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             "batching": dumps(facts["batching"]),
         },
     )
+    return bool(changed)
 
 
-def lock_namesakes(connection: Connection, model_id: str) -> None:
-    """Locks the model and all of its owner that have its name and version, on any device, in the order of ids."""
+def devices_of(connection: Connection, model_ids: Collection[str]) -> list[str]:
+    """The devices of models, in order."""
+    found = rows(
+        connection,
+        "SELECT DISTINCT device_id FROM models WHERE model_id = ANY(%(ids)s) ORDER BY device_id",
+        {"ids": list(model_ids)},
+    )
+    return [model["device_id"] for model in found]
+
+
+def lock(connection: Connection, model_ids: Collection[str]) -> None:
+    """Locks models in the order of their ids, as everything that changes several does."""
     rows(
         connection,
-        f"""
-        SELECT m.model_id FROM models m JOIN models one USING (owner, name, version)
-        WHERE one.model_id = %(id)s AND m.state IN {LIVE} ORDER BY m.model_id FOR UPDATE OF m
+        "SELECT 1 FROM models WHERE model_id = ANY(%(ids)s) ORDER BY model_id FOR UPDATE",
+        {"ids": list(model_ids)},
+    )
+
+
+def lock_namesakes(connection: Connection, model: Row) -> None:
+    """Locks the name and version of an owner, and its models on any device that the end of a load may replace."""
+    rows(
+        connection,
+        "SELECT pg_advisory_xact_lock(hashtextextended(concat_ws(chr(1), %(owner)s, %(name)s, %(version)s), 5))",
+        model,
+    )
+    rows(
+        connection,
+        """
+        SELECT 1 FROM models WHERE owner = %(owner)s AND name = %(name)s AND version = %(version)s
+          AND (state IN ('loaded', 'lost') OR model_id = %(model_id)s) ORDER BY model_id FOR UPDATE
         """,
-        {"id": model_id},
+        model,
     )
 
 
 def replace_namesakes(connection: Connection, owner: str, name: str, version: str) -> list[str]:
     """The last load that has ended is what the name and version mean; gives the models that it replaces.
 
-    Those of the same load key, on other devices, stay beside it. The caller holds `lock_namesakes`.
+    Those of the same load key, on other devices, stay. The caller holds `lock_namesakes`.
     """
     found = rows(
         connection,
