@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psycopg2
 import pytest
 
+from device_operations.jobs import Kind
+from device_operations.requests.kinds import parse
+from device_operations.settings import Settings
+from tasks import submit
+from tasks.blobs import BlobStore
+from tasks.database import open_engine
+from tasks.directory import Directory
+from tasks.plans import plan
+from tasks.plans.base import Context
+from tasks.publish import Publisher, connect
 from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
 from tests.support.stack import eventually
@@ -102,8 +115,6 @@ def test_a_name_that_is_loaded_again_rolls_forward_and_back(api: Api) -> None:
 
 
 def test_a_file_that_keeps_its_size_and_its_time_is_read_anew(api: Api) -> None:
-    import os
-
     stamps = None
     for scale in (51, 52, 51):
         path = api.save(graphs.affine(scale), "dated.onnx")
@@ -191,6 +202,7 @@ def test_while_a_load_is_under_way_the_name_means_what_it_meant(api: Api) -> Non
     loading = api.post(
         "/api/inference/load-model", {"name": "meanwhile", "version": "2", "source": {"path": path}}, wait=0
     ).json()
+    eventually(lambda: ("meanwhile", "2", "LOADING") in index(api, "meanwhile"))  # the gateway knows of it
     run = api.run(None, {"x": ONES}, model_name="meanwhile", job={"priority": 9})
     assert api.arrays(run)["y"][0, 0] == 84
     api.http.delete(f"/api/jobs/{blocking['job_id']}")
@@ -246,6 +258,27 @@ def test_a_name_can_be_run_at_any_moment_of_its_replacement(api: Api) -> None:
     assert len(ids) == 8
     eventually(lambda: sorted(api.model(one)["state"] for one in ids) == ["loaded"] + ["unloaded"] * 7)
     api.unload(ids[0])
+
+
+def test_a_run_that_was_being_planned_while_its_model_was_replaced_still_finds_it(
+    api: Api, settings: Callable[..., Settings]
+) -> None:
+    old = api.load(graphs.affine(85), "planned")["model_id"]
+    mine = settings(DATABASE_URL=api.stack.database_url, DATA_DIR=api.stack.folder / "data")
+    engine = open_engine(api.stack.database_url)
+    with contextlib.closing(connect(api.stack.redis_url)) as client:
+        context = Context(engine, mine, Directory(engine, mine), BlobStore(str(mine.blobs.url)), "default", admin=True)
+        request = parse(Kind.INFERENCE_RUN, {"model_name": "planned", "inputs": {"x": as_tensor(ONES)}})
+        made = plan(context, Kind.INFERENCE_RUN, request)
+        assert made.job.needs == [old]
+        api.load(graphs.affine(86), "planned")
+        time.sleep(1.5)  # longer than a gateway's knowledge of names is used, and than a worker's look at what may go
+        submit.submit(engine, Publisher(client), [made])
+    engine.dispose()
+    job = api.job(made.job.id)
+    assert job["state"] == "succeeded", job["error"]
+    assert api.arrays(job)["y"][0, 0] == 86
+    gone(api, old)
 
 
 def test_a_session_keeps_its_model_until_it_is_closed(api: Api) -> None:
@@ -363,8 +396,6 @@ def test_what_is_read_from_a_file_that_has_changed_does_not_come_back_as_another
 
 
 def test_room_is_made_by_whole_graphs_the_least_recently_used_first(start_api: Callable[..., Api]) -> None:
-    import psycopg2
-
     api = start_api()
     shared, half_pinned, used = graphs.heavy(40), graphs.heavy(41), graphs.heavy(42)
     oldest = [api.load(shared, name)["model_id"] for name in ("a", "b")]

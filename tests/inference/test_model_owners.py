@@ -15,7 +15,7 @@ from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
 from tests.inference.test_model_names import answer, index, memory, statistics
 from tests.support.databases import Databases
-from tests.support.stack import RunningStack
+from tests.support.stack import RunningStack, eventually
 
 KEYS = "ada:key-of-ada,bob:key-of-bob,root:key-of-root:admin"
 ONES = np.ones((1, 4), np.float32)
@@ -51,7 +51,7 @@ def run(api: Api, **which: str) -> httpx.Response:
 def told(response: httpx.Response, *names: str) -> tuple[int, str]:
     """Status and words, with the ids and names that were asked for taken out."""
     body = response.json()
-    words = body.get("detail") or body.get("error")
+    words = str(body.get("detail") or body.get("error"))
     for name in names:
         words = words.replace(name, "…")
     return response.status_code, words
@@ -136,13 +136,7 @@ def test_two_owners_use_one_name_and_one_graph_without_touching_each_other(of: O
     assert ada.unload(mine["model_id"])["state"] == "succeeded"
     assert bob.model(changed["model_id"])["owner"] == "bob"
 
-    def settled() -> bool:
-        # What was replaced leaves a little later.
-        return memory(root)["reserved_bytes"] == before
-
-    from tests.support.stack import eventually
-
-    eventually(settled)
+    eventually(lambda: memory(root)["reserved_bytes"] == before)  # what was replaced leaves a little later
 
 
 def test_a_shared_model_is_run_and_read_by_all_and_changed_by_its_owner(of: Of) -> None:
