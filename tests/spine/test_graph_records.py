@@ -86,20 +86,23 @@ def test_a_model_that_joins_a_graph_while_its_last_one_leaves_keeps_its_memory(e
     assert reserved(engine) == 700
 
 
-def test_loads_that_end_at_once_on_two_devices_leave_one_meaning(engine: Engine) -> None:
+@pytest.mark.parametrize("first", ["older", "newer"])
+def test_loads_that_end_at_once_on_two_devices_leave_one_meaning(engine: Engine, first: str) -> None:
     older, newer = recorded(engine, load("name", "old", "cpu_0"), load("name", "new", "cpu_1"))
-    together = threading.Barrier(2)
+    one, other = (older, newer) if first == "older" else (newer, older)
+    done = threading.Event()
 
-    def settle(model_id: str) -> None:
+    def settle() -> None:
         with transaction(engine) as connection:
-            together.wait()
-            effects.settled(connection, model_id, 1, FACTS)
+            effects.settled(connection, other, 1, FACTS)
+        done.set()
 
-    threads = [threading.Thread(target=settle, args=(model_id,)) for model_id in (older, newer)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    settling = threading.Thread(target=settle)
+    with transaction(engine) as connection:
+        effects.settled(connection, one, 1, FACTS)
+        settling.start()
+        assert not done.wait(0.5), "it ended without knowing of the one that ends at the same moment"
+    settling.join()
     with engine.connect() as connection:
         known = models.get_many(connection, [older, newer])
     assert (known[older]["replaced_by"], known[newer]["replaced_by"]) == (newer, None)
