@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -27,22 +28,31 @@ from tasks.store.connection import Row
 
 router = APIRouter(tags=["inference"])
 
-#: How often a load looks again when others load the same content at the same moment.
-LOADS_AT_ONCE = 3
+T = TypeVar("T")
+
+#: How often a load looks again when others load the same name at the same moment.
+LOADS_AT_ONCE = 8
+
+
+async def until_recorded(submit: Callable[[], Awaitable[T]]) -> T:
+    """What submitting a load gives. It looks again where another request recorded the same between look and insert."""
+    for _ in range(LOADS_AT_ONCE):
+        try:
+            return await submit()
+        except OperationError as error:
+            if error.code != "model_in_use" or not error.retryable:
+                raise
+    return await submit()
 
 
 @router.post("/api/inference/load-model", status_code=202, response_model=Job, openapi_extra=body_schema("load_model"))
 async def load_model(request: Request, caller: Known) -> Response:
-    """Makes a model resident on a device; the same content twice on one device is the same model."""
+    """Makes a model of the caller's resident on a device; equal content there shares its graph.
+
+    From the end of the load on, its name and version mean it; what they meant before leaves once its runs are done.
+    """
     body = await read_body(request)
-    for _ in range(LOADS_AT_ONCE):
-        try:
-            return await submit_job(request, caller, Kind.INFERENCE_LOAD_MODEL, body)
-        except OperationError as error:
-            # Another request recorded the same content between this one's look and its insert: look again.
-            if error.code != "model_in_use" or not error.retryable:
-                raise
-    return await submit_job(request, caller, Kind.INFERENCE_LOAD_MODEL, body)
+    return await until_recorded(lambda: submit_job(request, caller, Kind.INFERENCE_LOAD_MODEL, body))
 
 
 @router.post("/api/inference/run", status_code=202, response_model=Job, openapi_extra=body_schema("run"))
@@ -130,29 +140,29 @@ async def close_session(request: Request, caller: Known, session_id: str) -> Res
 async def list_models(
     request: Request, caller: Known, device_id: str | None = None, state: str | None = None, limit: int = 1000
 ) -> Response:
-    """Models, newest first: the resident ones and what became of the others."""
+    """The caller's models and those shared with it, newest first: resident ones and what became of the others."""
     gateway = of(request)
+    owner = None if caller.admin else caller.owner
 
     def read() -> list[Row]:
         with gateway.engine.connect() as connection:
-            return store.page(connection, device_id=device_id, state=state, limit=max(1, min(limit, 10_000)))
+            return store.page(
+                connection, owner=owner, device_id=device_id, state=state, limit=max(1, min(limit, 10_000))
+            )
 
     return json_response({"models": [view(row) for row in await run_in_threadpool(read)]})
 
 
 @router.get("/api/inference/models/{model_id}")
 async def read_model(request: Request, caller: Known, model_id: str) -> Response:
-    """One model."""
+    """One model of the caller's, or one that is shared."""
     gateway = of(request)
 
-    def read() -> Row | None:
+    def read() -> Row:
         with gateway.engine.connect() as connection:
-            return store.get(connection, model_id)
+            return found(caller, store.get(connection, model_id), "model", model_id, shared=True)
 
-    row = await run_in_threadpool(read)
-    if row is None:
-        raise failure("model_not_found", f"there is no model {model_id!r}")
-    return json_response(view(row))
+    return json_response(view(await run_in_threadpool(read)))
 
 
 def view(model: Row) -> dict[str, Any]:
@@ -160,10 +170,10 @@ def view(model: Row) -> dict[str, Any]:
     return {
         name: model[name]
         for name in (
-            "model_id", "name", "version", "aliases", "model_type", "device_id", "state", "inputs", "outputs",
-            "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned",
+            "model_id", "name", "version", "model_type", "device_id", "state", "inputs", "outputs",
+            "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned", "shared",
             "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
-            "created_at", "ended_at",
+            "replaced_by", "replaced_at", "created_at", "ended_at",
         )
     }  # fmt: skip
 

@@ -73,7 +73,7 @@ async def read_device(
             seen = _seen_by(caller, standing[0])
             if not map:
                 return seen
-            things = standing_store.lying_on(connection, device_id)
+            things = standing_store.lying_on(connection, device_id, None if caller.admin else caller.owner)
         return {**seen, "map": [thing for thing in things if may_see(caller, thing)]}
 
     return json_response(await run_in_threadpool(read))
@@ -236,7 +236,9 @@ def _seen_by(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}
-    return {**standing, "by_owner": own, "others_bytes": sum(shares.values()) - sum(own.values())}
+    # A graph that models of several owners share is in each one's share and once in the sum.
+    total = standing["allocated_bytes"] + standing["models_bytes"] + standing["training_bytes"]
+    return {**standing, "by_owner": own, "others_bytes": max(0, total - sum(own.values()))}
 
 
 def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:

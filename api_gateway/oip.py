@@ -5,6 +5,7 @@ Errors are `{"error": …}` below /v2, FastAPI's own among them (`problems`).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -13,11 +14,11 @@ from starlette.responses import Response
 
 from api_gateway import oip_repository
 from api_gateway.auth import Known
-from api_gateway.gateway import Gateway, of
+from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip_infer import infer
 from api_gateway.oip_tensors import NAMES
 from api_gateway.submission import json_response
-from device_operations.errors import failure
+from tasks.plans.residents import nothing_named
 from tasks.store import models as store
 from tasks.store.connection import Row
 
@@ -67,8 +68,8 @@ async def ready(request: Request) -> Response:
 
 @router.get("/v2/models/stats")
 async def all_statistics(request: Request, caller: Known) -> Response:
-    """Statistics of every loaded model."""
-    return json_response({"model_stats": await run_in_threadpool(_statistics, of(request), None, None)})
+    """Statistics of every model that the caller can run."""
+    return json_response({"model_stats": await run_in_threadpool(_statistics, of(request), caller, None, None)})
 
 
 @router.get("/v2/models/{model_name}")
@@ -77,7 +78,9 @@ async def describe_model(
     request: Request, caller: Known, model_name: str, model_version: str | None = None
 ) -> Response:
     """A model's inputs and outputs; -1 stands for an open dimension."""
-    model, versions = await run_in_threadpool(_find, of(request), model_name, model_version)
+    gateway = of(request)
+    model, *_ = await run_in_threadpool(_find, gateway, caller, model_name, model_version)
+    versions = sorted({known["version"] for known in gateway.directory.snapshot().named(caller, model_name)})
     return json_response(
         {
             "name": model_name,
@@ -94,9 +97,11 @@ async def describe_model(
 async def model_ready(request: Request, caller: Known, model_name: str, model_version: str | None = None) -> Response:
     """200 where the model can be run, 503 where it is still loading."""
     gateway = of(request)
-    model, _ = await run_in_threadpool(_find, gateway, model_name, model_version)
-    device = gateway.directory.snapshot().devices.get(model["device_id"], {})
-    can_run = model["state"] == "loaded" and device.get("state") == "online"
+    models = await run_in_threadpool(_find, gateway, caller, model_name, model_version)
+    devices = gateway.directory.snapshot().devices
+    can_run = any(
+        model["state"] == "loaded" and devices.get(model["device_id"], {}).get("state") == "online" for model in models
+    )
     return json_response({"name": model_name, "ready": can_run}, 200 if can_run else 503)
 
 
@@ -104,7 +109,7 @@ async def model_ready(request: Request, caller: Known, model_name: str, model_ve
 @router.get("/v2/models/{model_name}/versions/{model_version}/config")
 async def model_config(request: Request, caller: Known, model_name: str, model_version: str | None = None) -> Response:
     """The model's configuration, as far as there is one."""
-    model, _ = await run_in_threadpool(_find, of(request), model_name, model_version)
+    model, *_ = await run_in_threadpool(_find, of(request), caller, model_name, model_version)
     options = model["options"]
     return json_response(
         {
@@ -127,52 +132,54 @@ async def model_statistics(
     request: Request, caller: Known, model_name: str, model_version: str | None = None
 ) -> Response:
     """How often the model ran, for how long, and in which batches."""
-    found = await run_in_threadpool(_statistics, of(request), model_name, model_version)
+    found = await run_in_threadpool(_statistics, of(request), caller, model_name, model_version)
     return json_response({"model_stats": found})
 
 
-def _find(gateway: Gateway, name: str, version: str | None) -> tuple[Row, list[str]]:
-    """The model of that name, the loaded one first, and the versions that there are of it."""
-    known = gateway.directory.models_named(name)
-    models = [model for model in known if version in (None, model["version"])] or (
-        gateway.directory.models_named(name, version) if version else []
-    )
+def _find(gateway: Gateway, caller: Caller, name: str, version: str | None) -> list[Row]:
+    """The model that the name stands for, on each device that holds it, the loaded ones first."""
+    models = gateway.directory.meant(caller, name, version)
     if not models:
-        which = name if version is None else f"{name}, version {version},"
-        raise failure("model_not_found", f"no model {which} is loaded")
-    models.sort(key=lambda model: model["state"] != "loaded")
-    return models[0], sorted({model["version"] for model in known})
+        raise nothing_named(name, version)
+    return sorted(models, key=lambda model: model["state"] != "loaded")
 
 
-def _statistics(gateway: Gateway, name: str | None, version: str | None) -> list[dict[str, Any]]:
-    if name is None:
-        ids = list(gateway.directory.refresh().models)
-    else:
-        _find(gateway, name, version)
-        ids = [model["model_id"] for model in gateway.directory.models_named(name, version)]
+def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str | None) -> list[dict[str, Any]]:
+    """The statistics of each name and version: what its models on all devices have counted."""
+    if name is not None:
+        _find(gateway, caller, name, version)
+    snapshot = gateway.directory.refresh() if name is None else gateway.directory.snapshot()
+    wanted = [
+        snapshot.meant(caller, *known)
+        for known in snapshot.names(caller)
+        if name in (None, known[0]) and version in (None, known[1])
+    ]
     with gateway.engine.connect() as connection:
-        rows = [store.get(connection, model_id) for model_id in ids]
-    return [_counted(row) for row in rows if row is not None]
+        rows = store.get_many(connection, [model["model_id"] for models in wanted for model in models])
+    return [_counted([rows[model["model_id"]] for model in models]) for models in wanted]
 
 
-def _counted(model: Row) -> dict[str, Any]:
-    counts = model["statistics"]
+def _counted(models: list[Row]) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for model in models:
+        counts.update(model["statistics"])
 
     def duration(count: int, ns: float) -> dict[str, int]:
         return {"count": int(count), "ns": int(ns)}
 
-    won, failed, device_ns = model["run_count"], model["failed_count"], counts.get("device_ns", 0)
-    queue_ns = counts.get("queue_ns", 0)
+    won, failed = (sum(model[count] for model in models) for count in ("run_count", "failed_count"))
+    device_ns, queue_ns = counts["device_ns"], counts["queue_ns"]
+    last_used = max((model["last_used_at"] for model in models if model["last_used_at"]), default=None)
     sizes = sorted(int(name[6:]) for name in counts if name.startswith("batch_") and name[6:].isdigit())
     return {
-        "name": model["name"],
-        "version": model["version"],
-        "last_inference": int(model["last_used_at"].timestamp() * 1000) if won and model["last_used_at"] else 0,
+        "name": models[0]["name"],
+        "version": models[0]["version"],
+        "last_inference": int(last_used.timestamp() * 1000) if won and last_used else 0,
         "inference_count": won,
-        "execution_count": int(counts.get("executions", 0)),
+        "execution_count": int(counts["executions"]),
         "inference_stats": {
             "success": duration(won, device_ns + queue_ns),
-            "fail": duration(failed, counts.get("failed_ns", 0)),
+            "fail": duration(failed, counts["failed_ns"]),
             "queue": duration(won + failed, queue_ns),
             "compute_input": duration(won, 0),
             "compute_infer": duration(won, device_ns),
@@ -181,7 +188,7 @@ def _counted(model: Row) -> dict[str, Any]:
         "batch_stats": [
             {
                 "batch_size": size,
-                "compute_infer": duration(counts[f"batch_{size}"], counts.get(f"batch_{size}_ns", 0)),
+                "compute_infer": duration(counts[f"batch_{size}"], counts[f"batch_{size}_ns"]),
             }
             for size in sizes
         ],

@@ -164,7 +164,7 @@ async def _planned(
         not heavy
         and "sequence_id" not in asked.parameters
         and gateway.directory.is_fresh()
-        and gateway.directory.snapshot().named(name, version)
+        and gateway.directory.snapshot().named(caller, name, version)
     )
     try:
         if light:
@@ -182,7 +182,7 @@ def _plan(
     if session_id and not isinstance(session_id, str):
         raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
     session = find_session(context, session_id) if session_id else None
-    model = find_model(context, session["model_id"] if session else None, name, version)
+    model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
     outputs = [output.name for output in asked.outputs]
     check_against_model(model, asked.inputs, outputs, state_inputs(session))
     inputs, _ = stash(asked, gateway.transients)

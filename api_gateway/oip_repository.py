@@ -15,17 +15,21 @@ from starlette.responses import Response
 
 from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.inference import until_recorded
 from api_gateway.submission import json_response, make_plan, read_body
 from device_operations.errors import failure, from_job_error
 from device_operations.jobs import Kind, State, new_id
 from device_operations.requests.base import JobRequest
 from device_operations.requests.inference import LoadModel, UnloadModel
 from device_operations.requests.kinds import invalid
+from tasks.owners import may_see
 from tasks.plans.base import keep_bytes
+from tasks.plans.residents import nothing_named
 from tasks.store.connection import Row
 
 router = APIRouter()
 
+#: How the protocol calls the states of models that can be run or soon can, the readiest first.
 _READINESS = {"loaded": "READY", "loading": "LOADING", "lost": "LOADING"}
 
 
@@ -36,8 +40,8 @@ async def index(request: Request, caller: Known) -> Response:
     gateway = of(request)
 
     def read() -> list[dict[str, str]]:
-        models = gateway.directory.refresh().models.values()
-        listed = [_entry(model) for model in models]
+        snapshot = gateway.directory.refresh()
+        listed = [_entry(snapshot.meant(caller, name, version)) for name, version in snapshot.names(caller)]
         if wanted.get("ready"):
             return [entry for entry in listed if entry["state"] == "READY"]
         here = {entry["name"] for entry in listed}
@@ -56,19 +60,21 @@ async def load(request: Request, caller: Known, model_name: str) -> Response:
     gateway = of(request)
     parameters = _parameters(await read_body(request, empty_is={}))
     wanted = await run_in_threadpool(_load_request, gateway, caller, model_name, parameters)
-    await _perform(gateway, caller, Kind.INFERENCE_LOAD_MODEL, wanted)
+    await until_recorded(lambda: _perform(gateway, caller, Kind.INFERENCE_LOAD_MODEL, wanted))
     await run_in_threadpool(gateway.directory.refresh)
     return json_response({})
 
 
 @router.post("/v2/repository/models/{model_name}/unload")
 async def unload(request: Request, caller: Known, model_name: str) -> Response:
-    """Unloads every version of a model, on every device that holds it."""
+    """Unloads every version of a model of the caller's, on every device that holds it."""
     gateway = of(request)
     await read_body(request, empty_is={})
-    models = await run_in_threadpool(gateway.directory.models_named, model_name)
+    known = await run_in_threadpool(lambda: gateway.directory.refresh().named(caller, model_name))
+    # What is shared with the caller is not the caller's to unload.
+    models = [model for model in known if may_see(caller, model)]
     if not models:
-        raise failure("model_not_found", f"no model {model_name} is loaded")
+        raise nothing_named(model_name, None)
     for model in models:
         await _perform(gateway, caller, Kind.INFERENCE_UNLOAD_MODEL, UnloadModel(model_id=model["model_id"]))
     await run_in_threadpool(gateway.directory.refresh)
@@ -150,11 +156,13 @@ def _in_folder(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _entry(model: Row) -> dict[str, str]:
+def _entry(models: list[Row]) -> dict[str, str]:
+    """The entry of a name and version, by the model of it that is readiest: each device may hold one."""
+    model = min(models, key=lambda one: list(_READINESS).index(one["state"]))
     return {
         "name": model["name"],
         "version": model["version"],
-        "state": _READINESS.get(model["state"], "UNAVAILABLE"),
+        "state": _READINESS[model["state"]],
         "reason": "" if model["state"] == "loaded" else model["state"],
     }
 

@@ -167,7 +167,7 @@ class Submitter:
 
 
 def _is_simple(plan: Plan) -> bool:
-    return plan.record is None and not plan.exclusive and not plan.job.after
+    return plan.record is None and plan.together is None and not plan.exclusive and not plan.job.after
 
 
 def _answer(together: list[_Waiting], answers: list[Any]) -> None:

@@ -38,13 +38,54 @@ class Snapshot:
     devices: dict[str, Row] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     models: dict[str, Row] = field(default_factory=dict)
+    #: Models by name, the last load first, without those that were replaced: what names stand for.
+    by_name: dict[str, list[Row]] = field(default_factory=dict)
     read_at: float = float("-inf")
     #: What this process has placed since: else everything would go to one device until the next read.
     placed: Counter[str] = field(default_factory=Counter)
 
-    def named(self, name: str, version: str | None = None) -> list[Row]:
-        """The models of that name, newest first."""
-        return [model for model in self.models.values() if _is_called(model, name, version)]
+    def visible(self, asker: Asker, model_id: str) -> Row | None:
+        """The model of that id, if it is the asker's to run."""
+        found = self.models.get(model_id)
+        return found if found is not None and may_see(asker, found, shared=True) else None
+
+    def named(self, asker: Asker, name: str, version: str | None = None) -> list[Row]:
+        """The models of that name that are the asker's to run: its own; else the last one shared and its namesakes.
+
+        For an admin who has none and with whom none is shared, any owner's. The last load first; of one owner only.
+        """
+        known = [
+            model
+            for model in self.by_name.get(name, ())
+            if version in (None, model["version"]) and may_see(asker, model, shared=True)
+        ]
+        if not known:
+            return known
+        owner = min(known, key=lambda model: _distance(asker, model))["owner"]
+        return [model for model in known if model["owner"] == owner]
+
+    def meant(self, asker: Asker, name: str, version: str | None = None) -> list[Row]:
+        """The model that the name stands for, on each device that holds it: of `named`, the last load that has ended.
+
+        While none has ended, the last that is under way. Empty where the asker can run none of that name.
+        """
+        named = self.named(asker, name, version)
+        if len(named) < 2:
+            return named
+        last = next((model for model in named if model["state"] != "loading"), named[0])
+        same = (last["version"], last["load_key"])
+        return [model for model in named if (model["version"], model["load_key"]) == same]
+
+    def names(self, asker: Asker) -> list[tuple[str, str]]:
+        """Each name and version that stands for a model that the asker can run, in order."""
+        return sorted(
+            {
+                (name, model["version"])
+                for name, models in self.by_name.items()
+                for model in models
+                if may_see(asker, model, shared=True)
+            }
+        )
 
     def queued(self, device_id: str) -> int:
         """How many jobs wait for the device."""
@@ -55,10 +96,9 @@ class Snapshot:
         return sum(self.counts.get(device_id, {}).values()) + self.placed[device_id]
 
 
-def _is_called(model: Row, name: str, version: str | None) -> bool:
-    """Whether the model was loaded under that name, at first or again."""
-    calls = [(model["name"], model["version"]), *map(tuple, model["aliases"])]
-    return any(called == name and version in (None, of) for called, of in calls)
+def _distance(asker: Asker, model: Row) -> int:
+    """Own models come before shared ones, and those before what only an admin may use."""
+    return 0 if model["owner"] == asker.owner else 1 if model["shared"] else 2
 
 
 class Directory:
@@ -129,7 +169,11 @@ class Directory:
                 devices = {row["device_id"]: row for row in device_store.all_devices(connection)}
                 counts = job_store.counts(connection)
                 models = {row["model_id"]: row for row in model_store.runnable(connection)}
-            self._snapshot = Snapshot(devices, counts, models, read_at)
+            by_name: dict[str, list[Row]] = {}
+            for row in models.values():
+                if row["replaced_by"] is None:
+                    by_name.setdefault(row["name"], []).append(row)
+            self._snapshot = Snapshot(devices, counts, models, by_name, read_at)
             return self._snapshot
 
     # ---- placing
@@ -188,14 +232,13 @@ class Directory:
         held = [device for device in online if device["device_id"] in (holding or [])]
         return min(held or online, key=lambda device: _rank(device, snapshot, size_bytes))
 
-    def model(self, model_id: str) -> Row | None:
-        """The model, if it can be run or soon can."""
-        found = self.snapshot().models.get(model_id)
-        return found if found is not None else self.refresh().models.get(model_id)
+    def model(self, asker: Asker, model_id: str) -> Row | None:
+        """The model, if it can be run or soon can, and is the asker's to run."""
+        return self.snapshot().visible(asker, model_id) or self.refresh().visible(asker, model_id)
 
-    def models_named(self, name: str, version: str | None = None) -> list[Row]:
-        """The models of that name that can be run or soon can, newest first."""
-        return self.snapshot().named(name, version) or self.refresh().named(name, version)
+    def meant(self, asker: Asker, name: str, version: str | None = None) -> list[Row]:
+        """The model that the name stands for, on each device that holds it; empty where the asker can run none."""
+        return self.snapshot().meant(asker, name, version) or self.refresh().meant(asker, name, version)
 
 
 def _rank(device: Row, snapshot: Snapshot, size_bytes: int) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The models of one device: opened, made room for, brought back after a death, and let go when nobody uses them.
+"""The models of one device and their graphs: opened, made room for, brought back after a death, and let go.
 
 Everything here runs on the device's thread.
 """
@@ -8,64 +8,81 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from device_operations.errors import OperationError, failure
 from device_operations.folders import private_folder
-from tasks.effects.inference import evicted, lost, settled
-from tasks.plans.models import ESTIMATE_BYTES, entry_file, model_file
+from tasks.directory import MAX_AGE_SECONDS
+from tasks.effects.inference import let_go, lost, settled
+from tasks.plans.models import ESTIMATE_BYTES, entry_file, key_of_files, model_file
+from tasks.plans.residents import no_model
 from tasks.store import devices as device_store
+from tasks.store import graphs as graph_store
 from tasks.store import models as store
 from tasks.store.connection import Row, transaction
 from workers import batching
 from workers.devices.onnx import Cancel, OnnxModel
 from workers.loaders import LOADERS
-from workers.resident import Resident, ResidentModel
+from workers.resident import Graph, Resident, ResidentModel
 from workers.work import named
 
 log = structlog.get_logger(__name__)
 
 #: How long a warm-up may take where a model comes back after a death, before it is stopped.
 WARMUP_AGAIN_SECONDS = 10.0
+#: Seconds for which a replaced model stays: runs that were being planned when it was replaced are recorded by then.
+REPLACED_SECONDS = MAX_AGE_SECONDS + 1.0
 
 
 def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> ResidentModel:
-    """Opens a recorded model on the device and keeps it; idle unpinned ones make room where memory runs out."""
-    options = row["options"]
-    file, root = _files(resident, row)
+    """Makes a recorded model resident, on the graph that is there for its content or on one that is opened."""
+    graph = resident.graphs.get(row["content_key"]) or _open_graph(resident, row, cancel)
+    try:
+        model = _made(row, graph, cancel)
+    except BaseException:
+        _leave(resident, graph)
+        raise
+    resident.models[model.model_id] = model
+    return model
+
+
+def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
+    """Opens a model's graph on the device and keeps it; idle unpinned models make room where memory runs out."""
+    key = row["content_key"]
     loader = LOADERS.get(row["model_type"])
     if loader is None:
         raise failure("model_invalid", f"this worker cannot load models of type {row['model_type']!r}")
+    file, root = _files(resident, row)
+    reserved_bytes = resident.read(graph_store.reserved, resident.device_id, key)
     make_room(resident)
     while True:
         try:
-            with resident.loading(row["reserved_bytes"]):
-                onnx = loader(resident.device, file, root, options, cancel)
+            with resident.loading(reserved_bytes):
+                onnx = loader(resident.device, file, root, row["options"], cancel)
             break
         except OperationError as error:
             if error.code != "out_of_memory":
                 raise
             if not evict_one(resident):
                 raise failure("insufficient_memory", error.message, detail=error.detail) from error
-    try:
-        model = _made(row, onnx, cancel)
-    except BaseException:
-        onnx.close()
-        raise
-    resident.models[model.model_id] = model
-    return model
+    # At least the file's own size: the system's figure is rounded, shared, or not to be had.
+    graph = Graph(key, onnx, max(onnx.memory_bytes or 0, onnx.file_bytes or 0, ESTIMATE_BYTES))
+    resident.graphs[key] = graph
+    log.info("graph opened", content_key=key, load_ms=onnx.load_ms, memory_bytes=graph.memory_bytes)
+    return graph
 
 
-def _made(row: Row, onnx: OnnxModel, cancel: Cancel | None) -> ResidentModel:
+def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     options = row["options"]
-    asked = options.get("max_batch_size")
+    onnx, asked = graph.onnx, options.get("max_batch_size")
     # A model that comes back after a death has been tried: what it did then is recorded, and is not done again.
     again = row["state"] == "lost"
     earlier = row["batching"] if again else None
@@ -74,13 +91,11 @@ def _made(row: Row, onnx: OnnxModel, cancel: Cancel | None) -> ResidentModel:
     return ResidentModel(
         model_id=row["model_id"],
         name=row["name"],
-        onnx=onnx,
+        graph=graph,
         pinned=row["pinned"],
         max_batch_size=batching.decide(onnx.rows, asked),
         max_delay_ms=options.get("max_delay_ms", 0.0),
         batching=replace(found, warmup=warmup),
-        # At least the file's own size: the system's figure is rounded, shared, or not to be had.
-        memory_bytes=max(onnx.memory_bytes or 0, onnx.file_bytes or 0, ESTIMATE_BYTES),
         last_used=time.monotonic(),
     )
 
@@ -121,7 +136,7 @@ def facts(model: ResidentModel) -> dict[str, Any]:
     return {
         "inputs": [spec.as_json() for spec in onnx.inputs],
         "outputs": [spec.as_json() for spec in onnx.outputs],
-        "memory_bytes": model.memory_bytes,
+        "memory_bytes": model.graph.memory_bytes,
         "load_ms": round(onnx.load_ms, 3),
         "provider": onnx.provider,
         "cpu_fallback_ops": onnx.cpu_fallback_ops,
@@ -132,24 +147,25 @@ def facts(model: ResidentModel) -> dict[str, Any]:
 def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Row:
     """A model that left the device while this load waited behind it: recorded as loading again.
 
-    Raises `model_not_found` where it is in any other state, or its content came back under another id.
+    Raises `model_not_found` where it is in any other state, or its name was loaded anew under another id.
     """
-    gone = failure("model_not_found", f"model {row['model_id']} is {row['state']}; load it again")
     try:
         with transaction(resident.engine) as connection:
-            again = store.revive(connection, row["model_id"], job_id, reserved_bytes)
+            device_store.lock_budget(connection, resident.device_id)
+            again = store.revive(connection, row["model_id"], job_id)
             if again is None:
-                raise gone
-            device_store.adjust_reservation(connection, resident.device_id, reserved_bytes)
+                raise no_model(row["model_id"], row)
+            if graph_store.join(connection, resident.device_id, row["content_key"], reserved_bytes):
+                device_store.adjust_reservation(connection, resident.device_id, reserved_bytes)
     except IntegrityError:
-        raise gone from None
+        raise no_model(row["model_id"], row) from None
     return again
 
 
 def bring_back(resident: Resident) -> None:
     """Loads again what the device's last epoch had loaded. A model that does not load any more is failed, and told."""
-    rows = resident.read(store.resident, resident.device_id)
-    for row in rows:
+    let_replaced_go(resident)
+    for row in resident.read(store.resident, resident.device_id):
         try:
             model = open_model(resident, row)
         except Exception as error:  # noqa: BLE001 - one model that cannot come back must not keep the others away
@@ -164,7 +180,7 @@ def bring_back(resident: Resident) -> None:
 
 
 def make_room(resident: Resident) -> bool:
-    """Evicts idle unpinned models until what is reserved fits the budget again; whether it does."""
+    """Evicts graphs of idle unpinned models until what is reserved fits the budget again; whether it does."""
     while True:
         device = resident.read(device_store.get, resident.device_id)
         if device is None or device["budget_bytes"] is None or device["reserved_bytes"] <= device["budget_bytes"]:
@@ -174,8 +190,15 @@ def make_room(resident: Resident) -> bool:
 
 
 def evict_one(resident: Resident) -> bool:
-    """Takes the least recently used idle, unpinned model off the device; False when there is none."""
-    return _let_go(resident, "evicted", None, limit=1) > 0
+    """Takes the least recently used graph that can go off the device, with its models; False when there is none."""
+
+    def of_one_graph(connection: Connection) -> list[str]:
+        for graph in store.evictable_graphs(connection, resident.device_id):
+            if resident.models.keys() >= set(graph["model_ids"]):
+                return list(graph["model_ids"])
+        return []
+
+    return bool(_let_go(resident, "evicted", of_one_graph))
 
 
 def look_after(resident: Resident) -> None:
@@ -186,32 +209,52 @@ def look_after(resident: Resident) -> None:
         for session_id in [key for key in resident.sessions if key not in still_open]:
             del resident.sessions[session_id]
     if any(not model.pinned for model in resident.models.values()):
-        _let_go(resident, "unloaded", resident.settings.inference.session_timeout_minutes * 60)
+        idle_seconds = resident.settings.inference.session_timeout_minutes * 60
+        _let_go(resident, "unloaded", lambda connection: store.idle(connection, resident.device_id, idle_seconds))
 
 
-def _let_go(resident: Resident, state: str, idle_seconds: float | None, limit: int | None = None) -> int:
+def let_replaced_go(resident: Resident) -> None:
+    """Unloads models whose names mean others by now and whose last runs and sessions have ended."""
+    _let_go(resident, "unloaded", lambda connection: replaced(connection, resident.device_id))
+
+
+def replaced(connection: Connection, device_id: str) -> list[str]:
+    """The models of a device that are replaced and can go."""
+    return store.replaced(connection, device_id, REPLACED_SECONDS)
+
+
+def _let_go(resident: Resident, state: str, choose: Callable[[Connection], list[str]]) -> list[str]:
     """Takes idle models off the device: first in the records, so that no further run is planned for them."""
-    let_go: list[ResidentModel] = []
     with transaction(resident.engine) as connection:
-        for row in store.evictable(connection, resident.device_id, idle_seconds):
-            if row["model_id"] in resident.models and len(let_go) != limit:
-                evicted(connection, row["model_id"], state, None)
-                let_go.append(resident.models[row["model_id"]])
-    for model in let_go:
-        del resident.models[model.model_id]
+        device_store.lock_budget(connection, resident.device_id)
+        model_ids = choose(connection)
+        if model_ids:
+            let_go(connection, model_ids, state)
+    for model_id in model_ids:
+        model = resident.models.pop(model_id, None)
+        if model is None:
+            continue
         freed = close(resident, model)
         with resident.engine.connect() as connection:
-            store.set_freed(connection, model.model_id, freed)
-        log.info("model let go", model_id=model.model_id, name=model.name, state=state, freed_bytes=freed)
-    return len(let_go)
+            store.set_freed(connection, model_id, freed)
+        log.info("model let go", model_id=model_id, name=model.name, state=state, freed_bytes=freed)
+    return model_ids
 
 
 def close(resident: Resident, model: ResidentModel) -> int | None:
-    """Unloads a model that is no longer in `resident.models`; the bytes freed, as measured."""
+    """Unloads a model that is no longer in `resident.models`; the bytes freed, as measured: 0 where its graph stays."""
     for session_id in [key for key, session in resident.sessions.items() if session.model_id == model.model_id]:
         del resident.sessions[session_id]
-    freed = model.onnx.close()
-    shutil.rmtree(_folder(resident, model.model_id), ignore_errors=True)
+    return _leave(resident, model.graph)
+
+
+def _leave(resident: Resident, graph: Graph) -> int | None:
+    """Closes a graph unless a resident model uses it; the bytes freed."""
+    if any(model.graph is graph for model in resident.models.values()):
+        return 0
+    del resident.graphs[graph.content_key]
+    freed = graph.onnx.close()
+    shutil.rmtree(_folder(resident, graph.content_key), ignore_errors=True)
     return freed
 
 
@@ -220,13 +263,16 @@ def _files(resident: Resident, row: Row) -> tuple[Path, Path]:
     source = row["source"]
     if "path" in source:
         found = model_file(resident.settings.model_cache_path, source["path"])
+        if key_of_files(found, row["model_type"], row["options"]) != row["content_key"]:
+            # Else models of the content that was asked for would be given this one.
+            raise failure("model_invalid", f"{source['path']!r} has changed since it was loaded; load it again")
         return (entry_file(found), found) if found.is_dir() else (found, found.parent)
     if "blob_id" in source:
         stored = resident.blobs.file(source["blob_id"])
         if stored is not None and stored.is_file():
             # Read where it lies; its neighbours there are other callers', so it may refer to no other file.
-            return stored, _folder(resident, row["model_id"])
-    folder = _folder(resident, row["model_id"])
+            return stored, _folder(resident, row["content_key"])
+    folder = _folder(resident, row["content_key"])
     named_blobs = {"model.onnx": source["blob_id"]} if "blob_id" in source else source["blobs"]
     for relative, blob_id in named_blobs.items():
         target = folder / relative
@@ -235,8 +281,8 @@ def _files(resident: Resident, row: Row) -> tuple[Path, Path]:
     return entry_file(folder), folder
 
 
-def _folder(resident: Resident, model_id: str) -> Path:
-    return resident.settings.data_dir / "models" / resident.device_id / model_id
+def _folder(resident: Resident, content_key: str) -> Path:
+    return resident.settings.data_dir / "models" / resident.device_id / content_key
 
 
 def _zeros(onnx: OnnxModel) -> dict[str, Any]:

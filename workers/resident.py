@@ -35,21 +35,34 @@ LOAD_SECONDS, LOAD_BYTES_PER_SECOND, LONGEST_LOAD_SECONDS = 30.0, 32 << 20, 600.
 ALONE = Batching(False, "not found out")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """What lies on the device for models of equal content and session options; it goes with the last of them."""
+
+    content_key: str
+    onnx: OnnxModel
+    memory_bytes: int
+
+
 @dataclass(slots=True, eq=False)
 class ResidentModel:
     """A loaded model. Runs are joined where `batching` says that they may be, and go alone otherwise."""
 
     model_id: str
     name: str
-    onnx: OnnxModel
+    graph: Graph
     pinned: bool = False
     max_batch_size: int = 1
     max_delay_ms: float = 0.0
     batching: Batching = ALONE
-    memory_bytes: int = 0
     last_used: float = 0.0
     #: How long the last run had the device.
     device_ms: float = 0.0
+
+    @property
+    def onnx(self) -> OnnxModel:
+        """The session that runs it, maybe shared with other models."""
+        return self.graph.onnx
 
     def batch_of(self, inputs: dict[str, Any], outputs: list[str] | None) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone.
@@ -104,6 +117,8 @@ class Resident:
     #: What brings bytes from other devices; None where there are no others to ask.
     transfers: Transfers | None = None
     models: dict[str, ResidentModel] = field(default_factory=dict)
+    #: The graphs of `models`, by their content key.
+    graphs: dict[str, Graph] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     #: What training sessions have learned of their networks, by structure (`workers.training.definition.Learned`).
@@ -151,5 +166,5 @@ class Resident:
         return self.extend_lease(min(LONGEST_LOAD_SECONDS, LOAD_SECONDS + size_bytes / LOAD_BYTES_PER_SECOND))
 
     def cpu_fallback_ops(self) -> int:
-        """How many operators of the resident models run on the CPU instead of the device."""
-        return sum(model.onnx.cpu_fallback_ops or 0 for model in self.models.values())
+        """How many operators of the resident graphs run on the CPU instead of the device."""
+        return sum(graph.onnx.cpu_fallback_ops or 0 for graph in list(self.graphs.values()))

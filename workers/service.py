@@ -46,7 +46,7 @@ from workers.devices import open_device
 from workers.events import SERIALIZER, Dispatcher, EventsInTurns
 from workers.intake import Intake
 from workers.lane import Lane
-from workers.models import bring_back, look_after
+from workers.models import bring_back, let_replaced_go, look_after, replaced
 from workers.pool import LanePool, Note
 from workers.reconcile import Reconciler
 from workers.recorder import Recorder
@@ -269,10 +269,13 @@ class Service:
         self._intake.sweep()
         with self._engine.connect() as connection:
             running = ends.running(connection, self.device_id, self._lease.epoch)
+            outdated = bool(self.resident.models) and replaced(connection, self.device_id)
         for job in running:
             if job["cancel_requested"]:
                 self.runner.cancel(job["id"])
         self._reconciler.look(running)
+        if outdated:
+            self.runner.call(lambda: let_replaced_go(self.resident))
 
     def _recycle_if_asked(self) -> None:
         """Ends the process in good order once it is idle; what it held loaded comes back with the next."""

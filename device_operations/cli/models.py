@@ -41,6 +41,7 @@ def upload(client: Client, file: Path, as_json: bool) -> None:
 @click.option("--type", "model_type", type=click.Choice(["onnx", "vae", "sdxl"]), default="onnx", show_default=True)
 @click.option("--device", "device_id", metavar="ID")
 @click.option("--pin", is_flag=True, help="Keep it loaded, however long nobody runs it.")
+@click.option("--shared", is_flag=True, help="Let other owners run it.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="As in the request's `options`.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is loaded.")
 @json_option
@@ -53,6 +54,7 @@ def load_model(
     model_type: str,
     device_id: str | None,
     pin: bool,
+    shared: bool,
     options: tuple[str, ...],
     no_wait: bool,
     as_json: bool,
@@ -64,7 +66,8 @@ def load_model(
         version=version,
         model_type=model_type,
         device_id=device_id,
-        pin=pin,
+        pin=pin or None,
+        shared=shared or None,
         options={key: _value(value) for key, value in (_split(text, "--option") for text in options)},
     )
     if not no_wait:

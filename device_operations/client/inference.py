@@ -39,14 +39,16 @@ class Inference(Noun[Mode]):
         version: str = "1",
         model_type: str = "onnx",
         device_id: str | None = None,
-        pin: bool = False,
+        pin: bool | None = None,
+        shared: bool | None = None,
         sha256: str | None = None,
         options: Mapping[str, Any] | None = None,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
         """Makes a model resident. `source` is a path below the model folder, or `{"blob_id"}`, or `{"blobs"}`.
 
-        The model's id is the job's `resource.id`, so that runs can be submitted at once.
+        The model's id is the job's `resource.id`, so that runs can be submitted at once. `pin` keeps it loaded,
+        `shared` lets other owners run it; loading the same again leaves both as they are where they are not given.
         """
         fields = said(
             name=name,
@@ -55,6 +57,7 @@ class Inference(Noun[Mode]):
             source={"path": source} if isinstance(source, str) else dict(source),
             device_id=device_id,
             pin=pin,
+            shared=shared,
             sha256=sha256,
             options=options,
         )

@@ -45,6 +45,7 @@ class LoadModel(JobRequest):
     sha256: Sha256 | None = None
     device_id: Name | None = None
     pin: bool = False
+    shared: bool = Field(False, description="whether other owners may run the model and read what it is")
     options: ModelOptions = Field(default_factory=ModelOptions)
 
     @field_validator("name", "version")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection
 
 from device_operations.jobs import Kind, State
 from device_operations.settings import load
-from tasks.store import devices, models
+from tasks.store import devices, graphs, models
 from tasks.store.connection import Row
 
 #: The error of jobs that need a session whose state died with its worker.
@@ -42,34 +44,45 @@ def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int |
     row = models.get(connection, model_id)
     if row is None or row["load_job_id"] != job["id"]:
         return []
-    return _end_model(connection, model_id, "failed", ("loading",), error=error)
+    return _end_models(connection, [model_id], "failed", ("loading",), error=error)
 
 
 def settled(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> None:
-    """A model is on its device: what was estimated for it becomes what was measured."""
-    before = models.settle(connection, model_id, epoch, facts)
-    if before is not None:
-        devices.adjust_reservation(connection, before["device_id"], facts["memory_bytes"] - before["before"])
+    """A model is on its device: what was estimated for its graph becomes what was measured, and its name means it.
+
+    What the name and version meant before is replaced: it takes no new runs, and its worker lets it go once it is idle.
+    """
+    model = models.get(connection, model_id)
+    if model is None:
+        return
+    devices.lock_budget(connection, model["device_id"])
+    models.lock_namesakes(connection, model)
+    if not models.settle(connection, model_id, epoch, facts):
+        return
+    models.replace_namesakes(connection, model["owner"], model["name"], model["version"])
+    more = graphs.settle(connection, model["device_id"], model["content_key"], facts["memory_bytes"])
+    devices.adjust_reservation(connection, model["device_id"], more)
 
 
 def lost(connection: Connection, model_id: str, error: dict[str, Any]) -> None:
     """A model could not be brought back by a new epoch."""
-    _end_model(connection, model_id, "failed", ("lost",), error=error)
+    _end_models(connection, [model_id], "failed", ("lost",), error=error)
 
 
 def unloaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
-    """An `inference.unload_model` ended: the model's reservation is free again, and its sessions are closed."""
+    """An `inference.unload_model` ended: its graph's reservation is free unless shared; its sessions are closed."""
     if job["state"] != State.SUCCEEDED:
         return []
     model_id = job["needs"][0]
-    _end_model(connection, model_id, "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
-    gone = models.end_sessions(connection, models.open_sessions(connection, model_id), "closed")
+    _end_models(connection, [model_id], "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
+    still_open = [session["session_id"] for session in models.open_sessions(connection, model_id)]
+    gone = models.end_sessions(connection, still_open, "closed")
     return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
-def evicted(connection: Connection, model_id: str, state: str, freed_bytes: int | None) -> None:
-    """A worker took an idle model off its device (`evicted`, or `unloaded` after long idleness)."""
-    _end_model(connection, model_id, state, ("loaded",), freed_bytes=freed_bytes)
+def let_go(connection: Connection, model_ids: Collection[str], state: str) -> None:
+    """A worker takes idle models off its device: `evicted` for room, or `unloaded` (idle for long, or replaced)."""
+    _end_models(connection, model_ids, state, ("loaded", "lost"))
 
 
 def ran(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
@@ -100,6 +113,7 @@ def session_of(job: Row) -> str | None:
 
 def lose_models(connection: Connection, device_id: str) -> list[str]:
     """A worker died: its models are lost until the next epoch brings them back; they keep their reservations."""
+    devices.lock_budget(connection, device_id)
     return [row["model_id"] for row in models.lose(connection, device_id)]
 
 
@@ -108,15 +122,18 @@ def lose_sessions(connection: Connection, device_id: str, epoch: int) -> list[st
     return models.end_sessions(connection, models.stateful_sessions(connection, device_id, epoch), "lost")
 
 
-def _end_model(
-    connection: Connection, model_id: str, state: str, leaving: tuple[str, ...], **more: Any
+def _end_models(
+    connection: Connection, model_ids: Collection[str], state: str, leaving: tuple[str, ...], **more: Any
 ) -> list[tuple[str, dict[str, Any]]]:
-    gone = models.end(connection, model_id, state, leaving=leaving, **more)
-    if gone is None:
-        return []
-    devices.adjust_reservation(connection, gone["device_id"], -gone["before"])
+    for device_id in models.devices_of(connection, model_ids):
+        devices.lock_budget(connection, device_id)
+    gone = models.end(connection, model_ids, state, leaving=leaving, **more)
+    gone.sort(key=lambda model: str(model["device_id"]))
+    for device_id, left in groupby(gone, key=lambda model: str(model["device_id"])):
+        freed = graphs.leave(connection, device_id, [model["content_key"] for model in left])
+        devices.adjust_reservation(connection, device_id, -freed)
     error = more.get("error")
-    return [(model_id, error)] if error else []
+    return [(model["model_id"], error) for model in gone] if error else []
 
 
 EFFECTS = {

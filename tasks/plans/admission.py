@@ -24,7 +24,7 @@ def reserve(connection: Connection, device_id: str, size_bytes: int, what: str) 
     free = max(0, budget - reserved)
     freeing = allocations.being_freed(connection, device_id)
     coming = sum(row["size_bytes"] for row in freeing)
-    evictable = sum(row["reserved_bytes"] for row in models.evictable(connection, device_id))
+    evictable = sum(graph["reserved_bytes"] for graph in models.evictable_graphs(connection, device_id))
     if reserved - coming - evictable + size_bytes > budget:
         raise failure(
             "insufficient_memory",

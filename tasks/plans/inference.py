@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +13,11 @@ from device_operations.errors import failure
 from device_operations.jobs import CHANGES_MODELS, Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
+from tasks.owners import found, may_see
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, store_tensors
 from tasks.plans.memory import forget_hashes
-from tasks.plans.models import content_of
+from tasks.plans.models import content_of, load_key
 from tasks.plans.residents import (
     allocations_of,
     check_against_model,
@@ -25,29 +27,36 @@ from tasks.plans.residents import (
     no_model,
     state_inputs,
 )
+from tasks.store import devices as device_store
+from tasks.store import graphs as graph_store
 from tasks.store import jobs as job_store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
-from tasks.submit import Plan
+from tasks.submit import Plan, Recorded
 
 #: The types of model that can be loaded. Each has its loader in `workers.loaders`, and pipelines enter there too.
 MODEL_TYPES = ("onnx",)
 
 
 def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
-    """Loads a model; the same content on the same device gives the model that is there."""
+    """Loads a model of the owner's; its name and version mean it from the moment in which the load has ended.
+
+    Loading the same again (name, version, content, options) on the same device gives the model that is there. Models of
+    equal content and session options share a graph, whoever loaded them.
+    """
     if request.model_type not in MODEL_TYPES:
         raise failure(
             "validation_failed", f"model_type {request.model_type!r} is not known; there are: {', '.join(MODEL_TYPES)}"
         )
+    owner = owner_of(context, request.job)
     key, sha256, estimate = content_of(context, request)
-    snapshot = context.directory.snapshot()
-    holding = [model["device_id"] for model in snapshot.models.values() if model["content_key"] == key]
-    device = place(context, request.device_id, size_bytes=estimate, holding=holding)
+    options = request.options.model_dump(mode="json")
+    same = {"owner": owner, "name": request.name, "version": request.version, "load_key": load_key(key, options)}
+    device = place(context, request.device_id, size_bytes=estimate, holding=_holding(context, key, same))
     device_id = device["device_id"]
     after: list[str] = []
     with context.engine.connect() as connection:
-        there = model_store.same_content(connection, device_id, key)
+        there = model_store.same_load(connection, device_id, **same)
         if there is not None:
             # A load under way is shared, and an unload under way is waited for.
             after = job_store.open_ids_needing(connection, there["model_id"], CHANGES_MODELS)
@@ -58,31 +67,60 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         payload={**request.payload(), "model_id": model_id, "estimate_bytes": estimate},
         resource_type="model", resource_id=model_id, needs=[model_id], blob_ids=blob_ids, after=after,
     )  # fmt: skip
+    makes = {
+        **same, "model_id": model_id, "model_type": request.model_type, "device_id": device_id, "content_key": key,
+        "sha256": sha256, "source": request.source.model_dump(mode="json", exclude_none=True), "options": options,
+        "pinned": request.pin, "shared": request.shared, "load_job_id": job_id, "blob_ids": blob_ids,
+        "estimate_bytes": estimate, "is_there": there is not None, "given": request.model_fields_set,
+    }  # fmt: skip
+    return Plan(job, together=record_loads, makes=makes)
 
-    def record(connection: Connection) -> None:
-        if there is not None:
-            model_store.load_again(connection, model_id, name=request.name, version=request.version, pin=request.pin)
-            return
-        row = {
-            "model_id": model_id, "name": request.name, "version": request.version, "model_type": request.model_type,
-            "device_id": device_id, "content_key": key, "sha256": sha256,
-            "source": request.source.model_dump(mode="json", exclude_none=True),
-            "options": request.options.model_dump(mode="json"), "pinned": request.pin,
-            "owner": job.owner, "load_job_id": job_id, "blob_ids": blob_ids, "reserved_bytes": estimate,
-        }  # fmt: skip
-        if not model_store.insert(connection, row):
-            raise failure("model_in_use", "the same content is being loaded at this moment; submit the request again",
+
+def record_loads(connection: Connection, plans: Sequence[Plan]) -> Recorded:
+    """Records the models of loads in their order, and reserves the memory of graphs that are not there yet.
+
+    Raises `insufficient_memory`, and `model_in_use` (retryable) where what a plan was made upon has changed meanwhile.
+    """
+    for device_id in sorted({plan.makes["device_id"] for plan in plans}):
+        device_store.lock_budget(connection, device_id)
+    model_store.lock(connection, {plan.makes["model_id"] for plan in plans})
+    for plan in plans:
+        if not (_load_again(connection, plan.makes) if plan.makes["is_there"] else _load(connection, plan.makes)):
+            raise failure("model_in_use", "the same name is being loaded at this moment; submit the request again",
                           retryable=True)  # fmt: skip
-        reserve(connection, device_id, estimate, "the model")
+    return Recorded()
 
-    return Plan(job, exclusive=(), record=record)
+
+def _load(connection: Connection, model: dict[str, Any]) -> bool:
+    device_id, estimate = model["device_id"], model["estimate_bytes"]
+    if graph_store.join(connection, device_id, model["content_key"], estimate):
+        reserve(connection, device_id, estimate, "the model")
+    return model_store.insert(connection, model)
+
+
+def _load_again(connection: Connection, model: dict[str, Any]) -> bool:
+    return model_store.load_again(
+        connection, model["model_id"], source=model["source"], blob_ids=model["blob_ids"],
+        pin=model["pinned"] if "pin" in model["given"] else None,
+        shared=model["shared"] if "shared" in model["given"] else None,
+    )  # fmt: skip
+
+
+def _holding(context: Context, content_key: str, same: dict[str, str]) -> list[str]:
+    """The devices that hold the same load; where none does, those that hold its graph."""
+    models = context.directory.snapshot().models.values()
+    loads = [m["device_id"] for m in models if m["replaced_by"] is None and all(m[k] == v for k, v in same.items())]
+    return loads or [model["device_id"] for model in models if model["content_key"] == content_key]
 
 
 def plan_run(context: Context, request: Run, job_id: str) -> Plan:
     """Runs a model where it is. A run without a session has one of its own, whose id is the job's."""
     owner = owner_of(context, request.job)
     session = find_session(context, request.session_id) if request.session_id else None
-    model = find_model(context, session["model_id"] if session else request.model_id, request.model_name)
+    model = find_model(
+        context, session["model_id"] if session else request.model_id, request.model_name,
+        owner=owner, in_session=session is not None,
+    )  # fmt: skip
     check_against_model(model, request.inputs, request.outputs, state_inputs(session))
     if session and set(request.into or ()) & set(session["state_map"]):
         raise failure("validation_failed", "into names a state output; state stays with the session")
@@ -135,24 +173,20 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
     """Unloads a model once the runs submitted before have ended; `force` cancels them, and closes its sessions."""
     model_id = request.model_id
     with context.engine.connect() as connection:
-        model = model_store.get(connection, model_id)
-        if model is None or model["state"] not in ("loading", "loaded", "lost"):
+        model = found(context, model_store.get(connection, model_id), "model", model_id)
+        if model["state"] not in ("loading", "loaded", "lost"):
             raise no_model(model_id, model)
         before = job_store.open_ids_needing(connection, model_id)
         sessions = model_store.open_sessions(connection, model_id)
-        # Other owners' sessions, where the model is shared, count but are not named.
-        named = (
-            sessions
-            if context.admin or not sessions
-            else model_store.open_sessions(connection, model_id, context.owner)
-        )
     if sessions and not request.force:
-        listed = f": {', '.join(named[:3])}{', …' if len(named) > 3 else ''}" if named else ""
+        # Other owners' sessions with a shared model are counted, not named.
+        known = [session["session_id"] for session in sessions if may_see(context, session)]
+        named = f": {', '.join(known[:3])}{', …' if len(known) > 3 else ''}" if known else ""
         raise failure(
             "model_in_use",
-            f"{len(sessions)} open sessions hold state of model {model_id}{listed}; "
-            "close them, or unload with force=true",
-            detail={"sessions": named},
+            f"{len(sessions)} open sessions hold state of model {model_id}{named}; close them, or unload with "
+            "force=true",
+            detail={"sessions": known},
         )
     device = context.directory.device(model["device_id"])
     job = new_job(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import orjson
 
@@ -16,6 +18,9 @@ from tasks.plans.base import Context, check_blobs
 ESTIMATE_FACTOR = 1.3
 ESTIMATE_BYTES = 4 * 2**20
 
+#: The options that shape ONNX Runtime's session: models that differ in others only share a graph.
+SHAPING_OPTIONS = ("free_dimensions", "graph_optimization", "intra_op_threads")
+
 
 def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
     """The key of equal content, the sha256 of the model's file, and the bytes to reserve until it is measured."""
@@ -26,11 +31,29 @@ def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
     sha256 = next(iter(parts.values()))
     if request.sha256 is not None and request.sha256 not in parts.values():
         raise failure("checksum_mismatch", f"the model's sha256 is {sha256}, not {request.sha256}")
-    shaping = request.options.model_dump(include={"free_dimensions", "graph_optimization", "intra_op_threads"})
-    # A lone file's name does not matter; the names of several, which refer to each other, do.
-    names = sorted(parts.items()) if len(parts) > 1 else [sha256]
-    key = hashlib.sha256(orjson.dumps([request.model_type, names, shaping], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    key = _content_key(request.model_type, parts, request.options.model_dump(mode="json"))
     return key, sha256, int(size * ESTIMATE_FACTOR) + ESTIMATE_BYTES
+
+
+def key_of_files(path: Path, model_type: str, options: Mapping[str, Any]) -> str:
+    """The content key of what lies at `path` now: a file (with its external data) or a folder."""
+    return _content_key(model_type, _files(path)[0], options)
+
+
+def _content_key(model_type: str, parts: Mapping[str, str], options: Mapping[str, Any]) -> str:
+    # A lone file's name does not matter; the names of several, which refer to each other, do.
+    names = sorted(parts.items()) if len(parts) > 1 else list(parts.values())
+    shaping = {name: options.get(name) for name in SHAPING_OPTIONS}
+    return hashlib.sha256(orjson.dumps([model_type, names, shaping], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def load_key(content_key: str, options: Mapping[str, Any]) -> str:
+    """The key of equal loads: of the same content with the same options. `1.0` is `1`."""
+    whole = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in options.items()
+    }
+    return hashlib.sha256(orjson.dumps([content_key, whole], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def model_file(folder: Path, path: str) -> Path:
@@ -51,7 +74,7 @@ def model_file(folder: Path, path: str) -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """The file's sha256, remembered until its size or time changes."""
+    """The file's sha256, remembered until its size, times or place on the disk change."""
     return _sha256(path, *_stamp(path))
 
 
@@ -101,19 +124,20 @@ def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], int]:
     return parts, sum(known[blob_id]["size_bytes"] for blob_id in ids)
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path) -> tuple[int, int, int, int]:
+    """What changes with a file's content; a copy may keep the time of its origin, but not all of these."""
     about = file.stat()
-    return about.st_size, about.st_mtime_ns
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
 @lru_cache(maxsize=4096)
-def _sha256(file: Path, size: int, modified_ns: int) -> str:
+def _sha256(file: Path, *stamp: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=4096)
-def _external_names(file: Path, size: int, modified_ns: int) -> tuple[str, ...]:
+def _external_names(file: Path, size: int, *stamp: int) -> tuple[str, ...]:
     """The file names that a graph's external tensors lie in.
 
     Read without a protobuf parser, which the gateway does not carry: an external tensor has the entry

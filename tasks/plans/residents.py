@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from device_operations.errors import OperationError, failure
 from device_operations.requests.inference import Run
 from tasks.directory import Snapshot
-from tasks.owners import found
+from tasks.owners import absent, found
 from tasks.plans.base import Context
 from tasks.plans.memory import Range, ranges_of
 from tasks.plans.memory import check_allocations as find_ranges
@@ -28,42 +29,69 @@ class Shaped(Protocol):
     def shape(self) -> list[int]: ...
 
 
-def find_model(context: Context, model_id: str | None, name: str | None, version: str | None = None) -> Row:
-    """The model to run: by id, or by name the one on the device with the shortest queue. Else `model_not_found`."""
+def find_model(
+    context: Context,
+    model_id: str | None,
+    name: str | None,
+    version: str | None = None,
+    *,
+    owner: str | None = None,
+    in_session: bool = False,
+) -> Row:
+    """The model to run: by id, or what the name stands for, on the device with the shortest queue.
+
+    On behalf of `owner`, where an admin says so: its models come first. A model that was replaced is run by the
+    sessions that it has (`in_session`), and by nothing else any more. Raises `model_not_found`.
+    """
     if model_id is not None:
-        model = context.directory.model(model_id)
-        if model is None:
-            with context.engine.connect() as connection:
-                gone = model_store.get(connection, model_id)
-            raise no_model(model_id, gone)
-        if model["state"] == "loading":
-            # By now it may be there, with inputs to be held to: a run that does not fit is refused, not failed later.
-            model = context.directory.snapshot(LOADING_SECONDS).models.get(model_id, model)
-        return model
+        return _model_of_id(context, model_id, in_session=in_session)
     assert name is not None
-    named = context.directory.models_named(name, version)
+    asker = context if owner in (None, context.owner) else replace(context, owner=str(owner))
+    meant = context.directory.meant(asker, name, version)
+    if not meant:
+        raise nothing_named(name, version)
     if context.device_id is not None:
-        named = [model for model in named if model["device_id"] == context.device_id] or named
-    if not named:
-        which = f"{name!r}" if version is None else f"{name!r}, version {version!r},"
-        raise failure(
-            "model_not_found", f"no model named {which} is loaded; load it with POST /api/inference/load-model"
-        )
-    if len(named) == 1:
-        return named[0]
+        meant = [model for model in meant if model["device_id"] == context.device_id] or meant
+    if len(meant) == 1:
+        return meant[0]
     snapshot = context.directory.snapshot()
-    newest = [model for model in named if model["version"] == named[0]["version"]]
-    return min(newest, key=lambda model: _readiness(model, snapshot))
+    return min(meant, key=lambda model: _readiness(model, snapshot))
+
+
+def _model_of_id(context: Context, model_id: str, *, in_session: bool) -> Row:
+    model = context.directory.model(context, model_id)
+    if model is None:
+        with context.engine.connect() as connection:
+            gone = model_store.get(connection, model_id)
+        raise no_model(model_id, found(context, gone, "model", model_id, shared=True))
+    if model["replaced_by"] is not None and not in_session:
+        raise no_model(model_id, model)
+    if model["state"] == "loading":
+        # By now it may be there, with inputs to be held to: a run that does not fit is refused, not failed later.
+        return context.directory.snapshot(LOADING_SECONDS).models.get(model_id, model)
+    return model
+
+
+def nothing_named(name: str, version: str | None) -> OperationError:
+    """The error for a name, or a version of it, that stands for nothing that the caller can run."""
+    which = f"{name!r}" if version is None else f"{name!r}, version {version!r},"
+    return failure("model_not_found", f"no model named {which} is loaded; load it with POST /api/inference/load-model")
 
 
 def no_model(model_id: str, gone: Row | None) -> OperationError:
-    """Why a model cannot be run: it was never there, failed to load, or has left its device."""
+    """Why a model cannot be run: it was never there, failed to load, was replaced, or has left its device."""
     if gone is None:
-        return failure("model_not_found", f"there is no model {model_id!r}")
+        return absent("model", model_id)
     error = gone["error"]
     if gone["state"] == "failed" and error:
         return failure(
             "model_not_found", f"model {model_id} failed to load: {error['message']}", detail={"error": error}
+        )
+    if gone["replaced_by"] is not None:
+        return failure(
+            "model_not_found",
+            f"model {model_id} was replaced: {gone['name']!r}, version {gone['version']!r}, was loaded again and is "
+            f"{gone['replaced_by']} now; run it by its name",
         )
     return failure("model_not_found", f"model {model_id} is {gone['state']}; load it again")
 
@@ -71,8 +99,7 @@ def no_model(model_id: str, gone: Row | None) -> OperationError:
 def find_session(context: Context, session_id: str) -> Row:
     """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
     with context.engine.connect() as connection:
-        row = model_store.get_session(connection, session_id)
-    session = found(context, row, "inference session", session_id)
+        session = found(context, model_store.get_session(connection, session_id), "inference session", session_id)
     if session["state"] != "active":
         raise failure(*ended_session(session_id, session["state"]))
     return session
@@ -160,5 +187,5 @@ def _readiness(model: Row, snapshot: Snapshot) -> tuple[Any, ...]:
         device.get("state") != "online",
         model["state"] != "loaded",
         snapshot.load_of(model["device_id"]),
-        -model["created_at"].timestamp(),
+        -model["named_at"].timestamp(),
     )

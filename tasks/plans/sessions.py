@@ -22,7 +22,7 @@ def open_session(context: Context, request: OpenSession) -> Row:
     what `check_tensors` raises for `initial` tensors in allocations.
     """
     owner = owner_of(context, JobOptions(owner=request.owner))
-    model = find_model(context, request.model_id, request.model_name)
+    model = find_model(context, request.model_id, request.model_name, owner=owner)
     device_id = model["device_id"]
     device = context.directory.snapshot().devices.get(device_id) or context.directory.device(device_id)
     context.directory.require_online(device)

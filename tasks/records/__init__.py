@@ -3,7 +3,7 @@
 from tasks.records.base import metadata
 from tasks.records.blobs import blobs
 from tasks.records.devices import device_budgets, device_samples, devices
-from tasks.records.inference import inference_sessions, models
+from tasks.records.inference import graphs, inference_sessions, models
 from tasks.records.jobs import idempotency, jobs, resource_order
 from tasks.records.memory import allocations
 from tasks.records.training import checkpoints, training_history, training_sessions, training_steps
@@ -15,6 +15,7 @@ __all__ = [
     "device_budgets",
     "device_samples",
     "devices",
+    "graphs",
     "idempotency",
     "inference_sessions",
     "jobs",

@@ -1,4 +1,4 @@
-"""Models resident on devices, and callers' sessions with them."""
+"""What callers loaded (models), what lies on devices for them (graphs), and callers' sessions with models."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ models = Table(
     Column("model_id", Text, primary_key=True),
     Column("name", Text, nullable=False),
     Column("version", Text, nullable=False),
-    # [name, version] of later loads of the same content under other names.
-    Column("aliases", Json, nullable=False, server_default=text("'[]'")),
     Column("model_type", Text, nullable=False),
     Column("device_id", Text, nullable=False),
     Column("epoch", Integer),
     # loading -> loaded -> unloaded, evicted; failed; lost -> loading (brought back by the next epoch)
     Column("state", Text, nullable=False),
-    # sha256 over the content and the options that shape the session: the same key on one device is the same model.
+    # sha256 over the content and the options that shape the session: the models of one key on one device share a graph.
     Column("content_key", Text, nullable=False),
+    # sha256 over the content key and all options: a name and version loaded with the same key means the same as before.
+    Column("load_key", Text, nullable=False),
     Column("sha256", Text),
     Column("source", Json, nullable=False),
     Column("options", Json, nullable=False),
     Column("pinned", Boolean, nullable=False, server_default=text("false")),
     Column("owner", Text, nullable=False),
+    # Whether other owners may run it and read what it is.
+    Column("shared", Boolean, nullable=False, server_default=text("false")),
     Column("load_job_id", Text, nullable=False),
     Column("blob_ids", Texts, nullable=False, server_default=text("'{}'")),
     Column("inputs", Json),
     Column("outputs", Json),
-    # Estimated until loaded, then measured; counted against the device's budget.
-    Column("reserved_bytes", BigInteger, nullable=False, server_default=text("0")),
+    # What its graph takes, as measured.
     Column("memory_bytes", BigInteger),
+    # What unloading it gave back: 0 where its graph stayed for another model.
     Column("freed_bytes", BigInteger),
     Column("load_ms", Float),
     Column("provider", Text),
@@ -44,18 +46,47 @@ models = Table(
     Column("statistics", Json, nullable=False, server_default=text("'{}'")),
     Column("error", Json),
     Column("created_at", Time, nullable=False, server_default=text("now()")),
+    # When the last load of it was submitted: of the models of one name, the newest is meant.
+    Column("named_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    # The model that its name and version mean since `replaced_at`: it takes no new runs and leaves once it is idle.
+    Column("replaced_by", Text),
+    Column("replaced_at", Time),
     Column("last_used_at", Time),
     Column("ended_at", Time),
 )
 Index(
-    "uq_models_content",
+    "uq_models_load",
     models.c.device_id,
-    models.c.content_key,
+    models.c.owner,
+    models.c.name,
+    models.c.version,
+    models.c.load_key,
     unique=True,
+    postgresql_where=text("state IN ('loading', 'loaded', 'lost') AND replaced_by IS NULL"),
+)
+Index(
+    "ix_models_name",
+    models.c.name,
+    models.c.version,
     postgresql_where=text("state IN ('loading', 'loaded', 'lost')"),
 )
-Index("ix_models_name", models.c.name, models.c.version, postgresql_where=text("state IN ('loading', 'loaded')"))
-Index("ix_models_open", models.c.device_id, postgresql_where=text("state IN ('loading', 'loaded', 'lost')"))
+Index(
+    "ix_models_graph",
+    models.c.device_id,
+    models.c.content_key,
+    postgresql_where=text("state IN ('loading', 'loaded', 'lost')"),
+)
+
+#: A graph that lies on a device or is about to. The row stays as long as a model of its key is loading, loaded or lost.
+graphs = Table(
+    "graphs",
+    metadata,
+    Column("device_id", Text, primary_key=True),
+    Column("content_key", Text, primary_key=True),
+    # Estimated until loaded, then measured; counted against the device's budget, once for all its models.
+    Column("reserved_bytes", BigInteger, nullable=False),
+    Column("created_at", Time, nullable=False, server_default=text("now()")),
+)
 
 inference_sessions = Table(
     "inference_sessions",

@@ -7,17 +7,23 @@ from typing import Any
 from sqlalchemy import Connection
 
 from tasks.store.connection import Row, rows
+from tasks.store.models import LIVE
 
-#: What lies on devices or is about to, with what it holds of their budgets and since when.
-_THINGS = """
-    SELECT device_id, owner, state, size_bytes, 'allocation' AS type, allocation_id AS id, created_at AS since
+#: What lies on devices or is about to, with what it holds of their budgets, for whom, and since when. A graph is one
+#: thing, however many models share it.
+_THINGS = f"""
+    SELECT device_id, ARRAY[owner] AS owners, state, size_bytes, 'allocation' AS type, allocation_id AS id,
+        created_at AS since
     FROM allocations WHERE state IN ('pending', 'active')
     UNION ALL
-    SELECT device_id, owner, state, reserved_bytes, 'model', model_id, created_at FROM models
-    WHERE state IN ('loading', 'loaded', 'lost')
+    SELECT g.device_id, array_agg(DISTINCT m.owner),
+        CASE WHEN bool_or(m.state = 'loaded') THEN 'loaded' ELSE 'lost' END, g.reserved_bytes, 'model',
+        g.content_key, g.created_at
+    FROM graphs g JOIN models m USING (device_id, content_key) WHERE m.state IN {LIVE}
+    GROUP BY g.device_id, g.content_key
     UNION ALL
-    SELECT device_id, owner, state, reserved_bytes, 'training_session', session_id, opened_at FROM training_sessions
-    WHERE state IN ('initializing', 'ready', 'restored')"""
+    SELECT device_id, ARRAY[owner], state, reserved_bytes, 'training_session', session_id, opened_at
+    FROM training_sessions WHERE state IN ('initializing', 'ready', 'restored')"""
 
 
 def standing(connection: Connection, device_id: str | None = None) -> list[dict[str, Any]]:
@@ -25,13 +31,15 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
 
     `used_bytes` is what allocations, models and training sessions hold; `reserved_bytes` counts what is about to be
     made too, and `awaiting_bytes` what was admitted beyond the budget against memory that is about to be freed. What a
-    device cannot tell, or an offline one no longer tells, is None.
+    device cannot tell, or an offline one no longer tells, is None. A graph that models of several owners share counts
+    once for each of them in `by_owner`, and once everywhere else.
     """
     found = rows(
         connection,
         f"""
         WITH things AS ({_THINGS}),
-        owned AS (SELECT device_id, owner, sum(size_bytes)::bigint AS size_bytes FROM things GROUP BY 1, 2),
+        owned AS (SELECT device_id, owner, sum(size_bytes)::bigint AS size_bytes
+            FROM things, unnest(owners) AS owner GROUP BY 1, 2),
         owners AS (SELECT device_id, jsonb_object_agg(owner, size_bytes) AS by_owner FROM owned GROUP BY 1),
         sums AS (
             SELECT device_id, count(*) FILTER (WHERE type = 'allocation') AS allocations,
@@ -99,20 +107,30 @@ def _told(row: Row) -> dict[str, Any]:
     }
 
 
-def lying_on(connection: Connection, device_id: str) -> list[Row]:
-    """What lies on a device or is about to: allocations, models and training sessions, largest first."""
+def lying_on(connection: Connection, device_id: str, owner: str | None = None) -> list[Row]:
+    """What lies on a device or is about to: allocations, models and training sessions, largest first.
+
+    Of models that share a graph the first has its bytes and the others 0. For `owner`, its own come before others',
+    and others' models are left out where one that is listed already has the bytes.
+    """
     return rows(
         connection,
-        """
+        f"""
+        WITH held AS (
+            SELECT m.model_id, m.name, m.owner, m.created_at, m.state, g.reserved_bytes, row_number() OVER (
+                PARTITION BY m.content_key
+                ORDER BY m.owner <> coalesce(%(owner)s::text, m.owner), m.created_at, m.model_id) AS turn
+            FROM models m JOIN graphs g USING (device_id, content_key)
+            WHERE m.device_id = %(id)s AND m.state IN {LIVE})
         SELECT 'allocation' AS type, allocation_id AS id, size_bytes, label, owner, created_at AS since, state
         FROM allocations WHERE device_id = %(id)s AND state IN ('pending', 'active')
         UNION ALL
-        SELECT 'model', model_id, reserved_bytes, name, owner, created_at, state
-        FROM models WHERE device_id = %(id)s AND state IN ('loading', 'loaded', 'lost')
+        SELECT 'model', model_id, CASE turn WHEN 1 THEN reserved_bytes ELSE 0 END, name, owner, created_at, state
+        FROM held WHERE turn = 1 OR owner = coalesce(%(owner)s::text, owner)
         UNION ALL
         SELECT 'training_session', session_id, reserved_bytes, NULL, owner, opened_at, state FROM training_sessions
         WHERE device_id = %(id)s AND state IN ('initializing', 'ready', 'restored') AND reserved_bytes > 0
         ORDER BY size_bytes DESC, id
         """,
-        {"id": device_id},
+        {"id": device_id, "owner": owner},
     )

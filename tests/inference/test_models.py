@@ -68,19 +68,6 @@ def test_much_text_travels_as_bytes(api: Api) -> None:
     assert unpack_texts(raw, 3) == list(text)
 
 
-def test_the_same_content_is_one_model_under_every_name(api: Api) -> None:
-    content = graphs.affine(21.0)
-    first = api.load(content, "first")
-    again = api.load(content, "second", version="7", pin=True)
-    assert again["model_id"] == first["model_id"]
-    told = api.model(first["model_id"])
-    assert told["aliases"] == [["second", "7"]]
-    assert told["pinned"]  # loading again with pin pins
-    assert np.array_equal(api.outputs(None, {"x": ROW}, model_name="second")["y"], ROW * 21 + 1)
-    other = api.load(content, "first", options={"graph_optimization": "disable"})
-    assert other["model_id"] != first["model_id"]  # options that shape the session make another one
-
-
 def test_a_graph_written_anew_is_another_model_with_the_same_results(api: Api) -> None:
     content = (models.fetch_all() / "rapidocr" / "ch_ppocr_mobile_v2.0_cls_infer.onnx").read_bytes()
     plain, anew = api.load(content, "plain"), api.load(content, "anew", options={"graph_optimization": "rewrite"})
@@ -92,18 +79,22 @@ def test_a_graph_written_anew_is_another_model_with_the_same_results(api: Api) -
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-def test_loads_of_one_content_at_the_same_moment_are_one_model(api: Api) -> None:
-    content = graphs.affine(22.0)
+@pytest.mark.parametrize("number_of_names", [1, 6])
+def test_loads_of_one_content_at_the_same_moment_are_one_model_for_each_name(api: Api, number_of_names: int) -> None:
+    content = graphs.affine(22.0 + number_of_names)
     path = api.save(content)
 
-    def load(number: int) -> str:
-        answer = api.post("/api/inference/load-model", {"name": f"moment-{number}", "source": {"path": path}})
+    def load(number: int) -> tuple[str, float]:
+        name = f"moment-{number_of_names}-{number % number_of_names}"
+        answer = api.post("/api/inference/load-model", {"name": name, "source": {"path": path}})
         assert answer.status_code == 200, answer.text
         assert answer.json()["state"] == "succeeded", answer.text
-        return answer.json()["resource"]["id"]
+        return answer.json()["resource"]["id"], answer.json()["result"]["load_ms"]
 
     with ThreadPoolExecutor(6) as pool:
-        assert len(set(pool.map(load, range(6)))) == 1
+        loaded = list(pool.map(load, range(6)))
+    assert len({model_id for model_id, _ in loaded}) == number_of_names
+    assert len({load_ms for _, load_ms in loaded}) == 1, "the graph was opened once"
 
 
 def test_a_run_submitted_while_the_model_loads_waits_for_it(api: Api) -> None:

@@ -121,6 +121,17 @@ def test_options_of_a_load_are_said_by_name(cli: Cli, doubling: Path, loaded: st
         assert told in cli("load-model", doubling, "--option", wrong, status=2 if "is not" in told else 1).stderr
 
 
+def test_a_load_says_whether_others_may_run_the_model_and_keeps_what_it_does_not_say(
+    cli: Cli, stack: RunningStack, doubling: Path
+) -> None:
+    told = []
+    for said in ((), ("--shared",), ("--pin",), ()):
+        model_id = cli.json("load-model", doubling, "--name", "said-so", *said)["resource"]["id"]
+        model = stack.client.get(f"/api/inference/models/{model_id}").json()
+        told.append((model["shared"], model["pinned"]))
+    assert told == [(False, False), (True, False), (True, True), (True, True)]
+
+
 def test_a_run_that_fails_fails_the_command_with_its_code(cli: Cli, loaded: str) -> None:
     refused = cli.json("run", loaded, "--input", "z=[1.0]", status=1)
     assert refused["error"]["code"] == "input_mismatch"

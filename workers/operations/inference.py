@@ -50,7 +50,7 @@ class Took:
 
 
 def load_model(resident: Resident, work: Work) -> Outcome:
-    """Makes a model resident, unless the same content already is."""
+    """Makes a model resident, unless it is."""
     model_id = work.request["model_id"]
     row = resident.read(store.get, model_id)
     if row is None:
@@ -66,13 +66,17 @@ def load_model(resident: Resident, work: Work) -> Outcome:
 
 
 def unload_model(resident: Resident, work: Work) -> Outcome:
-    """Takes a model off the device, and says what that freed. `recycle` ends the process where nothing else would."""
+    """Takes a model off the device, and says what that freed: 0 where another model uses its graph.
+
+    `recycle` ends the process where nothing else would give memory back.
+    """
     model_id = work.request["model_id"]
     model = resident.models.pop(model_id, None)
     if model is None:
         raise _missing(resident, model_id)
     freed = close(resident, model)
-    gc.collect()
+    if model.graph.content_key not in resident.graphs:
+        gc.collect()
     returns = bool(resident.device.describe().capabilities.get("returns_memory", True))
     result: dict[str, Any] = {"model_id": model_id, "freed_bytes": freed, "returns_memory": returns}
     if work.request.get("recycle"):
