@@ -39,6 +39,9 @@ router = APIRouter(tags=["jobs"])
 #: Jobs in one bulk submission at most.
 BULK_LIMIT = 1000
 
+#: Seconds for which a cancellation waits for the worker that holds the job ahead of its device to let go of it.
+CANCEL_SECONDS = 0.25
+
 #: Seconds between two comments on a quiet event stream, so that proxies keep it open.
 KEEPALIVE_SECONDS = 15.0
 
@@ -153,7 +156,11 @@ async def cancel_job(request: Request, caller: Known, job_id: str) -> Response:
     """Asks for cancellation: a queued job never starts, a running one stops at its next step, batch or node."""
     gateway = of(request)
     await _visible(gateway, caller, job_id)
-    row = await run_in_threadpool(cancel, gateway, job_id)
+    async with gateway.waiters.awaiting(job_id) as ended:
+        row = await run_in_threadpool(cancel, gateway, job_id)
+        if row["state"] == State.RESERVED:
+            await asyncio.wait([ended], timeout=CANCEL_SECONDS)
+            row = await read_row(gateway, job_id)
     return json_response(store.view(row), 202, {"Location": f"/api/jobs/{job_id}"})
 
 
@@ -165,7 +172,8 @@ def cancel(gateway: Gateway, job_id: str) -> Row:
             ended = store.get(connection, job_id)
             state = ended["state"] if ended else "gone"
             raise failure("job_finished", f"job {job_id} has ended: it is {state}")
-    if row["state"] in CLAIMABLE:
+    # What a worker has claimed ahead of its device is the worker's to end: it alone knows that it will not begin it.
+    if row["state"] in CLAIMABLE and not store.is_claimed(row):
         ending = Ending(job_id, State.CANCELLED.value, error=lifecycle.CANCELLED)
         ended_rows = lifecycle.end(gateway.engine, [ending], sorted(CLAIMABLE))
         lifecycle.announce(gateway.publisher, ended_rows)

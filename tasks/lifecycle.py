@@ -10,7 +10,7 @@ reservation back whether a worker, a cancellation or a death ended it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -54,10 +54,12 @@ class Outcome:
     #: Where making the result takes time that the device need not wait for: called once, before the end is recorded.
     pending: Callable[[], dict[str, Any]] | None = None
 
-    def ending(self) -> Ending:
-        """The same, as the store records it."""
+    def ending(self, claimed: Row) -> Ending:
+        """The same, as the store records it; `claimed` is the job's row as the worker has it."""
         device_ms = None if self.device_ms is None else round(self.device_ms, 3)
-        return Ending(self.job_id, self.state.value, self.result, self.error, device_ms)
+        # Only who claimed ahead of the device knows when that began.
+        started_at = claimed["started_at"] if "claimed_at" in claimed else None
+        return Ending(self.job_id, self.state.value, self.result, self.error, device_ms, started_at)
 
 
 def finish(
@@ -75,7 +77,7 @@ def finish(
     """
     kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
-        endings = [outcome.ending() for outcome in outcomes]
+        endings = _endings(outcomes, claimed)
         if relaxed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
             return relaxed.run(lambda connection: store.end_running(connection, endings, epoch, claimed))
         with engine.connect() as connection:
@@ -85,9 +87,13 @@ def finish(
         rest = [outcome for outcome in outcomes if outcome not in alone]
         return _finish_each(engine, alone, claimed, epoch) + (finish(engine, rest, claimed, epoch) if rest else [])
     with transaction(engine) as connection:
-        rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
+        rows = store.end_running(connection, _endings(outcomes, claimed), epoch, claimed)
         facts = {outcome.job_id: outcome.facts for outcome in outcomes}
         return rows + settle(connection, rows, facts, epoch)
+
+
+def _endings(outcomes: Sequence[Outcome], claimed: Mapping[str, Row]) -> list[Ending]:
+    return [outcome.ending(claimed[outcome.job_id]) for outcome in outcomes]
 
 
 def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
@@ -123,9 +129,10 @@ def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[s
 
 
 def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, Row], epoch: int) -> list[Row]:
-    end = effects.at_once(claimed[outcome.job_id]["kind"], outcome.facts)
+    row = claimed[outcome.job_id]
+    end = effects.at_once(row["kind"], outcome.facts)
     assert end is not None
-    return end(connection, outcome.ending(), outcome.facts, epoch)
+    return end(connection, outcome.ending(row), outcome.facts, epoch)
 
 
 def settle(
@@ -182,26 +189,33 @@ class Burial:
     lost_sessions: list[str]
 
 
-def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
+def bury(connection: Connection, device_id: str, epoch: int, begun: Collection[str] | None = None) -> Burial:
     """Declares lost what `device_id` held up to `epoch`, in the caller's transaction, which holds the device's lock.
 
-    Running jobs that are safe to repeat go back to the queue, the others fail with `worker_lost`; the third death on
-    one job makes it `poison`. Jobs that need what was lost fail with its code.
+    Jobs that the device had begun and that are safe to repeat go back to the queue, the others fail with
+    `worker_lost`; the third death on one job makes it `poison`. What was claimed and not begun goes back as if nothing
+    had happened. Jobs that need what was lost fail with its code.
+
+    `begun` are the ids of the jobs that the device had begun, where the worker itself says so.
     """
     lost = effects.lose(connection, device_id, epoch)
-    running = store.running_under(connection, device_id, epoch)
+    claimed = store.claimed_under(connection, device_id, epoch)
+    died = _may_have_begun(claimed) if begun is None else set(begun)
     endings: list[Ending] = []
     again: list[str] = []
-    for job in running:
-        if job["deaths"] + 1 >= POISON_DEATHS:
+    for job in claimed:
+        if job["id"] in died and job["deaths"] + 1 >= POISON_DEATHS:
             endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
         elif job["cancel_requested"]:
             endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
-        elif effects.may_repeat(connection, job, SAFE_TO_REPEAT):
+        elif job["id"] not in died or effects.may_repeat(connection, job, SAFE_TO_REPEAT):
             again.append(job["id"])
         else:
             endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
-    requeued = store.requeue(connection, again, died=True) if again else []
+    requeued = []
+    for counts in (True, False):
+        ids = [job_id for job_id in again if (job_id in died) is counts]
+        requeued += store.requeue(connection, ids, died=counts) if ids else []
     ended = store.end_open(connection, endings) if endings else []
     for resource_ids, error in lost.failing():
         ended += fail_needing(connection, resource_ids, error)
@@ -217,16 +231,29 @@ def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
     )
 
 
+def _may_have_begun(claimed: Sequence[Row]) -> set[str]:
+    """The jobs that a worker which died may have had on its device.
+
+    `running` is recorded a little after the device began with a job that was claimed ahead. So where nothing stands as
+    running, any of those that were claimed ahead may have been on the device, and killed the worker.
+    """
+    running = {job["id"] for job in claimed if job["state"] == State.RUNNING}
+    return running or {job["id"] for job in claimed}
+
+
 #: The error of a job that was cancelled.
 CANCELLED = {"code": "cancelled", "message": "The job was cancelled.", "retryable": False, "detail": None}
 
-#: The error of a job that waited past its expiry.
-EXPIRED = {
-    "code": "expired",
-    "message": "The job had not started when its expires_in_seconds were over.",
-    "retryable": True,
-    "detail": None,
-}
+
+def expired(job: Row) -> dict[str, Any]:
+    """The error of a job that waited past its expiry."""
+    seconds = round((job["expires_at"] - job["submitted_at"]).total_seconds(), 3)
+    return {
+        "code": "expired",
+        "message": f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
+        "retryable": True,
+        "detail": {"expires_in_seconds": seconds},
+    }
 
 
 def _worker_lost(device_id: str) -> dict[str, Any]:

@@ -227,7 +227,11 @@ class Intake:
         """A message whose job is recorded: the record's request counts, whatever the message says."""
         if row["state"] in TERMINAL:
             self._recorder.tell_celery(row, handle)
-        elif row["device_id"] == self._resident.device_id and row["state"] in (State.QUEUED, State.RESERVED):
+        elif (
+            row["device_id"] == self._resident.device_id
+            and row["state"] in (State.QUEUED, State.RESERVED)
+            and not store.is_claimed(row)
+        ):
             with self._engine.connect() as connection:
                 request = store.request_of(connection, row["id"]) or {}
             noted = {"seq": row["seq"], "priority": row["priority"], "after": row["after"], "needs": row["needs"]}
@@ -245,12 +249,12 @@ class Intake:
                 overdue = store.expired_among(connection, ids)
             endings = []
             for row in rows.values():
-                if row["state"] in TERMINAL or row["state"] == State.RUNNING:
+                if row["state"] in TERMINAL or store.is_claimed(row):
                     continue
                 if row["cancel_requested"]:
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=lifecycle.CANCELLED))
                 elif row["id"] in overdue:
-                    endings.append(Ending(row["id"], State.EXPIRED.value, error=lifecycle.EXPIRED))
+                    endings.append(Ending(row["id"], State.EXPIRED.value, error=lifecycle.expired(row)))
             ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
             lifecycle.announce(self._publisher, ended)
             by_id = {row["id"]: row for row in [*rows.values(), *ended]}

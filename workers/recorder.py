@@ -5,6 +5,7 @@ runner ─▶ started, progressed, finished ─▶ one statement for all that wa
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -23,6 +24,7 @@ from tasks import lifecycle
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
+from tasks.store import claims
 from tasks.store import jobs as store
 from tasks.store import models as model_store
 from tasks.store.connection import Relaxed, Row
@@ -35,6 +37,9 @@ log = structlog.get_logger(__name__)
 
 #: Seconds between two writes of one job's progress.
 PROGRESS_INTERVAL_SECONDS = 0.2
+
+#: Seconds after which a job that was claimed ahead, and that the device has begun, is recorded as running.
+MARK_SECONDS = 0.1
 
 #: Seconds for which a job counts as followed; whoever follows it says so again before that.
 FOLLOWED_SECONDS = 60.0
@@ -64,6 +69,8 @@ class Recorder:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
+        #: The running jobs that the record still shows as `reserved`, with the time until which it may.
+        self._unmarked: dict[str, float] = {}
         self._followed: dict[str, float] = {}
         self._relaxed = Relaxed(engine)
         self._uses = Uses()
@@ -84,7 +91,7 @@ class Recorder:
         self._thread.join()
 
     def started(self, works: list[Work]) -> None:
-        """Jobs were claimed."""
+        """The device has begun with jobs."""
         self._queue.put(("started", works))
 
     def progressed(self, work: Work, told: dict[str, Any]) -> None:
@@ -125,6 +132,7 @@ class Recorder:
             items = self._waiting()
             try:
                 self._record(items)
+                self._mark_running()
             except Exception:
                 log.exception("recording failed")
             if any(item is None for item in items):
@@ -134,10 +142,11 @@ class Recorder:
                 self._write_uses()
 
     def _waiting(self) -> list[Any]:
-        """What was handed over, all of it; nothing after a quiet second, so that counts are written in time."""
+        """What was handed over, all of it; nothing after a quiet second, or when a job is to be marked as running."""
         items = []
+        due_at = min(self._unmarked.values(), default=math.inf)
         with suppress(queue.Empty):
-            items.append(self._queue.get(timeout=1.0))
+            items.append(self._queue.get(timeout=min(1.0, max(0.001, due_at - time.monotonic()))))
             while True:
                 items.append(self._queue.get_nowait())
         return items
@@ -166,7 +175,25 @@ class Recorder:
             if work.entry.handle is not None:
                 work.entry.handle.started()
             self._running[work.job_id] = work
+            if work.ahead is not None:
+                self._unmarked[work.job_id] = time.monotonic() + MARK_SECONDS
         self._tell_followers(works)
+
+    def _mark_running(self) -> None:
+        """Records that the device has begun with jobs that were claimed ahead of it and have not ended soon after."""
+        if not self._unmarked:
+            return
+        now = time.monotonic()
+        due = [job_id for job_id, at in self._unmarked.items() if at <= now]
+        if not due:
+            return
+        for job_id in due:
+            del self._unmarked[job_id]
+        started = {job_id: self._running[job_id].row["started_at"] for job_id in due}
+        until_reachable(
+            lambda: self._relaxed.run(lambda connection: claims.mark_begun(connection, started, self._epoch)),
+            stop=self._stopping.is_set,
+        )
 
     def follow(self, job_id: str) -> None:
         """Somebody follows the job for the next minute: from now on its states and progress are announced."""
@@ -203,6 +230,7 @@ class Recorder:
         for one in finished:
             self._told_at.pop(one.work.job_id, None)
             self._running.pop(one.work.job_id, None)
+            self._unmarked.pop(one.work.job_id, None)
             self._tell_result(one)
             self._uses.add(one.work, one.outcome)
             if not self._retried(one):
@@ -276,7 +304,7 @@ class Recorder:
     def _retried(self, one: _Finished) -> bool:
         """Puts a job that failed retryably back, if it has attempts left; deaths of workers do not use them up."""
         work, outcome = one.work, one.outcome
-        used = work.row["attempt"] - work.row["deaths"]
+        used = work.row["attempt"]
         if (
             outcome.state != State.FAILED
             or not (outcome.error or {}).get("retryable")
@@ -287,7 +315,7 @@ class Recorder:
         def put_back() -> Row | None:
             with self._engine.connect() as connection:
                 return store.retry(
-                    connection, work.job_id, self._epoch, outcome.error or {}, RETRY_SECONDS * 2 ** (used - 1)
+                    connection, work.row, self._epoch, outcome.error or {}, RETRY_SECONDS * 2 ** (used - 1)
                 )
 
         row = until_reachable(put_back, stop=self._stopping.is_set)

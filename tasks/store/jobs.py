@@ -62,6 +62,8 @@ class Ending:
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     device_ms: float | None = None
+    #: When the device began with the job, where no statement has recorded that yet: it was claimed ahead.
+    started_at: datetime | None = None
 
 
 def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
@@ -137,6 +139,11 @@ def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
 _STATES = Prepared("states_of_jobs", "SELECT id, state FROM jobs WHERE id = ANY(%(ids)s)", {"ids": "text[]"})
 
 
+def is_claimed(job: Row) -> bool:
+    """Whether a worker has claimed the job and not ended it."""
+    return job["epoch"] is not None and job["finished_at"] is None
+
+
 def queue_position(connection: Connection, job: Row) -> int | None:
     """How many claimable jobs of the same device go before `job`; None once it runs, and above 1,000."""
     if job["state"] not in CLAIMABLE or job["device_id"] is None:
@@ -170,14 +177,21 @@ def page(
     return rows(connection, f"SELECT {COLUMNS} FROM jobs {where} ORDER BY seq DESC LIMIT %(limit)s", parameters)
 
 
+#: Which jobs among `ids` may be claimed. An open job has an epoch exactly while a worker holds a claim on it, so that
+#: nobody claims twice what was claimed ahead of its device and is still `reserved`.
+MAY_BE_CLAIMED = """id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND epoch IS NULL AND NOT cancel_requested
+      AND (expires_at IS NULL OR expires_at > clock_timestamp())
+      AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)"""
+
+#: The jobs that a worker has claimed under its epoch: those that its device has begun, and those claimed ahead of it.
+CLAIMED = "jobs.state IN ('running', 'reserved') AND jobs.epoch = %(epoch)s"
+
 _CLAIM = Prepared(
     "claim_jobs",
     f"""
     UPDATE jobs SET state = 'running', attempt = attempt + 1, epoch = %(epoch)s, started_at = clock_timestamp(),
         device_id = %(device_id)s, due_at = NULL
-    WHERE id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND NOT cancel_requested
-      AND (expires_at IS NULL OR expires_at > clock_timestamp())
-      AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)
+    WHERE {MAY_BE_CLAIMED}
     RETURNING request, {COLUMNS}
     """,
     {"ids": "text[]", "epoch": "int", "device_id": "text", "claimable": "text[]"},
@@ -199,15 +213,14 @@ def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoc
 def end_running(
     connection: Connection, endings: Sequence[Ending], epoch: int, claimed: Mapping[str, Row] | None = None
 ) -> list[Row]:
-    """Ends jobs that run under `epoch`. What does not come back had been ended, or taken over, by someone else.
+    """Ends jobs claimed under `epoch`. What does not come back had been ended, or taken over, by someone else.
 
     `claimed` are the rows as they were claimed: what an end does not change need not be read again.
     """
     told = dumps(list(endings))
     # What the database keeps otherwise than it was given (NUL) is read back.
     if claimed is None or "\\ufffd" in told or not all(ending.id in claimed for ending in endings):
-        guard = "jobs.state = 'running' AND jobs.epoch = %(epoch)s"
-        return _end(connection, endings, guard, {"epoch": epoch})
+        return _end(connection, endings, CLAIMED, {"epoch": epoch})
     ids = [ending.id for ending in endings]
     stamped = _END_RUNNING.rows(connection, {"endings": told, "ids": ids, "epoch": epoch})
     by_id = {ending.id: ending for ending in endings}
@@ -225,18 +238,20 @@ def end_open(connection: Connection, endings: Sequence[Ending], leaving: Collect
 #: How a job's row ends, from a row `ended` that says how.
 SET_ENDED = """state = ended.state, result = nullif(ended.result, 'null'), error = nullif(ended.error, 'null'),
             device_ms = coalesce(ended.device_ms, jobs.device_ms), finished_at = clock_timestamp(),
+            attempt = jobs.attempt + (jobs.state = 'reserved' AND ended.started_at IS NOT NULL)::int,
+            started_at = coalesce(jobs.started_at, ended.started_at),
             webhook_attempt = CASE WHEN webhook_url IS NOT NULL THEN 0 END,
             webhook_due_at = CASE WHEN webhook_url IS NOT NULL THEN clock_timestamp() END"""
 
 _ENDINGS = """jsonb_to_recordset(%(endings)s::jsonb)
-            AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)"""
+            AS ended (id text, state text, result jsonb, error jsonb, device_ms float8, started_at timestamptz)"""
 
 
 _END_RUNNING = Prepared(
     "end_running_jobs",
     f"""
     UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS}
-    WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
+    WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND {CLAIMED}
     RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
     """,
     {"endings": "jsonb", "ids": "text[]", "epoch": "int"},
@@ -255,16 +270,19 @@ def _end(connection: Connection, endings: Sequence[Ending], guard: str, paramete
     )
 
 
-def retry(connection: Connection, job_id: str, epoch: int, error: dict[str, Any], delay_seconds: float) -> Row | None:
-    """Puts a running job back for another attempt after `delay_seconds`; its last error stays readable meanwhile."""
+def retry(connection: Connection, claimed: Row, epoch: int, error: dict[str, Any], delay_seconds: float) -> Row | None:
+    """Puts a job back for another attempt after `delay_seconds`; its last error stays readable meanwhile.
+
+    `claimed` is its row as the worker has it, whose attempts count.
+    """
     return row(
         connection,
         f"""
-        UPDATE jobs SET state = 'retrying', error = %(error)s::jsonb,
-            due_at = clock_timestamp() + make_interval(secs => %(delay)s)
-        WHERE id = %(id)s AND state = 'running' AND epoch = %(epoch)s RETURNING {COLUMNS}
+        UPDATE jobs SET state = 'retrying', error = %(error)s::jsonb, attempt = %(attempt)s, epoch = NULL,
+            started_at = NULL, due_at = clock_timestamp() + make_interval(secs => %(delay)s)
+        WHERE id = %(id)s AND {CLAIMED} RETURNING {COLUMNS}
         """,
-        {"id": job_id, "epoch": epoch, "error": dumps(error), "delay": delay_seconds},
+        {**claimed, "epoch": epoch, "error": dumps(error), "delay": delay_seconds},
     )
 
 
@@ -289,11 +307,11 @@ def request_cancel(connection: Connection, job_id: str) -> Row | None:
 
 
 def running_to_cancel(connection: Connection, device_id: str, epoch: int) -> list[str]:
-    """Running jobs of the device that were asked to be cancelled, or ended by someone else: the control queue's net."""
+    """Claimed jobs of the device that were asked to be cancelled: the control queue's net."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND epoch = %(epoch)s "
-        "AND state = 'running' AND cancel_requested",
+        f"SELECT id FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND {CLAIMED} "
+        "AND cancel_requested",
         {"device_id": device_id, "epoch": epoch},
     )
     return [job["id"] for job in found]
@@ -305,7 +323,7 @@ def waiting(connection: Connection, device_id: str, older_than_seconds: float, l
         connection,
         f"""
         SELECT request, {COLUMNS} FROM jobs
-        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('queued', 'reserved')
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('queued', 'reserved') AND epoch IS NULL
           AND submitted_at < clock_timestamp() - make_interval(secs => %(age)s)
         ORDER BY seq LIMIT %(limit)s
         """,
@@ -328,15 +346,14 @@ def make_due(connection: Connection, limit: int) -> list[Row]:
     )
 
 
-def expired(connection: Connection, limit: int) -> list[str]:
-    """Jobs that waited past their expiry and have not started."""
-    found = rows(
+def expired(connection: Connection, limit: int) -> list[Row]:
+    """Jobs that waited past their expiry and that no worker has claimed: a worker ends those that it has itself."""
+    return rows(
         connection,
-        "SELECT id FROM jobs WHERE expires_at <= clock_timestamp() AND finished_at IS NULL "
-        "AND state = ANY(%(states)s) LIMIT %(limit)s",
+        f"SELECT {COLUMNS} FROM jobs WHERE expires_at <= clock_timestamp() AND finished_at IS NULL "
+        "AND state = ANY(%(states)s) AND epoch IS NULL LIMIT %(limit)s",
         {"states": list(_CLAIMABLE), "limit": limit},
     )
-    return [job["id"] for job in found]
 
 
 def expired_among(connection: Connection, job_ids: Collection[str]) -> set[str]:
@@ -349,13 +366,14 @@ def expired_among(connection: Connection, job_ids: Collection[str]) -> set[str]:
     return {job["id"] for job in found}
 
 
-def running_under(connection: Connection, device_id: str, epoch: int) -> list[Row]:
-    """Jobs that a device's epochs up to `epoch` left running, locked."""
+def claimed_under(connection: Connection, device_id: str, epoch: int) -> list[Row]:
+    """Jobs that a device's epochs up to `epoch` have claimed and not ended, locked."""
     return rows(
         connection,
         f"""
         SELECT {COLUMNS} FROM jobs
-        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = 'running' AND epoch <= %(epoch)s
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('running', 'reserved')
+          AND epoch <= %(epoch)s
         ORDER BY seq FOR UPDATE
         """,
         {"device_id": device_id, "epoch": epoch},
@@ -363,24 +381,29 @@ def running_under(connection: Connection, device_id: str, epoch: int) -> list[Ro
 
 
 def requeue(connection: Connection, job_ids: Collection[str], *, died: bool) -> list[Row]:
-    """Running jobs become `queued` again, with their requests; `died` counts a worker's death against each."""
+    """Claimed jobs become `queued` again, with their requests; `died` counts a worker's death against each.
+
+    What its worker did not live to end was no attempt.
+    """
     return rows(
         connection,
         f"""
-        UPDATE jobs SET state = 'queued', deaths = deaths + %(died)s, started_at = NULL, epoch = NULL, progress = NULL
-        WHERE id = ANY(%(ids)s) AND state = 'running' RETURNING request, {COLUMNS}
+        UPDATE jobs SET state = 'queued', deaths = deaths + %(died)s, attempt = attempt - (state = 'running')::int,
+            started_at = NULL, epoch = NULL, progress = NULL
+        WHERE id = ANY(%(ids)s) AND state IN ('running', 'reserved') RETURNING request, {COLUMNS}
         """,
         {"ids": list(job_ids), "died": int(died)},
     )
 
 
 def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[Row]:
-    """Jobs that have not started and need any of the resources."""
+    """Jobs that no worker has claimed and that need any of the resources."""
     return rows(
         connection,
         f"""
         SELECT {COLUMNS} FROM jobs
-        WHERE finished_at IS NULL AND state = ANY(%(states)s) AND needs && %(ids)s::text[] ORDER BY seq
+        WHERE finished_at IS NULL AND state = ANY(%(states)s) AND epoch IS NULL AND needs && %(ids)s::text[]
+        ORDER BY seq
         """,
         {"states": list(_CLAIMABLE), "ids": list(resource_ids)},
     )
@@ -422,7 +445,7 @@ def set_progress(connection: Connection, job_id: str, epoch: int, progress: dict
     """Notes how far a running job is."""
     execute(
         connection,
-        "UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND state = 'running' AND epoch = %(epoch)s",
+        f"UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND {CLAIMED}",
         {"id": job_id, "epoch": epoch, "progress": dumps(progress)},
     )
 
