@@ -19,6 +19,7 @@ from api_gateway.submission import (
     MAX_WAIT_SECONDS,
     accepted_all,
     json_response,
+    preferred_wait,
     promise_of,
     read_body,
     read_row,
@@ -32,7 +33,7 @@ from tasks.plans import plan
 from tasks.store import jobs as store
 from tasks.store.connection import Row
 from tasks.store.jobs import Ending
-from tasks.submit import Plan
+from tasks.submit import Plan, recall_jobs
 
 router = APIRouter(tags=["jobs"])
 
@@ -109,7 +110,7 @@ async def list_jobs(
 
 @router.post("/api/jobs", status_code=202, openapi_extra=body_schema("bulk"))
 async def submit_many(request: Request, caller: Known) -> Response:
-    """Takes 1 to 1,000 jobs at once: all are recorded, or none."""
+    """Takes 1 to 1,000 jobs at once: all are recorded, or none. `Prefer: wait=S` waits for all of them."""
     gateway = of(request)
     body = await read_body(request)
     entries = body.get("jobs")
@@ -120,9 +121,17 @@ async def submit_many(request: Request, caller: Known) -> Response:
     def plan_all() -> list[Plan]:
         return [_planned(context, index, entry) for index, entry in enumerate(entries)]
 
-    plans = await run_in_threadpool(plan_all)
-    rows = await gateway.submitter.submit(plans, promise_of(request, caller, body))
-    return accepted_all(rows)
+    promise = promise_of(request, caller, body)
+    try:
+        plans = await run_in_threadpool(plan_all)
+    except OperationError:
+        earlier = await run_in_threadpool(recall_jobs, gateway.engine, promise)
+        if earlier is None:
+            raise
+        rows = earlier
+    else:
+        rows = await gateway.submitter.submit(plans, promise)
+    return await accepted_all(gateway, rows, preferred_wait(request))
 
 
 def _planned(context: Any, index: int, entry: Any) -> Plan:

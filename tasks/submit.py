@@ -91,9 +91,9 @@ def submit(
 def record(connection: Connection, plans: Sequence[Plan], promise: Promise | None = None) -> list[Row]:
     """Records plans inside the caller's transaction."""
     if promise is not None:
-        earlier = _keep(connection, promise, [plan.job.id for plan in plans])
+        earlier = keep(connection, promise, [plan.job.id for plan in plans])
         if earlier is not None:
-            return earlier
+            return _in_order(connection, earlier)
     resources = {resource for plan in plans for resource in plan.exclusive}
     last = order.lock_order(connection, resources) if resources else {}
     known = _record_together(connection, plans)
@@ -142,18 +142,48 @@ def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) ->
     )
 
 
-def _keep(connection: Connection, promise: Promise, job_ids: list[str]) -> list[Row] | None:
-    earlier = order.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, job_ids)
-    if earlier is None:
+def keep(connection: Connection, promise: Promise, made_ids: list[str]) -> list[str] | None:
+    """Keeps what is made under a key, in the transaction that makes it; gives what was made under it before.
+
+    Raises `idempotency_conflict` where that was for another body.
+    """
+    earlier = order.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, made_ids)
+    return None if earlier is None else _same_body(promise, earlier)
+
+
+def recall(connection: Connection, promise: Promise) -> list[str] | None:
+    """What was made under a key: the ids in order; None where the key is new.
+
+    For submissions that cannot be planned: what the first one named may be gone, and its answer stands all the same.
+    Raises `idempotency_conflict` as `keep` does.
+    """
+    earlier = order.recall_key(connection, promise.owner, promise.route, promise.key)
+    return None if earlier is None else _same_body(promise, earlier)
+
+
+def recall_jobs(engine: Engine, promise: Promise | None) -> list[Row] | None:
+    """The jobs that were made under a key, as they stand; None where the key is new, or there is none."""
+    if promise is None:
         return None
+    with engine.connect() as connection:
+        job_ids = recall(connection, promise)
+        return None if job_ids is None else _in_order(connection, job_ids)
+
+
+def _same_body(promise: Promise, earlier: Row) -> list[str]:
     if earlier["body_sha256"] != promise.body_sha256:
         raise failure(
             "idempotency_conflict",
             f"Idempotency-Key {promise.key!r} was used with another body on this route; use a new key",
             detail={"job_ids": earlier["job_ids"]},
         )
-    known = store.get_many(connection, earlier["job_ids"])
-    return [known[job_id] for job_id in earlier["job_ids"] if job_id in known]
+    made: list[str] = earlier["job_ids"]
+    return made
+
+
+def _in_order(connection: Connection, job_ids: list[str]) -> list[Row]:
+    known = store.get_many(connection, job_ids)
+    return [known[job_id] for job_id in job_ids if job_id in known]
 
 
 def _with_predecessors(

@@ -123,7 +123,8 @@ class Runner:
         now = time.monotonic()
         for work in self.held.begun():
             if work.deadline is not None and now >= work.deadline:
-                work.cancel.trip("timeout")
+                seconds = work.row["timeout_seconds"]
+                work.cancel.trip("timeout", f"The job ran longer than job.timeout_seconds = {seconds:g} s.")
         for work in self.held.withdraw_overdue():
             self._end_unbegun(work, State.EXPIRED, lifecycle.expired(work.row))
 

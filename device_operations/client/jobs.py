@@ -93,10 +93,14 @@ class Jobs(Noun[Mode]):
         jobs: Iterable[tuple[Kind | str, JobRequest | Mapping[str, Any]]],
         *,
         idempotency_key: str | None = None,
+        wait: float = 0,
     ) -> Flow[list[Job]]:
-        """Submits 1 to 1,000 jobs at once: all are recorded, or none. Options go into each request's `job`."""
+        """Submits 1 to 1,000 jobs at once: all are recorded, or none. Options go into each request's `job`.
+
+        With `wait`, they come back as they stand once all have ended, or after so many seconds (60 at most).
+        """
         entries = [{"kind": str(Kind(kind)), "request": _body(_checked(kind, request, None))} for kind, request in jobs]
-        return (yield from _bulk(entries, idempotency_key))
+        return (yield from _bulk(entries, idempotency_key, wait))
 
     @operation
     def job(self, job: Job | str, *, wait: float = 0) -> Flow[Job]:
@@ -194,7 +198,7 @@ def submission(kind: Kind | str, request: JobRequest | Mapping[str, Any], given:
     call = _call(kind, _body(checked), given.get("idempotency_key"), wait)
     if call is None:
         entry = {"kind": str(kind), "request": _body(checked)}
-        job = (yield from _bulk([entry], given.get("idempotency_key")))[0]
+        job = (yield from _bulk([entry], given.get("idempotency_key"), wait))[0]
     else:
         response = yield call
         job = Job.model_validate_json(response.content)
@@ -236,7 +240,9 @@ def ended(job: Job | str, timeout_seconds: float | None) -> Flow[Job]:
         if found.terminal:
             return found
         if deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError(f"job {found.job_id} ({found.kind}) is {found.state} after {timeout_seconds:g} s")
+            raise TimeoutError(
+                f"job {found.job_id} ({found.kind}) is {found.state} after timeout = {timeout_seconds:g} s"
+            )
 
 
 def succeeded(job: Job | str, timeout_seconds: float | None) -> Flow[dict[str, Any]]:
@@ -313,6 +319,13 @@ def _headers(key: str | None, wait: float) -> dict[str, str]:
     return preferred | ({"Idempotency-Key": key} if key else {})
 
 
-def _bulk(entries: list[dict[str, Any]], key: str | None) -> Flow[list[Job]]:
-    response = yield Call("POST", "/api/jobs", json={"jobs": entries}, headers=_headers(key, 0), keyed=True)
+def _bulk(entries: list[dict[str, Any]], key: str | None, wait: float = 0) -> Flow[list[Job]]:
+    response = yield Call(
+        "POST",
+        "/api/jobs",
+        json={"jobs": entries},
+        headers=_headers(key, wait),
+        waits_seconds=min(wait, MAX_WAIT_SECONDS),
+        keyed=True,
+    )
     return [Job.model_validate(entry) for entry in response.json()["jobs"]]

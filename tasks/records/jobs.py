@@ -100,7 +100,7 @@ resource_order = Table(
     Column("last_job_id", Text),
 )
 
-#: What was answered for an `Idempotency-Key`, as long as its jobs are kept.
+#: What was answered for an `Idempotency-Key`, as long as its jobs (or the inference session) are kept: their ids.
 idempotency = Table(
     "idempotency",
     metadata,

@@ -7,15 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import datetime
 
 import httpx
 import numpy as np
-import psycopg2
 import pytest
 
 from tests.support import graphs
+from tests.support.records import claim_of
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
 WAIT = {"Prefer": "wait=30"}
@@ -48,20 +47,12 @@ def http(stack: RunningStack) -> Iterator[httpx.Client]:
             stack.client.delete(f"/api/jobs/{job['job_id']}")
 
 
-def claim_of(stack: RunningStack, job_id: str) -> tuple[str, int | None]:
-    """The recorded state, and the epoch under which the job is claimed."""
-    with closing(psycopg2.connect(stack.database_url)) as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT state, epoch FROM jobs WHERE id = %s", [job_id])
-        (found,) = cursor.fetchall()
-    return found
-
-
 def behind(stack: RunningStack, rounds: int = SHORT, **job: object) -> tuple[str, str]:
     """A run that goes on and on, and one behind it that the worker has claimed ahead."""
     busy = stack.client.post("/api/inference/run", json=slow(ENDLESS)).json()["job_id"]
     eventually(lambda: stack.client.get(f"/api/jobs/{busy}").json()["state"] == "running")
     waiting = stack.client.post("/api/inference/run", json=slow(rounds, **job)).json()["job_id"]
-    eventually(lambda: claim_of(stack, waiting)[1] is not None)
+    eventually(lambda: claim_of(stack.database_url, waiting)[1] is not None)
     return busy, waiting
 
 
