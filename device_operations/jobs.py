@@ -150,6 +150,8 @@ class Job(BaseModel):
     error: dict[str, Any] | None = None
     owner: str
     labels: dict[str, str] = {}
+    #: The ended job that this one tries again.
+    retried_from: str | None = None
 
     @property
     def terminal(self) -> bool:

@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError
-from device_operations.jobs import Kind, State
+from device_operations.jobs import CLAIMABLE, Kind, State
 from tasks import effects
 from tasks.publish import Publisher
 from tasks.store import devices as device_store
@@ -79,9 +79,11 @@ def finish(
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
         endings = _endings(outcomes, claimed)
         if relaxed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
-            return relaxed.run(lambda connection: store.end_running(connection, endings, epoch, claimed))
-        with engine.connect() as connection:
-            return store.end_running(connection, endings, epoch, claimed)
+            rows = relaxed.run(lambda connection: store.end_running(connection, endings, epoch, claimed))
+        else:
+            with engine.connect() as connection:
+                rows = store.end_running(connection, endings, epoch, claimed)
+        return rows + _end_successors(engine, rows)
     alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
     if alone:
         rest = [outcome for outcome in outcomes if outcome not in alone]
@@ -125,7 +127,7 @@ def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[s
                 log.error("an outcome was refused", job_id=outcome.job_id, error=error.message)
                 refused = Outcome(outcome.job_id, State.FAILED, error=error.as_job_error())
                 rows += finish(engine, [refused], claimed, epoch)
-    return rows
+    return rows + _end_successors(engine, rows)
 
 
 def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, Row], epoch: int) -> list[Row]:
@@ -146,11 +148,35 @@ def settle(
     ended = list(rows)
     while ended:
         lost = effects.apply(connection, ended, facts or {}, epoch)
-        ended = []
+        ended = cancel_successors(connection, ended)
         for error, together in groupby(lost, key=lambda one: one[1]):
             ended += fail_needing(connection, [resource_id for resource_id, _ in together], error)
         fallen += ended
     return fallen
+
+
+def cancel_successors(connection: Connection, rows: Sequence[Row]) -> list[Row]:
+    """Cancels what requires those of `rows` to succeed that ended otherwise. Effects, and their own, are the caller's.
+
+    A worker that dies before it comes to this leaves it to the claim, which refuses such a job.
+    """
+    failed = {row["id"]: row for row in rows if row["state"] != State.SUCCEEDED}
+    if not failed:
+        return []
+    endings = []
+    for job in store.open_requiring(connection, list(failed)):
+        before = next(failed[job_id] for job_id in job["requires"] if job_id in failed)
+        endings.append(Ending(job["id"], State.CANCELLED.value, error=predecessor_failed(before)))
+    return store.end_open(connection, endings, sorted(CLAIMABLE)) if endings else []
+
+
+def _end_successors(engine: Engine, rows: Sequence[Row]) -> list[Row]:
+    """The same where the ends of `rows` are recorded already, with all that falls then."""
+    if all(row["state"] == State.SUCCEEDED for row in rows):
+        return []
+    with transaction(engine) as connection:
+        cancelled = cancel_successors(connection, rows)
+        return cancelled + settle(connection, cancelled)
 
 
 def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dict[str, Any]) -> list[Row]:
@@ -253,6 +279,18 @@ def expired(job: Row) -> dict[str, Any]:
         "message": f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
         "retryable": True,
         "detail": {"expires_in_seconds": seconds},
+    }
+
+
+def predecessor_failed(before: Row) -> dict[str, Any]:
+    """The error of a job that requires `before` to succeed: a row with its id, kind, state and error."""
+    why = (before["error"] or {}).get("message", "")
+    return {
+        "code": "predecessor_failed",
+        "message": f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
+        f"{before['state']}{': ' + why if why else ''}",
+        "retryable": False,
+        "detail": {"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
     }
 
 

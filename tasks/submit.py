@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
+from tasks import lifecycle
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import order
@@ -106,7 +107,21 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
     if len(rows) != len(ordered):
         taken = sorted({job.id for job in ordered} - {row["id"] for row in rows})
         raise failure("idempotency_conflict", f"job ids are taken: {', '.join(taken)}")
-    return _with_answered(connection, plans, rows, known.answered) if known.answered else rows
+    if any(job.requires for job in ordered):
+        rows = _without_those_in_vain(connection, ordered, rows)
+    if known.answered:
+        rows = _with_answered(connection, plans, rows, known.answered)
+        if promise is not None:
+            order.amend_key(connection, promise.owner, promise.route, promise.key, [row["id"] for row in rows])
+    return rows
+
+
+def _without_those_in_vain(connection: Connection, jobs: Sequence[NewJob], rows: list[Row]) -> list[Row]:
+    """The rows, where those of jobs whose predecessors have failed already end at once, and what falls with them."""
+    failed = store.failed_before(connection, [job.id for job in jobs if job.requires])
+    cancelled = lifecycle.cancel_successors(connection, list(failed.values()))
+    ended = {row["id"]: row for row in [*cancelled, *lifecycle.settle(connection, cancelled)]}
+    return [ended.get(row["id"], row) for row in rows]
 
 
 def _record_together(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -135,11 +150,14 @@ def _with_answered(
 
 
 def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) -> None:
-    """Publishes what was recorded and is due."""
+    """Publishes what was recorded and is due, and announces what ended as it was recorded."""
     requests = {plan.job.id: plan.job.request for plan in plans}
     publisher.jobs(
         [(row, requests[row["id"]]) for row in rows if row["state"] == State.QUEUED and row["id"] in requests]
     )
+    in_vain = [row for row in rows if row["finished_at"] is not None and row["id"] in requests]
+    if in_vain:
+        lifecycle.announce(publisher, in_vain)
 
 
 def keep(connection: Connection, promise: Promise, made_ids: list[str]) -> list[str] | None:

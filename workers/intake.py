@@ -175,6 +175,9 @@ class Intake:
         elif row["state"] == State.QUEUED:
             noted = {"seq": row["seq"], "priority": row["priority"], "after": row["after"], "needs": row["needs"]}
             self._admit(self._entry(row["id"], row["kind"], request, noted, handle))
+        elif row["state"] in TERMINAL:
+            lifecycle.announce(self._publisher, [row])
+            self._recorder.tell_celery(row, handle)
         else:
             handle.dropped()
 
@@ -247,6 +250,7 @@ class Intake:
                 ids = [entry.job_id for entry in entries]
                 rows = store.get_many(connection, ids)
                 overdue = store.expired_among(connection, ids)
+                failed = store.failed_before(connection, ids)
             endings = []
             for row in rows.values():
                 if row["state"] in TERMINAL or store.is_claimed(row):
@@ -255,6 +259,9 @@ class Intake:
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=lifecycle.CANCELLED))
                 elif row["id"] in overdue:
                     endings.append(Ending(row["id"], State.EXPIRED.value, error=lifecycle.expired(row)))
+                elif row["id"] in failed:
+                    error = lifecycle.predecessor_failed(failed[row["id"]])
+                    endings.append(Ending(row["id"], State.CANCELLED.value, error=error))
             ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
             lifecycle.announce(self._publisher, ended)
             by_id = {row["id"]: row for row in [*rows.values(), *ended]}

@@ -244,9 +244,14 @@ class Recorder:
         finally:
             # Whatever became of the record, the device is free for the next job.
             self._lane.ended({one.work.job_id for one in ending})
+        handles = {one.work.job_id: one.work.entry.handle for one in ending}
+        for row in rows:
+            if row["id"] not in handles:
+                # It fell with what ended, while it waited here.
+                entry = self._lane.discard(row["id"])
+                handles[row["id"]] = entry.handle if entry is not None else None
         self._lane.ended({row["id"] for row in rows})
         views = lifecycle.announce(self._publisher, rows)
-        handles = {one.work.job_id: one.work.entry.handle for one in ending}
         for row, view in zip(rows, views, strict=True):
             self._tell(row, view, handles.pop(row["id"], None))
         for handle in handles.values():

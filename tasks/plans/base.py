@@ -99,6 +99,7 @@ def new_stored_job(
         state=(State.SCHEDULED if options.delay_seconds else State.QUEUED).value,
         max_attempts=options.max_attempts,
         after=[*more.pop("after", ()), *options.after],
+        requires=options.after if options.after_success and options.after else None,
         labels=options.labels,
         delay_seconds=options.delay_seconds,
         expires_in_seconds=options.expires_in_seconds,

@@ -23,7 +23,8 @@ _OPEN = tuple(sorted(OPEN))
 #: The columns that a caller's view of a job is made of, and what decides its further way.
 COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type,
     resource_id, needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at,
-    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, wants_result, webhook_url"""
+    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, wants_result, webhook_url,
+    retried_from"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ class NewJob:
     wants_result: bool = False
     webhook_url: str | None = None
     error: dict[str, Any] | None = None
+    #: The predecessors that have to succeed; None for a job that runs however they end.
+    requires: Sequence[str] | None = None
+    #: What the caller gave, as far as `request` does not say it: see `tasks.asked`.
+    asked: dict[str, Any] | None = None
+    retried_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +87,17 @@ _INSERT = Prepared(
     """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
             resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
-            webhook_url, error, finished_at)
+            webhook_url, error, requires, asked, retried_from, finished_at)
         SELECT id, kind, state, device_id, queue, priority, max_attempts, request, resource_type, resource_id,
             needs, after, blob_ids, owner, labels,
             clock_timestamp() + make_interval(secs => delay_seconds),
             clock_timestamp() + make_interval(secs => expires_in_seconds), timeout_seconds, wants_result, webhook_url,
-            error, CASE WHEN state = 'failed' THEN clock_timestamp() END
+            error, requires, nullif(asked, 'null'), retried_from, CASE WHEN state = 'failed' THEN clock_timestamp() END
         FROM jsonb_to_recordset(%(jobs)s::jsonb) AS new (id text, kind text, state text, device_id text, queue text,
             priority smallint, max_attempts int, request jsonb, resource_type text, resource_id text, needs text[],
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
-            timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
+            timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb, requires text[], asked jsonb,
+            retried_from text)
         ON CONFLICT (id) DO NOTHING
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
     """,
@@ -111,6 +118,7 @@ def _row(job: NewJob) -> Row:
         "resource_type": job.resource_type, "resource_id": job.resource_id, "needs": list(job.needs),
         "after": list(job.after), "owner": job.owner, "labels": job.labels, "timeout_seconds": job.timeout_seconds,
         "error": job.error, "wants_result": job.wants_result, "webhook_url": job.webhook_url,
+        "retried_from": job.retried_from,
     }  # fmt: skip
 
 
@@ -129,6 +137,11 @@ def request_of(connection: Connection, job_id: str) -> dict[str, Any] | None:
     """The request that a job was recorded with."""
     found = row(connection, "SELECT request FROM jobs WHERE id = %(id)s", {"id": job_id})
     return found["request"] if found else None
+
+
+def asked_of(connection: Connection, job_id: str) -> Row | None:
+    """What a job was asked to do: its kind, its request as it was recorded, and what its caller gave of it."""
+    return row(connection, "SELECT kind, request, asked FROM jobs WHERE id = %(id)s", {"id": job_id})
 
 
 def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
@@ -181,6 +194,8 @@ def page(
 #: nobody claims twice what was claimed ahead of its device and is still `reserved`.
 MAY_BE_CLAIMED = """id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND epoch IS NULL AND NOT cancel_requested
       AND (expires_at IS NULL OR expires_at > clock_timestamp())
+      AND (requires IS NULL OR NOT EXISTS (
+          SELECT 1 FROM jobs AS before WHERE before.id = ANY(jobs.requires) AND before.state <> 'succeeded'))
       AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)"""
 
 #: The jobs that a worker has claimed under its epoch: those that its device has begun, and those claimed ahead of it.
@@ -409,6 +424,33 @@ def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[
     )
 
 
+def open_requiring(connection: Connection, job_ids: Collection[str]) -> list[Row]:
+    """Jobs that no worker has claimed and that require any of `job_ids` to succeed; `requires` names what they do."""
+    return rows(
+        connection,
+        f"""
+        SELECT {COLUMNS}, requires FROM jobs
+        WHERE finished_at IS NULL AND requires IS NOT NULL AND requires && %(ids)s::text[] AND epoch IS NULL
+        ORDER BY seq
+        """,
+        {"ids": list(job_ids)},
+    )
+
+
+def failed_before(connection: Connection, job_ids: Collection[str]) -> dict[str, Row]:
+    """For those of `job_ids` that require a job which did not succeed, one such job: id, kind, state and error."""
+    found = rows(
+        connection,
+        """
+        SELECT jobs.id AS after_id, before.id, before.kind, before.state, before.error
+        FROM jobs JOIN jobs AS before ON before.id = ANY(jobs.requires)
+        WHERE jobs.id = ANY(%(ids)s) AND before.finished_at IS NOT NULL AND before.state <> 'succeeded'
+        """,
+        {"ids": list(job_ids)},
+    )
+    return {row.pop("after_id"): row for row in found}
+
+
 def open_ids_needing(connection: Connection, resource_id: str, kinds: Sequence[str] | None = None) -> list[str]:
     """Jobs, running ones too, that need the resource; of `kinds` only, where given."""
     found = rows(
@@ -524,4 +566,5 @@ def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
         "owner": job["owner"],
         "labels": job["labels"],
         "deaths": job["deaths"],
+        "retried_from": job["retried_from"],
     }

@@ -266,3 +266,13 @@ def test_it_waits_for_failures_too(stack: RunningStack, http: httpx.Client) -> N
     ]
     answer = http.post("/api/jobs", json={"jobs": entries}, headers=WAIT)
     assert (answer.status_code, [job["state"] for job in answer.json()["jobs"]]) == (200, ["failed", "succeeded"])
+
+
+def test_a_key_whose_job_an_earlier_one_answers_gives_that_one_again(stack: RunningStack, http: httpx.Client) -> None:
+    body = {"size_bytes": 16, "allocation_id": f"own-{next(_numbers)}"}
+    first = ids(http.post("/api/memory/allocate", json=body))
+    for _ in range(2):
+        assert (
+            ids(http.post("/api/memory/allocate", json=body, headers={"Idempotency-Key": body["allocation_id"]}))
+            == first
+        )

@@ -166,3 +166,20 @@ def test_a_worker_that_leaves_in_order_says_what_it_had_begun(engine: Engine, ep
     assert ahead(engine, epoch, job_id)
     buried(engine, epoch, [])
     assert (read(engine, job_id)["state"], read(engine, job_id)["deaths"]) == ("queued", 0)
+
+
+def test_what_requires_a_job_is_claimed_only_once_that_has_succeeded(engine: Engine, epoch: int) -> None:
+    first, second = recorded(engine), recorded(engine)
+    after_first, after_second = (recorded(engine, after=[one], requires=[one]) for one in (first, second))
+    successors = [after_first, after_second]
+    with engine.connect() as connection:
+        assert jobs.claim(connection, successors, "cpu_0", epoch) == []
+        assert len(jobs.claim(connection, [first, second], "cpu_0", epoch)) == 2
+        assert jobs.claim(connection, successors, "cpu_0", epoch) == []
+        # As where the worker dies between the end of a job and what follows from it.
+        jobs.end_running(connection, [Ending(first, "succeeded"), Ending(second, "failed", error={"code": "x"})], epoch)
+        assert claims.claim_ahead(connection, [after_second], "cpu_0", epoch) == []
+        assert [row["id"] for row in jobs.claim(connection, successors, "cpu_0", epoch)] == [after_first]
+        assert {name: row["id"] for name, row in jobs.failed_before(connection, successors).items()} == {
+            after_second: second
+        }
