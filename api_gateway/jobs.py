@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query, Request
@@ -18,17 +18,20 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import (
     MAX_WAIT_SECONDS,
     accepted_all,
+    earlier_job,
     json_response,
     preferred_wait,
     promise_of,
     read_body,
     read_row,
+    submit_parsed,
     wait_for,
 )
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks import lifecycle
+from tasks.asked import as_asked, to_retry
 from tasks.plans import plan
 from tasks.store import jobs as store
 from tasks.store.connection import Row
@@ -53,22 +56,29 @@ async def read_job(
     caller: Known,
     job_id: str,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="seconds to wait for the job's end")] = 0,
+    include: Annotated[Literal["request"] | None, Query(description="request: also what was asked")] = None,
 ) -> Response:
-    """One job; with `wait`, as soon as it has ended, or as it stands when the time is up."""
+    """One job; with `wait`, as soon as it has ended, or as it stands when the time is up.
+
+    `include=request` adds what was asked, as `request`; tensors above 64 KiB in it are blobs.
+    """
     gateway = of(request)
     row = await _visible(gateway, caller, job_id)
     if wait and row["state"] not in TERMINAL:
         waited = await wait_for(gateway, row, wait)
-        if waited.status_code == 200:
+        if waited.status_code == 200 and include is None:
             return waited
         row = await read_row(gateway, job_id)
 
-    def position() -> int | None:
+    def more() -> dict[str, Any]:
         with gateway.engine.connect() as connection:
-            return store.queue_position(connection, row)
+            told = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
+            asked = store.asked_of(connection, job_id) if include else None
+        return told if asked is None else told | {"request": as_asked(asked)}
 
-    ahead = await run_in_threadpool(position) if row["state"] in CLAIMABLE else None
-    return json_response(store.view(row, ahead))
+    if include is None and row["state"] not in CLAIMABLE:
+        return json_response(store.view(row))
+    return json_response(await run_in_threadpool(more))
 
 
 @router.get("/api/jobs")
@@ -148,6 +158,46 @@ def _planned(context: Any, index: int, entry: Any) -> Plan:
     except OperationError as error:
         error.message = f"jobs.{index}: {error.message}"
         raise
+
+
+@router.post(
+    "/api/jobs/{job_id}/retry", status_code=202, response_model=Job, openapi_extra=body_schema("retry", required=False)
+)
+async def retry_job(request: Request, caller: Known, job_id: str) -> Response:
+    """Submits an ended job again as a new one, which names it in `retried_from`; 409 while it has not ended.
+
+    The body holds fields of the request to replace; null leaves one out, `job` is changed option by option.
+    """
+    gateway = of(request)
+    changes = await read_body(request, empty_is={})
+    row = await _visible(gateway, caller, job_id)
+    if row["state"] not in TERMINAL:
+        raise failure(
+            "job_not_finished", f"job {job_id} is {row['state']}; wait for its end, or cancel it, and then try again"
+        )
+    if not isinstance(changes.get("job", {}), dict):
+        raise failure("validation_failed", "job is an object of options")
+
+    def asked_again() -> dict[str, Any]:
+        with gateway.engine.connect() as connection:
+            asked = store.asked_of(connection, job_id)
+        if asked is None:
+            raise failure("job_not_found", f"there is no job {job_id!r}")
+        if asked["owner"] != caller.owner:
+            # Whoever tries it again, it stays its owner's.
+            changes["job"] = {"owner": asked["owner"], **changes.get("job", {})}
+        return to_retry(asked, changes, gateway.blobs.read)
+
+    kind, wait_seconds = Kind(row["kind"]), preferred_wait(request)
+    promise = promise_of(request, caller, changes)
+    try:
+        parsed = parse(kind, await run_in_threadpool(asked_again))
+    except OperationError:
+        earlier = await earlier_job(gateway, promise, wait_seconds)
+        if earlier is None:
+            raise
+        return earlier
+    return await submit_parsed(gateway, caller, kind, parsed, promise, wait_seconds, retried_from=job_id)
 
 
 @router.get("/api/jobs/{job_id}/events")

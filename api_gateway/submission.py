@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -84,8 +85,12 @@ async def submit_parsed(
     *,
     heavy: bool = True,
     also: Mapping[str, Any] | None = None,
+    retried_from: str | None = None,
 ) -> Response:
-    """The same for a request that is checked already. `also` is what the worker is told beside it."""
+    """The same for a request that is checked already.
+
+    `also` is for the worker, besides the request. `retried_from` is the ended job that this one tries again.
+    """
     job_id = new_id()
     try:
         made = await make_plan(gateway, caller, kind, parsed, job_id, heavy=heavy)
@@ -96,6 +101,8 @@ async def submit_parsed(
             raise
         return earlier
     made.job.request.update(also or {})
+    if retried_from is not None:
+        made = replace(made, job=replace(made.job, retried_from=retried_from))
     if not wait_seconds:
         rows = await gateway.submitter.submit([made], promise)
         return accepted(rows[0])

@@ -103,6 +103,38 @@ class Jobs(Noun[Mode]):
         return (yield from _bulk(entries, idempotency_key, wait))
 
     @operation
+    def retry(
+        self,
+        job: Job | str,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        wait: float = 0,
+    ) -> Flow[Job]:
+        """Submits an ended job again as a new one, which names it in `retried_from`.
+
+        `changes` are fields of the request to replace; None leaves one out, `job` is changed option by option. Raises
+        `job_not_finished` where it has not ended.
+        """
+        deadline = time.monotonic() + wait
+        response = yield Call(
+            "POST",
+            at("/api/jobs/{}/retry", job_id_of(job)),
+            json=dict(changes or {}),
+            headers=_headers(idempotency_key, wait),
+            waits_seconds=min(wait, MAX_WAIT_SECONDS),
+            keyed=True,
+        )
+        return (yield from _until(Job.model_validate_json(response.content), deadline))
+
+    @operation
+    def request_of(self, job: Job | str) -> Flow[dict[str, Any]]:
+        """What a job was asked to do, as its caller gave it; tensors above 64 KiB in it are blobs."""
+        told = yield from get(at("/api/jobs/{}", job_id_of(job)), include="request")
+        request: dict[str, Any] = told["request"]
+        return request
+
+    @operation
     def job(self, job: Job | str, *, wait: float = 0) -> Flow[Job]:
         """The job as it stands, or after at most `wait` seconds (0 to 60) as soon as it has ended."""
         return (yield from read(job_id_of(job), wait))

@@ -13,6 +13,7 @@ from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
 from device_operations.tensors import INLINE_BYTES, Tensor, decode, to_bytes
 from device_operations.texts import pack_texts
+from tasks.asked import asked_of
 from tasks.blobs import BlobStore
 from tasks.directory import Directory
 from tasks.queues import device_queue
@@ -69,7 +70,7 @@ def new_job(
 ) -> NewJob:
     """The job of a request on a device, with the options that came with it. `queue_full` where too many wait there."""
     stored = request.payload() if payload is None else payload
-    return new_stored_job(context, kind, request.job, job_id, device, stored, **more)
+    return new_stored_job(context, kind, request.job, job_id, device, stored, asked=asked_of(kind, request), **more)
 
 
 def new_stored_job(

@@ -12,6 +12,7 @@ from device_operations.errors import failure
 from device_operations.jobs import CHANGES_MODELS, Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
+from tasks.asked import asked_of
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, store_tensors
 from tasks.plans.memory import forget_hashes
@@ -94,8 +95,9 @@ def plan_run(context: Context, request: Run, job_id: str) -> Plan:
     for name, device_id in staged.items():
         payload["inputs"][name]["device_id"] = device_id
     made = plan_stored_run(
-        context, request.job, job_id, model, payload, session=session, allocations=allocations, blob_ids=blob_ids
-    )
+        context, request.job, job_id, model, payload, session=session, allocations=allocations, blob_ids=blob_ids,
+        asked=asked_of(Kind.INFERENCE_RUN, request),
+    )  # fmt: skip
     written = {place.allocation_id for place in (request.into or {}).values()}
     # What is written into an allocation has a hash that nobody knows.
     return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
@@ -111,6 +113,7 @@ def plan_stored_run(
     session: Row | None = None,
     allocations: tuple[str, ...] = (),
     blob_ids: list[str] | None = None,
+    asked: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan of a run whose tensors are checked and stored; touches no database where the model is known."""
     device = context.directory.snapshot().devices.get(model["device_id"])
@@ -125,7 +128,7 @@ def plan_stored_run(
     job = new_stored_job(
         context, Kind.INFERENCE_RUN, options, job_id, device, payload,
         resource_type="inference_session", resource_id=session["session_id"] if session else job_id,
-        needs=needs, blob_ids=blob_ids or [],
+        needs=needs, blob_ids=blob_ids or [], asked=asked,
         after=[model["load_job_id"]] if model["state"] == "loading" else [],
     )  # fmt: skip
     return Plan(job, exclusive=(*allocations, session["session_id"]) if session else allocations)

@@ -54,7 +54,7 @@ class NewJob:
     error: dict[str, Any] | None = None
     #: The predecessors that have to succeed; None for a job that runs however they end.
     requires: Sequence[str] | None = None
-    #: What the caller gave, as far as `request` does not say it: see `tasks.asked`.
+    #: What the caller gave, as far as `request` does not say it.
     asked: dict[str, Any] | None = None
     retried_from: str | None = None
 
@@ -140,8 +140,8 @@ def request_of(connection: Connection, job_id: str) -> dict[str, Any] | None:
 
 
 def asked_of(connection: Connection, job_id: str) -> Row | None:
-    """What a job was asked to do: its kind, its request as it was recorded, and what its caller gave of it."""
-    return row(connection, "SELECT kind, request, asked FROM jobs WHERE id = %(id)s", {"id": job_id})
+    """A job with its request as it was recorded, and what its caller gave of it: see `tasks.asked`."""
+    return row(connection, f"SELECT request, asked, {COLUMNS} FROM jobs WHERE id = %(id)s", {"id": job_id})
 
 
 def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
