@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -33,6 +34,8 @@ from device_operations.requests.kinds import parse
 from tasks import lifecycle
 from tasks.asked import as_asked, to_retry
 from tasks.plans import plan
+from tasks.plans.base import Context
+from tasks.plans.earlier import Earlier
 from tasks.store import jobs as store
 from tasks.store.connection import Row
 from tasks.store.jobs import Ending
@@ -120,31 +123,38 @@ async def list_jobs(
 
 @router.post("/api/jobs", status_code=202, openapi_extra=body_schema("bulk"))
 async def submit_many(request: Request, caller: Known) -> Response:
-    """Takes 1 to 1,000 jobs at once: all are recorded, or none. `Prefer: wait=S` waits for all of them."""
+    """Takes 1 to 1,000 jobs at once: all are recorded, or none. `Prefer: wait=S` waits for all of them.
+
+    An entry may name what an earlier one makes: by an id or name of the caller's own, or as `{"$entry": 0}`, which is
+    the id of the first entry's resource, and in `job.after` that of its job.
+    """
     gateway = of(request)
     body = await read_body(request)
     entries = body.get("jobs")
     if set(body) != {"jobs"} or not isinstance(entries, list) or not 1 <= len(entries) <= BULK_LIMIT:
         raise failure("validation_failed", f"the body is {{'jobs': [1 to {BULK_LIMIT} of {{'kind', 'request'}}]}}")
-    context = gateway.context(caller)
+    earlier = Earlier()
+    context = replace(gateway.context(caller), earlier=earlier)
 
     def plan_all() -> list[Plan]:
-        return [_planned(context, index, entry) for index, entry in enumerate(entries)]
+        for index, entry in enumerate(entries):
+            earlier.add(_planned(context, index, entry, earlier))
+        return earlier.plans
 
     promise = promise_of(request, caller, body)
     try:
         plans = await run_in_threadpool(plan_all)
     except OperationError:
-        earlier = await run_in_threadpool(recall_jobs, gateway.engine, promise)
-        if earlier is None:
+        before = await run_in_threadpool(recall_jobs, gateway.engine, promise)
+        if before is None:
             raise
-        rows = earlier
+        rows = before
     else:
         rows = await gateway.submitter.submit(plans, promise)
     return await accepted_all(gateway, rows, preferred_wait(request))
 
 
-def _planned(context: Any, index: int, entry: Any) -> Plan:
+def _planned(context: Context, index: int, entry: Any, earlier: Earlier) -> Plan:
     if not isinstance(entry, dict) or not isinstance(entry.get("request"), dict) or set(entry) - {"kind", "request"}:
         raise failure("validation_failed", f"jobs.{index} is not {{'kind': …, 'request': {{…}}}}")
     try:
@@ -154,7 +164,7 @@ def _planned(context: Any, index: int, entry: Any) -> Plan:
             "validation_failed", f"jobs.{index}: no kind {entry.get('kind')!r}; there are: {', '.join(Kind)}"
         ) from None
     try:
-        return plan(context, kind, parse(kind, entry["request"]), new_id())
+        return plan(context, kind, parse(kind, earlier.resolved(entry["request"])), new_id())
     except OperationError as error:
         error.message = f"jobs.{index}: {error.message}"
         raise

@@ -16,6 +16,7 @@ from device_operations.texts import pack_texts
 from tasks.asked import asked_of
 from tasks.blobs import BlobStore
 from tasks.directory import Directory
+from tasks.plans.earlier import Earlier
 from tasks.queues import device_queue
 from tasks.store import blobs as blob_store
 from tasks.store.connection import Row
@@ -34,6 +35,8 @@ class Context:
     admin: bool = False
     device_id: str | None = None
     wants_result: bool = False
+    #: What earlier entries of the same submission make; None for a submission of one.
+    earlier: Earlier | None = None
 
     def may_see(self, owner: str) -> bool:
         """Whether what belongs to `owner` is the caller's to see and use."""

@@ -76,7 +76,11 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
                           retryable=True)  # fmt: skip
         reserve(connection, device_id, estimate, "the model")
 
-    return Plan(job, exclusive=(), record=record)
+    makes = {
+        "model_id": model_id, "name": request.name, "version": request.version, "model_type": request.model_type,
+        "device_id": device_id, "owner": job.owner, "load_job_id": job_id, "inputs": None, "outputs": None,
+    }  # fmt: skip
+    return Plan(job, exclusive=(), record=record, makes=makes)
 
 
 def plan_run(context: Context, request: Run, job_id: str) -> Plan:
@@ -139,9 +143,13 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
     model_id = request.model_id
     with context.engine.connect() as connection:
         model = model_store.get(connection, model_id)
+        if model is None and context.earlier is not None:
+            model = context.earlier.model(model_id, None, None)
         if model is None or model["state"] not in ("loading", "loaded", "lost"):
             raise no_model(model_id, model)
         before = job_store.open_ids_needing(connection, model_id)
+        if context.earlier is not None:
+            before += context.earlier.job_ids_needing(model_id)
         sessions = model_store.open_sessions(connection, model_id)
     if sessions and not request.force:
         raise failure(

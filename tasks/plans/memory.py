@@ -226,6 +226,8 @@ def find_many(context: Context, allocation_ids: Sequence[str]) -> dict[str, Row]
         return {}
     with context.engine.connect() as connection:
         found = store.get_many(connection, set(allocation_ids))
+    if context.earlier is not None:
+        found = {**context.earlier.allocations, **found}
     for allocation_id in allocation_ids:
         there = found.get(allocation_id)
         if there is None or not context.may_see(there["owner"]) or there["state"] not in ("pending", "active"):

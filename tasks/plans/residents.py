@@ -30,6 +30,9 @@ class Shaped(Protocol):
 
 def find_model(context: Context, model_id: str | None, name: str | None, version: str | None = None) -> Row:
     """The model to run: by id, or by name the one on the device with the shortest queue. Else `model_not_found`."""
+    made = context.earlier.model(model_id, name, version) if context.earlier is not None else None
+    if made is not None:
+        return made
     if model_id is not None:
         found = context.directory.model(model_id)
         if found is None:

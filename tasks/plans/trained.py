@@ -55,6 +55,8 @@ def known_session(context: Context, session_id: str) -> Row:
 
 
 def session_of(context: Context, session_id: str) -> Row:
+    if context.earlier is not None and session_id in context.earlier.training_sessions:
+        return context.earlier.training_sessions[session_id]
     with context.engine.connect() as connection:
         found = store.get(connection, session_id)
     return _callers(context, found, session_id)
