@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from device_operations.errors import failure
-from device_operations.jobs import Kind
+from device_operations.jobs import Kind, State
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
 from device_operations.tensors import Tensor
@@ -52,19 +52,20 @@ def as_asked(job: Row) -> dict[str, Any]:
 def to_retry(job: Row, changes: dict[str, Any], read_blob: Callable[[str], Any]) -> dict[str, Any]:
     """The request that tries an ended job again, with the fields of `changes` in place of the first ones.
 
-    A field that is null is left out; `job` is changed option by option. What the first job made gets a new id. Raises
+    A field that is null is left out; `job` is changed option by option. What is made gets a new id. Raises
     `sequence_conflict` for a step that was applied under the number that it was given, `blob_not_found` where its
     tensors are not kept.
     """
     asked = as_asked(job)
-    if job["kind"] == Kind.MEMORY_ALLOCATE:
+    if job["kind"] == Kind.MEMORY_ALLOCATE and job["state"] == State.SUCCEEDED:
+        # The id is taken by what the first job made; one that failed has left it free.
         asked.pop("allocation_id", None)
     options = {**asked.pop("job", {}), **(changes.get("job") or {})}
     request = {**asked, **{name: value for name, value in changes.items() if name != "job"}}
     request = {name: value for name, value in request.items() if value is not None}
     if options:
         request["job"] = {name: value for name, value in options.items() if value is not None}
-    if job["state"] == "succeeded" and "sequence" not in changes and request.get("sequence") is not None:
+    if job["state"] == State.SUCCEEDED and "sequence" not in changes and request.get("sequence") is not None:
         raise failure(
             "sequence_conflict",
             f"step {request['sequence']} was applied by job {job['id']}; give another sequence, or null for the next",

@@ -13,19 +13,12 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from device_operations.jobs import CLAIMABLE
 from tasks.database import dumps
 from tasks.store.connection import Prepared, Row
-from tasks.store.jobs import COLUMNS, MAY_BE_CLAIMED
+from tasks.store.jobs import Claims
 
-_CLAIM_AHEAD = Prepared(
-    "claim_jobs_ahead",
-    f"""
-    UPDATE jobs SET state = 'reserved', epoch = %(epoch)s, started_at = NULL, device_id = %(device_id)s, due_at = NULL
-    WHERE {MAY_BE_CLAIMED}
-    RETURNING request, clock_timestamp() AS claimed_at, {COLUMNS}
-    """,
-    {"ids": "text[]", "epoch": "int", "device_id": "text", "claimable": "text[]"},
+_CLAIM_AHEAD = Claims(
+    "claim_jobs_ahead", "state = 'reserved', started_at = NULL", returns="clock_timestamp() AS claimed_at,"
 )
 
 
@@ -34,10 +27,7 @@ def claim_ahead(connection: Connection, job_ids: Collection[str], device_id: str
 
     Their rows have `claimed_at` besides: the database's clock at the claim, from which the worker counts on.
     """
-    return _CLAIM_AHEAD.rows(
-        connection,
-        {"ids": list(job_ids), "epoch": epoch, "device_id": device_id, "claimable": sorted(CLAIMABLE)},
-    )
+    return _CLAIM_AHEAD.claim(connection, job_ids, device_id, epoch)
 
 
 def mark_begun(connection: Connection, started: Mapping[str, datetime], epoch: int) -> None:

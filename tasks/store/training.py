@@ -162,7 +162,7 @@ _END_APPLIED = Prepared(
     told AS ({_HISTORY}),
     ended AS (
         UPDATE jobs SET {SET_ENDED} FROM (SELECT %(state)s AS state, %(result)s AS result, %(error)s AS error,
-            %(device_ms)s AS device_ms, NULL::timestamptz AS started_at) AS ended
+            %(device_ms)s AS device_ms) AS ended
         WHERE jobs.id = %(job)s AND EXISTS (SELECT 1 FROM mine) AND EXISTS (SELECT 1 FROM moved)
         RETURNING {", ".join("jobs." + name.strip() for name in JOB_COLUMNS.split(","))})
     SELECT (SELECT count(*) FROM mine) AS held, ended.* FROM (SELECT 1) AS one LEFT JOIN ended ON true

@@ -160,6 +160,14 @@ def test_what_it_makes_has_an_id_of_its_own(http: httpx.Client, own: dict[str, s
     assert data == bytes([7]) * 16
 
 
+def test_an_id_of_the_callers_own_is_used_again_where_nothing_was_made(http: httpx.Client) -> None:
+    own = f"failed-{next(_numbers)}"
+    first = submit(http, "memory.allocate", {"size_bytes": 16, "allocation_id": own, "job": {"delay_seconds": 60}})
+    assert http.delete(f"/api/jobs/{first['job_id']}").json()["state"] == "cancelled"
+    again = ended(http, retried(http, first, {"job": {"delay_seconds": None}}))
+    assert again["resource"]["id"] == own
+
+
 def test_every_kind_on_memory(http: httpx.Client, stack: RunningStack) -> None:
     there = Memory(stack).made(size_bytes=16)
     blob = http.post("/api/blobs", content=b"abcd").json()["blob_id"]
