@@ -72,11 +72,23 @@ _BULK_SCHEMA = {
 }
 
 
+_RETRY_SCHEMA = {
+    "type": "object",
+    "description": "fields of the first request to replace; null leaves one out",
+    "properties": {"job": {"type": "object"}},
+    "additionalProperties": True,
+}
+
+
 def body_schema(name: str, *, required: bool = True) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes the body `name`."""
-    if name == "bulk":
-        schema: dict[str, Any] = _BULK_SCHEMA
-        example: dict[str, Any] = {"jobs": [{"kind": "memory.allocate", "request": {"size_bytes": 4096}}]}
+    schema: dict[str, Any]
+    example: dict[str, Any]
+    if name == "retry":
+        schema, example = _RETRY_SCHEMA, {"inputs": {"x": _TENSOR}, "job": {"priority": 9}}
+    elif name == "bulk":
+        schema = _BULK_SCHEMA
+        example = {"jobs": [{"kind": "memory.allocate", "request": {"size_bytes": 4096}}]}
     else:
         model, example = BODIES[name]
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Gateway, of
-from api_gateway.submission import json_response, read_body, submit_job
+from api_gateway.submission import json_response, promise_of, read_body, submit_job
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Job, Kind, State
 from device_operations.requests.inference import OpenSession
@@ -83,10 +83,12 @@ async def unload_model(
 @router.post("/api/inference/sessions", status_code=201, openapi_extra=body_schema("open_session"))
 async def open_session(request: Request, caller: Known) -> Response:
     """Opens a conversation with a model, whose state tensors stay on the device between runs."""
-    parsed = _parse_session(await read_body(request))
+    body = await read_body(request)
+    parsed = _parse_session(body)
     gateway = of(request)
+    promise = promise_of(request, caller, body)
     try:
-        row = await run_in_threadpool(sessions.open_session, gateway.context(caller), parsed)
+        row = await run_in_threadpool(sessions.open_session, gateway.context(caller), parsed, promise)
     except Exception as error:
         raise unavailable(error) from error
     return json_response(session_view(row), 201, {"Location": f"/api/inference/status/{row['session_id']}"})

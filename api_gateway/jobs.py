@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query, Request
@@ -18,27 +19,36 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import (
     MAX_WAIT_SECONDS,
     accepted_all,
+    earlier_job,
     json_response,
+    preferred_wait,
     promise_of,
     read_body,
     read_row,
+    submit_parsed,
     wait_for,
 )
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks import lifecycle
+from tasks.asked import as_asked, to_retry
 from tasks.owners import found
 from tasks.plans import plan
+from tasks.plans.base import Context
+from tasks.plans.earlier import Earlier
 from tasks.store import jobs as store
 from tasks.store.connection import Row
 from tasks.store.jobs import Ending
-from tasks.submit import Plan
+from tasks.submit import Plan, recall_jobs
 
 router = APIRouter(tags=["jobs"])
 
 #: Jobs in one bulk submission at most.
 BULK_LIMIT = 1000
+
+#: Seconds for which a cancellation waits for the worker that holds the job ahead of its device to let go of it.
+CANCEL_SECONDS = 0.25
 
 #: Seconds between two comments on a quiet event stream, so that proxies keep it open.
 KEEPALIVE_SECONDS = 15.0
@@ -50,22 +60,29 @@ async def read_job(
     caller: Known,
     job_id: str,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="seconds to wait for the job's end")] = 0,
+    include: Annotated[Literal["request"] | None, Query(description="request: also what was asked")] = None,
 ) -> Response:
-    """One job; with `wait`, as soon as it has ended, or as it stands when the time is up."""
+    """One job; with `wait`, as soon as it has ended, or as it stands when the time is up.
+
+    `include=request` adds what was asked, as `request`; tensors above 64 KiB in it are blobs.
+    """
     gateway = of(request)
     row = await _visible(gateway, caller, job_id)
     if wait and row["state"] not in TERMINAL:
         waited = await wait_for(gateway, row, wait)
-        if waited.status_code == 200:
+        if waited.status_code == 200 and include is None:
             return waited
         row = await read_row(gateway, job_id)
 
-    def position() -> int | None:
+    def more() -> dict[str, Any]:
         with gateway.engine.connect() as connection:
-            return store.queue_position(connection, row)
+            told = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
+            asked = store.asked_of(connection, job_id) if include else None
+        return told if asked is None else told | {"request": as_asked(asked)}
 
-    ahead = await run_in_threadpool(position) if row["state"] in CLAIMABLE else None
-    return json_response(store.view(row, ahead))
+    if include is None and row["state"] not in CLAIMABLE:
+        return json_response(store.view(row))
+    return json_response(await run_in_threadpool(more))
 
 
 @router.get("/api/jobs")
@@ -107,23 +124,38 @@ async def list_jobs(
 
 @router.post("/api/jobs", status_code=202, openapi_extra=body_schema("bulk"))
 async def submit_many(request: Request, caller: Known) -> Response:
-    """Takes 1 to 1,000 jobs at once: all are recorded, or none."""
+    """Takes 1 to 1,000 jobs at once: all are recorded, or none. `Prefer: wait=S` waits for all of them.
+
+    An entry may name what an earlier one makes: by an id or name of the caller's own, or as `{"$entry": 0}`, which is
+    the id of the first entry's resource, and in `job.after` that of its job.
+    """
     gateway = of(request)
     body = await read_body(request)
     entries = body.get("jobs")
     if set(body) != {"jobs"} or not isinstance(entries, list) or not 1 <= len(entries) <= BULK_LIMIT:
         raise failure("validation_failed", f"the body is {{'jobs': [1 to {BULK_LIMIT} of {{'kind', 'request'}}]}}")
-    context = gateway.context(caller)
+    earlier = Earlier()
+    context = replace(gateway.context(caller), earlier=earlier)
 
     def plan_all() -> list[Plan]:
-        return [_planned(context, index, entry) for index, entry in enumerate(entries)]
+        for index, entry in enumerate(entries):
+            earlier.add(_planned(context, index, entry, earlier))
+        return earlier.plans
 
-    plans = await run_in_threadpool(plan_all)
-    rows = await gateway.submitter.submit(plans, promise_of(request, caller, body))
-    return accepted_all(rows)
+    promise = promise_of(request, caller, body)
+    try:
+        plans = await run_in_threadpool(plan_all)
+    except OperationError:
+        before = await run_in_threadpool(recall_jobs, gateway.engine, promise)
+        if before is None:
+            raise
+        rows = before
+    else:
+        rows = await gateway.submitter.submit(plans, promise)
+    return await accepted_all(gateway, rows, preferred_wait(request))
 
 
-def _planned(context: Any, index: int, entry: Any) -> Plan:
+def _planned(context: Context, index: int, entry: Any, earlier: Earlier) -> Plan:
     if not isinstance(entry, dict) or not isinstance(entry.get("request"), dict) or set(entry) - {"kind", "request"}:
         raise failure("validation_failed", f"jobs.{index} is not {{'kind': …, 'request': {{…}}}}")
     try:
@@ -133,10 +165,50 @@ def _planned(context: Any, index: int, entry: Any) -> Plan:
             "validation_failed", f"jobs.{index}: no kind {entry.get('kind')!r}; there are: {', '.join(Kind)}"
         ) from None
     try:
-        return plan(context, kind, parse(kind, entry["request"]), new_id())
+        return plan(context, kind, parse(kind, earlier.resolved(entry["request"])), new_id())
     except OperationError as error:
         error.message = f"jobs.{index}: {error.message}"
         raise
+
+
+@router.post(
+    "/api/jobs/{job_id}/retry", status_code=202, response_model=Job, openapi_extra=body_schema("retry", required=False)
+)
+async def retry_job(request: Request, caller: Known, job_id: str) -> Response:
+    """Submits an ended job again as a new one, which names it in `retried_from`; 409 while it has not ended.
+
+    The body holds fields of the request to replace; null leaves one out, `job` is changed option by option.
+    """
+    gateway = of(request)
+    changes = await read_body(request, empty_is={})
+    row = await _visible(gateway, caller, job_id)
+    if row["state"] not in TERMINAL:
+        raise failure(
+            "job_not_finished", f"job {job_id} is {row['state']}; wait for its end, or cancel it, and then try again"
+        )
+    if not isinstance(changes.get("job", {}), dict):
+        raise failure("validation_failed", "job is an object of options")
+
+    def asked_again() -> dict[str, Any]:
+        with gateway.engine.connect() as connection:
+            asked = store.asked_of(connection, job_id)
+        if asked is None:
+            raise failure("job_not_found", f"there is no job {job_id!r}")
+        if asked["owner"] != caller.owner:
+            # Whoever tries it again, it stays its owner's.
+            changes["job"] = {"owner": asked["owner"], **changes.get("job", {})}
+        return to_retry(asked, changes, gateway.blobs.read)
+
+    kind, wait_seconds = Kind(row["kind"]), preferred_wait(request)
+    promise = promise_of(request, caller, changes)
+    try:
+        parsed = parse(kind, await run_in_threadpool(asked_again))
+    except OperationError:
+        earlier = await earlier_job(gateway, promise, wait_seconds)
+        if earlier is None:
+            raise
+        return earlier
+    return await submit_parsed(gateway, caller, kind, parsed, promise, wait_seconds, retried_from=job_id)
 
 
 @router.get("/api/jobs/{job_id}/events")
@@ -154,7 +226,11 @@ async def cancel_job(request: Request, caller: Known, job_id: str) -> Response:
     """Asks for cancellation: a queued job never starts, a running one stops at its next step, batch or node."""
     gateway = of(request)
     await _visible(gateway, caller, job_id)
-    row = await run_in_threadpool(cancel, gateway, job_id)
+    async with gateway.waiters.awaiting(job_id) as ended:
+        row = await run_in_threadpool(cancel, gateway, job_id)
+        if row["state"] == State.RESERVED:
+            await asyncio.wait([ended], timeout=CANCEL_SECONDS)
+            row = await read_row(gateway, job_id)
     return json_response(store.view(row), 202, {"Location": f"/api/jobs/{job_id}"})
 
 
@@ -166,7 +242,8 @@ def cancel(gateway: Gateway, job_id: str) -> Row:
             ended = store.get(connection, job_id)
             state = ended["state"] if ended else "gone"
             raise failure("job_finished", f"job {job_id} has ended: it is {state}")
-    if row["state"] in CLAIMABLE:
+    # What a worker has claimed ahead of its device is the worker's to end: it alone knows that it will not begin it.
+    if row["state"] in CLAIMABLE and not store.is_claimed(row):
         ending = Ending(job_id, State.CANCELLED.value, error=lifecycle.CANCELLED)
         ended_rows = lifecycle.end(gateway.engine, [ending], sorted(CLAIMABLE))
         lifecycle.announce(gateway.publisher, ended_rows)

@@ -18,6 +18,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import (
     MAX_WAIT_SECONDS,
     json_response,
+    knows_key,
     make_plan,
     preferred_wait,
     promise_of,
@@ -187,8 +188,10 @@ async def write_data(
         there = plans.find(gateway.context(caller), allocation_id)
         plans.check_range(there, plans.Range(allocation_id, offset, int(announced) if announced.isdigit() else 0))
 
-    # Before the body is taken in: what cannot be written need not be sent.
-    await run_in_threadpool(check)
+    # Before the body is taken in: what cannot be written need not be sent. Only under a key that was used before, the
+    # body says whether this is the first submission again.
+    if not await run_in_threadpool(knows_key, request, caller):
+        await run_in_threadpool(check)
     stored = await receive(request, caller, wanted, passing=True, what="body")
     body = {"allocation_id": allocation_id, "offset": offset, "blob_id": stored.blob_id}
     # The same bytes again are the same request, whatever blob they came in as.

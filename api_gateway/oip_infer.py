@@ -253,7 +253,7 @@ async def _performed(
     if job["state"] == State.SUCCEEDED:
         return job
     if job["state"] == State.EXPIRED:
-        raise failure("timeout", "the run had not started when its time was up")
+        raise failure("timeout", f"the run had not started after {patience_seconds} s (parameters.timeout)")
     raise from_job_error(job["error"])
 
 
@@ -281,7 +281,8 @@ async def _ended(request: Request, ended: asyncio.Future[bytes], patience_second
     watch: list[asyncio.Task[None]] = []
     timers = [loop.call_later(UNWATCHED_SECONDS, _begin_to_watch, request, ended, watch)]
     if patience_seconds is not None:
-        late = failure("timeout", f"the run had not ended after {patience_seconds} s, and was cancelled")
+        waited = f"{patience_seconds} s (parameters.timeout)"
+        late = failure("timeout", f"the run had not ended after {waited}, and was cancelled")
         timers.append(loop.call_later(patience_seconds, _give_up, ended, late))
     try:
         return await ended

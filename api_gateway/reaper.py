@@ -115,9 +115,9 @@ class Reaper:
 
     def _expire(self) -> None:
         with self._engine.connect() as connection:
-            ids = store.expired(connection, AT_ONCE)
-        if ids:
-            endings = [Ending(job_id, State.EXPIRED.value, error=lifecycle.EXPIRED) for job_id in ids]
+            overdue = store.expired(connection, AT_ONCE)
+        if overdue:
+            endings = [Ending(job["id"], State.EXPIRED.value, error=lifecycle.expired(job)) for job in overdue]
             lifecycle.announce(self._publisher, lifecycle.end(self._engine, endings, sorted(CLAIMABLE)))
 
     def _expire_sessions(self) -> None:

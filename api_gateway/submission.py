@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.waiting import lost
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
@@ -25,7 +26,8 @@ from tasks.plans import plan
 from tasks.store import ends
 from tasks.store import jobs as store
 from tasks.store.connection import Row
-from tasks.submit import Plan, Promise, body_hash
+from tasks.store.order import recall_key
+from tasks.submit import Plan, Promise, body_hash, recall_jobs
 
 #: The longest that a request may wait for its job, in seconds.
 MAX_WAIT_SECONDS = 60.0
@@ -85,11 +87,24 @@ async def submit_parsed(
     *,
     heavy: bool = True,
     also: Mapping[str, Any] | None = None,
+    retried_from: str | None = None,
 ) -> Response:
-    """The same for a request that is checked already. `also` is what the worker is told beside it."""
+    """The same for a request that is checked already.
+
+    `also` is for the worker, besides the request. `retried_from` is the ended job that this one tries again.
+    """
     job_id = new_id()
-    made = await make_plan(gateway, caller, kind, parsed, job_id, heavy=heavy)
+    try:
+        made = await make_plan(gateway, caller, kind, parsed, job_id, heavy=heavy)
+    except OperationError:
+        # What the first submission under this key named may be gone by now; its answer stands.
+        earlier = await earlier_job(gateway, promise, wait_seconds)
+        if earlier is None:
+            raise
+        return earlier
     made.job.request.update(also or {})
+    if retried_from is not None:
+        made = replace(made, job=replace(made.job, retried_from=retried_from))
     if not wait_seconds:
         rows = await gateway.submitter.submit([made], promise)
         return accepted(rows[0])
@@ -97,7 +112,7 @@ async def submit_parsed(
         awaited = promise is None and wait_seconds >= LIKELY_ENDED_SECONDS
         rows = await gateway.submitter.submit([made], promise, awaited=awaited)
         row = rows[0]
-        if row["id"] != job_id:
+        if row["id"] != job_id or row["state"] in TERMINAL:
             return await wait_for(gateway, row, wait_seconds)
         ended.recorded = True
         try:
@@ -134,6 +149,14 @@ async def wait_for(gateway: Gateway, row: Row, wait_seconds: float) -> Response:
             return Response(await asyncio.wait_for(ended, wait_seconds), 200, _location(current), media_type=JSON)
         except TimeoutError:
             return accepted(await read_row(gateway, job_id))
+
+
+async def earlier_job(gateway: Gateway, promise: Promise | None, wait_seconds: float) -> Response | None:
+    """The answer that was given for the key before, if it was used before."""
+    earlier = await run_in_threadpool(recall_jobs, gateway.engine, promise) if promise else None
+    if not earlier:
+        return None
+    return await wait_for(gateway, earlier[0], wait_seconds) if wait_seconds else accepted(earlier[0])
 
 
 async def read_row(gateway: Gateway, job_id: str) -> Row:
@@ -174,20 +197,61 @@ def accepted(row: Row) -> Response:
     return json_response(store.view(row), status, _location(row))
 
 
-def accepted_all(rows: Sequence[Row]) -> Response:
-    """202 with several jobs."""
-    return json_response({"jobs": [store.view(row) for row in rows]}, 202)
+async def accepted_all(gateway: Gateway, rows: Sequence[Row], wait_seconds: float) -> Response:
+    """202 with several jobs; 200 where all of them have ended within the time."""
+    if not wait_seconds:
+        return json_response({"jobs": [store.view(row) for row in rows]}, 202)
+    waiting = {row["id"]: gateway.waiters.expect(row["id"]) for row in rows}
+    try:
+        # Only once all are awaited: one that has ended before would not be announced again.
+        current = await _read_rows(gateway, waiting)
+        pending = {waiting[job_id] for job_id, row in current.items() if row["state"] not in TERMINAL}
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=wait_seconds)
+            current = await _read_rows(gateway, waiting)
+    finally:
+        for job_id, future in waiting.items():
+            gateway.waiters.forget(job_id, future)
+    found = [current.get(row["id"], row) for row in rows]
+    status = 200 if all(row["state"] in TERMINAL for row in found) else 202
+    return json_response({"jobs": [store.view(row) for row in found]}, status)
+
+
+async def _read_rows(gateway: Gateway, job_ids: Collection[str]) -> dict[str, Row]:
+    def read() -> dict[str, Row]:
+        with gateway.engine.connect() as connection:
+            return store.get_many(connection, job_ids)
+
+    return await run_in_threadpool(read)
 
 
 def promise_of(request: Request, caller: Caller, body: Any) -> Promise | None:
     """What `Idempotency-Key` asks for."""
-    key = request.headers.get("idempotency-key")
+    key = _key_of(request)
     if key is None:
         return None
-    if not 1 <= len(key) <= 255:
+    told = body_hash([body, sorted(request.query_params.multi_items())])
+    return Promise(caller.owner, _route_of(request), key, told)
+
+
+def knows_key(request: Request, caller: Caller) -> bool:
+    """Whether the caller has used the request's key on this route before, with whatever body."""
+    key = _key_of(request)
+    if key is None:
+        return False
+    with of(request).engine.connect() as connection:
+        return recall_key(connection, caller.owner, _route_of(request), key) is not None
+
+
+def _key_of(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
         raise failure("malformed_request", "Idempotency-Key has 1 to 255 characters")
-    route = f"{request.method} {request.url.path}"
-    return Promise(caller.owner, route, key, body_hash([body, sorted(request.query_params.multi_items())]))
+    return key
+
+
+def _route_of(request: Request) -> str:
+    return f"{request.method} {request.url.path}"
 
 
 def preferred_wait(request: Request) -> float:

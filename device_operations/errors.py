@@ -44,6 +44,7 @@ CODES: dict[str, Code] = {
     "checkpoint_not_found": Code(404, "No such checkpoint"),
     "blob_not_found": Code(404, "No such blob"),
     "job_finished": Code(409, "The job has already ended"),
+    "job_not_finished": Code(409, "The job has not ended yet"),
     "model_in_use": Code(409, "The model is in use"),
     "blob_in_use": Code(409, "The blob is in use"),
     "checkpoint_in_use": Code(409, "The checkpoint is in use"),
@@ -82,6 +83,7 @@ CODES: dict[str, Code] = {
     "out_of_memory": Code(507, "The device ran out of memory during the job", retryable=True),
     "timeout": Code(504, "The job ran past its time limit"),
     "cancelled": Code(409, "The job was cancelled"),
+    "predecessor_failed": Code(409, "A job that this one requires did not succeed"),
     "expired": Code(410, "The job waited past its expiry"),
     "poison": Code(500, "The job killed its worker repeatedly"),
     "nonfinite_loss": Code(422, "The loss is not finite"),
@@ -174,7 +176,7 @@ _CLASSES: dict[int, type[OperationError]] = {
 #: Codes that only a running job has, whatever status a waiting caller is shown.
 _OF_JOBS = {
     "worker_lost", "device_lost", "out_of_memory", "timeout", "cancelled", "expired", "poison", "internal_error",
-    "checksum_mismatch", "nonfinite_loss", "run_failed",
+    "checksum_mismatch", "nonfinite_loss", "predecessor_failed", "run_failed",
 }  # fmt: skip
 
 

@@ -7,8 +7,10 @@
         │           │           │        │     └────▶ cancelled
         └───────────┴───────────┴────────┴──────────▶ cancelled, expired, failed
 
-`running` goes back to `queued` when its worker died and the job may run again. A terminal state never changes: a
-trigger in the database refuses it, and every UPDATE is guarded by the states that it may leave.
+A job is `reserved` while it waits for its device, also where its worker has claimed it ahead; `running` begins when the
+device begins with it. A run that is over within milliseconds may go from `reserved` to its end, with its start recorded
+then. A claimed job goes back to `queued` when its worker died and the job may run again. A terminal state never
+changes: a trigger in the database refuses it, and every UPDATE is guarded by the states that it may leave.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ OPEN = CLAIMABLE | {State.RUNNING}
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.SCHEDULED: frozenset({State.QUEUED, State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
     State.QUEUED: frozenset({State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
-    State.RESERVED: frozenset({State.QUEUED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
+    State.RESERVED: frozenset({State.QUEUED, State.RUNNING, State.RETRYING} | TERMINAL),
     State.RUNNING: frozenset({State.QUEUED, State.RETRYING} | TERMINAL),
     State.RETRYING: frozenset({State.QUEUED, State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
     **{state: frozenset() for state in TERMINAL},
@@ -148,6 +150,8 @@ class Job(BaseModel):
     error: dict[str, Any] | None = None
     owner: str
     labels: dict[str, str] = {}
+    #: The ended job that this one tries again.
+    retried_from: str | None = None
 
     @property
     def terminal(self) -> bool:

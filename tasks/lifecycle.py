@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError
-from device_operations.jobs import TERMINAL, Kind, State
+from device_operations.jobs import CLAIMABLE, TERMINAL, Kind, State
 from tasks import effects
 from tasks.database import dumps
 from tasks.publish import Publisher
@@ -57,10 +57,12 @@ class Outcome:
     #: Where making the result takes time that the device need not wait for: called once, before the end is recorded.
     pending: Callable[[], dict[str, Any]] | None = None
 
-    def ending(self) -> Ending:
-        """The same, as the store records it."""
+    def ending(self, claimed: Row) -> Ending:
+        """The same, as the store records it; `claimed` is the job's row as the worker has it."""
         device_ms = None if self.device_ms is None else round(self.device_ms, 3)
-        return Ending(self.job_id, self.state.value, self.result, self.error, device_ms)
+        # Only who claimed ahead of the device knows when that began.
+        started_at = claimed["started_at"] if "claimed_at" in claimed else None
+        return Ending(self.job_id, self.state.value, self.result, self.error, device_ms, started_at)
 
 
 def finish(
@@ -78,17 +80,19 @@ def finish(
     """
     kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
     if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
-        endings = [outcome.ending() for outcome in outcomes]
+        endings = _endings(outcomes, claimed)
         if unflushed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
-            return unflushed.end(endings, epoch, claimed)
-        with engine.connect() as connection:
-            return store.end_running(connection, endings, epoch, claimed)
+            rows = unflushed.end(endings, epoch, claimed)
+        else:
+            with engine.connect() as connection:
+                rows = store.end_running(connection, endings, epoch, claimed)
+        return rows + _end_successors(engine, rows)
     alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
     if alone:
         rest = [outcome for outcome in outcomes if outcome not in alone]
         return _finish_each(engine, alone, claimed, epoch) + (finish(engine, rest, claimed, epoch) if rest else [])
     with transaction(engine) as connection:
-        rows = store.end_running(connection, [outcome.ending() for outcome in outcomes], epoch, claimed)
+        rows = store.end_running(connection, _endings(outcomes, claimed), epoch, claimed)
         facts = {outcome.job_id: outcome.facts for outcome in outcomes}
         return rows + settle(connection, rows, facts, epoch)
 
@@ -125,6 +129,10 @@ def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, R
     return recorded
 
 
+def _endings(outcomes: Sequence[Outcome], claimed: Mapping[str, Row]) -> list[Ending]:
+    return [outcome.ending(claimed[outcome.job_id]) for outcome in outcomes]
+
+
 def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
     """Whether such a job changes nothing but its own record, so that it may be run again whatever came after it.
 
@@ -154,13 +162,14 @@ def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[s
                 log.error("an outcome was refused", job_id=outcome.job_id, error=error.message)
                 refused = Outcome(outcome.job_id, State.FAILED, error=error.as_job_error())
                 rows += finish(engine, [refused], claimed, epoch)
-    return rows
+    return rows + _end_successors(engine, rows)
 
 
 def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, Row], epoch: int) -> list[Row]:
-    end = effects.at_once(claimed[outcome.job_id]["kind"], outcome.facts)
+    row = claimed[outcome.job_id]
+    end = effects.at_once(row["kind"], outcome.facts)
     assert end is not None
-    return end(connection, outcome.ending(), outcome.facts, epoch)
+    return end(connection, outcome.ending(row), outcome.facts, epoch)
 
 
 def settle(
@@ -174,11 +183,35 @@ def settle(
     ended = list(rows)
     while ended:
         lost = effects.apply(connection, ended, facts or {}, epoch)
-        ended = []
+        ended = cancel_successors(connection, ended)
         for error, together in groupby(lost, key=lambda one: one[1]):
             ended += fail_needing(connection, [resource_id for resource_id, _ in together], error)
         fallen += ended
     return fallen
+
+
+def cancel_successors(connection: Connection, rows: Sequence[Row]) -> list[Row]:
+    """Cancels what requires those of `rows` to succeed that ended otherwise. Effects, and their own, are the caller's.
+
+    A worker that dies before it comes to this leaves it to the claim, which refuses such a job.
+    """
+    failed = {row["id"]: row for row in rows if row["state"] != State.SUCCEEDED}
+    if not failed:
+        return []
+    endings = []
+    for job in store.open_requiring(connection, list(failed)):
+        before = next(failed[job_id] for job_id in job["requires"] if job_id in failed)
+        endings.append(Ending(job["id"], State.CANCELLED.value, error=predecessor_failed(before)))
+    return store.end_open(connection, endings, sorted(CLAIMABLE)) if endings else []
+
+
+def _end_successors(engine: Engine, rows: Sequence[Row]) -> list[Row]:
+    """The same where the ends of `rows` are recorded already, with all that falls then."""
+    if all(row["state"] == State.SUCCEEDED for row in rows):
+        return []
+    with transaction(engine) as connection:
+        cancelled = cancel_successors(connection, rows)
+        return cancelled + settle(connection, cancelled)
 
 
 def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dict[str, Any]) -> list[Row]:
@@ -217,14 +250,19 @@ class Burial:
     lost_sessions: list[str]
 
 
-def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
+def bury(connection: Connection, device_id: str, epoch: int, begun: Collection[str] | None = None) -> Burial:
     """Declares lost what `device_id` held up to `epoch`, in the caller's transaction, which holds the device's lock.
 
-    Running jobs that are safe to repeat go back to the queue, the others fail with `worker_lost`; the third death on
-    one job makes it `poison`. Jobs that need what was lost fail with its code.
+    Jobs that the device had begun and that are safe to repeat go back to the queue, the others fail with
+    `worker_lost`; the third death on one job makes it `poison`. What was claimed and not begun goes back as if nothing
+    had happened. Jobs that need what was lost fail with its code.
+
+    `begun` are the ids of the jobs that the device had begun, where the worker itself says so.
     """
     lost = effects.lose(connection, device_id, epoch)
-    requeued, ended = _give_up(connection, device_id, store.running_under(connection, device_id, epoch))
+    claimed = store.claimed_under(connection, device_id, epoch)
+    died = _may_have_begun(claimed) if begun is None else set(begun)
+    requeued, ended = _give_up(connection, device_id, claimed, died)
     for resource_ids, error in lost.failing():
         ended += fail_needing(connection, resource_ids, error)
     ended += settle(connection, ended)
@@ -240,47 +278,81 @@ def bury(connection: Connection, device_id: str, epoch: int) -> Burial:
 
 
 def put_back(connection: Connection, device_id: str, epoch: int, job_ids: Collection[str]) -> Burial | None:
-    """Treats jobs that run under a living epoch, and that its worker does not hold, as if the worker had died.
+    """Treats jobs claimed under a living epoch, and that its worker does not hold, as if the worker had died.
 
-    Those of `job_ids` that still run so, in the caller's transaction; None when `epoch` no longer stands. What the
-    epoch holds on the device stays.
+    Those of `job_ids` that are still claimed so, in the caller's transaction; None when `epoch` no longer stands. What
+    the epoch holds on the device stays.
     """
     device = device_store.lock(connection, device_id)
     if device is None or device["epoch"] != epoch or device["buried"]:
         return None
-    under = store.running_under(connection, device_id, epoch)
-    requeued, ended = _give_up(connection, device_id, [job for job in under if job["id"] in job_ids])
+    unheld = [job for job in store.claimed_under(connection, device_id, epoch) if job["id"] in job_ids]
+    died = {job["id"] for job in unheld if job["state"] == State.RUNNING}
+    requeued, ended = _give_up(connection, device_id, unheld, died)
     ended += settle(connection, ended)
     return Burial(ended, requeued, [], [], [])
 
 
-def _give_up(connection: Connection, device_id: str, running: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Running jobs that no worker will end: those that went back to the queue, and those that ended."""
+def _give_up(
+    connection: Connection, device_id: str, claimed: Sequence[Row], died: Collection[str]
+) -> tuple[list[Row], list[Row]]:
+    """Claimed jobs that no worker will end: those that went back to the queue, and those that ended.
+
+    `died` are the ids of those that the device had begun, for which this counts as a death.
+    """
     endings: list[Ending] = []
     again: list[str] = []
-    for job in running:
-        if job["deaths"] + 1 >= POISON_DEATHS:
+    for job in claimed:
+        if job["id"] in died and job["deaths"] + 1 >= POISON_DEATHS:
             endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
         elif job["cancel_requested"]:
             endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
-        elif effects.may_repeat(connection, job, SAFE_TO_REPEAT):
+        elif job["id"] not in died or effects.may_repeat(connection, job, SAFE_TO_REPEAT):
             again.append(job["id"])
         else:
             endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
-    requeued = store.requeue(connection, again, died=True) if again else []
+    requeued: list[Row] = []
+    for counts in (True, False):
+        ids = [job_id for job_id in again if (job_id in died) is counts]
+        requeued += store.requeue(connection, ids, died=counts) if ids else []
     return requeued, store.end_open(connection, endings) if endings else []
+
+
+def _may_have_begun(claimed: Sequence[Row]) -> set[str]:
+    """The jobs that a worker which died may have had on its device.
+
+    `running` is recorded a little after the device began with a job that was claimed ahead. So where nothing stands as
+    running, any of those that were claimed ahead may have been on the device, and killed the worker.
+    """
+    running = {job["id"] for job in claimed if job["state"] == State.RUNNING}
+    return running or {job["id"] for job in claimed}
 
 
 #: The error of a job that was cancelled.
 CANCELLED = {"code": "cancelled", "message": "The job was cancelled.", "retryable": False, "detail": None}
 
-#: The error of a job that waited past its expiry.
-EXPIRED = {
-    "code": "expired",
-    "message": "The job had not started when its expires_in_seconds were over.",
-    "retryable": True,
-    "detail": None,
-}
+
+def expired(job: Row) -> dict[str, Any]:
+    """The error of a job that waited past its expiry."""
+    seconds = round((job["expires_at"] - job["submitted_at"]).total_seconds(), 3)
+    return {
+        "code": "expired",
+        "message": f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
+        "retryable": True,
+        "detail": {"expires_in_seconds": seconds},
+    }
+
+
+def predecessor_failed(before: Row) -> dict[str, Any]:
+    """The error of a job that requires `before` to succeed: a row with its id, kind, state and error."""
+    why = (before["error"] or {}).get("message", "")
+    return {
+        "code": "predecessor_failed",
+        "message": f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
+        f"{before['state']}{': ' + why if why else ''}",
+        "retryable": False,
+        "detail": {"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
+    }
 
 
 def _worker_lost(device_id: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
+from tasks import lifecycle
 from tasks.owners import Owner, may_see
 from tasks.publish import Publisher
 from tasks.store import jobs as store
@@ -93,9 +94,9 @@ def submit(
 def record(connection: Connection, plans: Sequence[Plan], promise: Promise | None = None) -> list[Row]:
     """Records plans inside the caller's transaction."""
     if promise is not None:
-        earlier = _keep(connection, promise, [plan.job.id for plan in plans])
+        earlier = keep(connection, promise, [plan.job.id for plan in plans])
         if earlier is not None:
-            return earlier
+            return _in_order(connection, earlier)
     resources = {resource for plan in plans for resource in plan.exclusive}
     last = order.lock_order(connection, resources) if resources else {}
     known = _record_together(connection, plans)
@@ -108,7 +109,21 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
     if len(rows) != len(ordered):
         taken = sorted({job.id for job in ordered} - {row["id"] for row in rows})
         raise failure("idempotency_conflict", f"job ids are taken: {', '.join(taken)}")
-    return _with_answered(connection, plans, rows, known.answered) if known.answered else rows
+    if any(job.requires for job in ordered):
+        rows = _without_those_in_vain(connection, ordered, rows)
+    if known.answered:
+        rows = _with_answered(connection, plans, rows, known.answered)
+        if promise is not None:
+            order.amend_key(connection, promise.owner, promise.route, promise.key, [row["id"] for row in rows])
+    return rows
+
+
+def _without_those_in_vain(connection: Connection, jobs: Sequence[NewJob], rows: list[Row]) -> list[Row]:
+    """The rows, where those of jobs whose predecessors have failed already end at once, and what falls with them."""
+    failed = store.failed_before(connection, [job.id for job in jobs if job.requires])
+    cancelled = lifecycle.cancel_successors(connection, list(failed.values()))
+    ended = {row["id"]: row for row in [*cancelled, *lifecycle.settle(connection, cancelled)]}
+    return [ended.get(row["id"], row) for row in rows]
 
 
 def _record_together(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -137,25 +152,58 @@ def _with_answered(
 
 
 def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) -> None:
-    """Publishes what was recorded and is due."""
+    """Publishes what was recorded and is due, and announces what ended as it was recorded."""
     requests = {plan.job.id: plan.job.request for plan in plans}
     publisher.jobs(
         [(row, requests[row["id"]]) for row in rows if row["state"] == State.QUEUED and row["id"] in requests]
     )
+    in_vain = [row for row in rows if row["finished_at"] is not None and row["id"] in requests]
+    if in_vain:
+        lifecycle.announce(publisher, in_vain)
 
 
-def _keep(connection: Connection, promise: Promise, job_ids: list[str]) -> list[Row] | None:
-    earlier = order.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, job_ids)
-    if earlier is None:
+def keep(connection: Connection, promise: Promise, made_ids: list[str]) -> list[str] | None:
+    """Keeps what is made under a key, in the transaction that makes it; gives what was made under it before.
+
+    Raises `idempotency_conflict` where that was for another body.
+    """
+    earlier = order.remember_key(connection, promise.owner, promise.route, promise.key, promise.body_sha256, made_ids)
+    return None if earlier is None else _same_body(promise, earlier)
+
+
+def recall(connection: Connection, promise: Promise) -> list[str] | None:
+    """What was made under a key: the ids in order; None where the key is new.
+
+    For submissions that cannot be planned: what the first one named may be gone, and its answer stands all the same.
+    Raises `idempotency_conflict` as `keep` does.
+    """
+    earlier = order.recall_key(connection, promise.owner, promise.route, promise.key)
+    return None if earlier is None else _same_body(promise, earlier)
+
+
+def recall_jobs(engine: Engine, promise: Promise | None) -> list[Row] | None:
+    """The jobs that were made under a key, as they stand; None where the key is new, or there is none."""
+    if promise is None:
         return None
+    with engine.connect() as connection:
+        job_ids = recall(connection, promise)
+        return None if job_ids is None else _in_order(connection, job_ids)
+
+
+def _same_body(promise: Promise, earlier: Row) -> list[str]:
     if earlier["body_sha256"] != promise.body_sha256:
         raise failure(
             "idempotency_conflict",
             f"Idempotency-Key {promise.key!r} was used with another body on this route; use a new key",
             detail={"job_ids": earlier["job_ids"]},
         )
-    known = store.get_many(connection, earlier["job_ids"])
-    return [known[job_id] for job_id in earlier["job_ids"] if job_id in known]
+    made: list[str] = earlier["job_ids"]
+    return made
+
+
+def _in_order(connection: Connection, job_ids: list[str]) -> list[Row]:
+    known = store.get_many(connection, job_ids)
+    return [known[job_id] for job_id in job_ids if job_id in known]
 
 
 def _with_predecessors(

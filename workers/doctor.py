@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from device_operations.devices import DeviceSpec, spell_devices
 from device_operations.errors import OperationError
 from device_operations.settings import Settings, SettingsError, load
 from workers.devices import Device, enumerate_devices, open_device
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", dest="as_json", help="print the report instead of the table")
     parser.add_argument("--report", type=Path, default=None, help="where the report goes (a file in this folder)")
     given = parser.parse_args(arguments)
-    findings = [*check_services(), *check_devices()]
+    findings = [*check_services(), *check_devices(_named_devices())]
     report = {
         "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),
@@ -104,17 +105,28 @@ def check_services() -> Iterator[Finding]:
     yield _tried("redis", "answers", lambda: _redis(settings), "start it, or set REDIS_URL; `up` runs its own")
 
 
-def check_devices() -> Iterator[Finding]:
-    """Every device of this machine."""
-    found = enumerate_devices()
-    if not any(device.backend != "cpu" for device in found):
-        yield Finding(
-            "devices", "graphics device", True, "none found: jobs run on the CPU",
-        )  # fmt: skip
-    for one in found:
-        subject = f"{one.backend}:{one.ordinal}"
+def _named_devices() -> tuple[DeviceSpec, ...]:
+    """The devices that DEVICES names; none where it is `auto`, or the settings cannot be read, which is reported."""
+    try:
+        return load().devices
+    except SettingsError:
+        return ()
+
+
+def check_devices(named: tuple[DeviceSpec, ...] = ()) -> Iterator[Finding]:
+    """The devices that DEVICES names, and no others; where it names none, every device of this machine."""
+    if named:
+        specs = named
+        yield Finding("devices", "named", True, f"DEVICES is {spell_devices(named)}: these are tried, and no others")
+    else:
+        found = enumerate_devices()
+        specs = tuple(DeviceSpec(one.backend, one.ordinal) for one in found)
+        if not any(one.backend != "cpu" for one in specs):
+            yield Finding("devices", "graphics device", True, "none found: jobs run on the CPU")
+    for spec in specs:
+        subject = str(spec)
         try:
-            device = open_device(one.backend, one.ordinal)
+            device = open_device(spec.backend, spec.ordinal)
         except Exception as error:  # noqa: BLE001 - whatever a driver raises is what the report is for
             yield _failed(subject, "opens", error)
             continue

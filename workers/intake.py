@@ -203,6 +203,9 @@ class Intake:
             handle.dropped()
         elif row["state"] == State.QUEUED:
             self._admit(self._entry(row["id"], row["kind"], request, row, handle))
+        elif row["state"] in TERMINAL:
+            lifecycle.announce(self._publisher, [row])
+            self._recorder.tell_celery(row, handle)
         else:
             handle.dropped()
 
@@ -260,7 +263,11 @@ class Intake:
         """A message whose job is recorded: the record's request counts, whatever the message says."""
         if row["state"] in TERMINAL:
             self._recorder.tell_celery(row, handle)
-        elif row["device_id"] == self._resident.device_id and row["state"] in (State.QUEUED, State.RESERVED):
+        elif (
+            row["device_id"] == self._resident.device_id
+            and row["state"] in (State.QUEUED, State.RESERVED)
+            and not store.is_claimed(row)
+        ):
             with self._engine.connect() as connection:
                 request = store.request_of(connection, row["id"]) or {}
             self._admit(self._entry(row["id"], row["kind"], request, row, handle))
@@ -275,14 +282,18 @@ class Intake:
                 ids = [entry.job_id for entry in entries]
                 rows = store.get_many(connection, ids)
                 overdue = store.expired_among(connection, ids)
+                failed = store.failed_before(connection, ids)
             endings = []
             for row in rows.values():
-                if row["state"] in TERMINAL or row["state"] == State.RUNNING:
+                if row["state"] in TERMINAL or store.is_claimed(row):
                     continue
                 if row["cancel_requested"]:
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=lifecycle.CANCELLED))
                 elif row["id"] in overdue:
-                    endings.append(Ending(row["id"], State.EXPIRED.value, error=lifecycle.EXPIRED))
+                    endings.append(Ending(row["id"], State.EXPIRED.value, error=lifecycle.expired(row)))
+                elif row["id"] in failed:
+                    error = lifecycle.predecessor_failed(failed[row["id"]])
+                    endings.append(Ending(row["id"], State.CANCELLED.value, error=error))
             ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
             lifecycle.announce(self._publisher, ended)
             by_id = {row["id"]: row for row in [*rows.values(), *ended]}

@@ -41,7 +41,7 @@ class Reconciler:
         self._suspects: frozenset[str] = frozenset()
 
     def look(self, running: Sequence[Row]) -> None:
-        """Takes what `ends.running` found, and gives up the jobs that it also found the last time, held by nothing.
+        """Takes what `ends.claimed` found, and gives up the jobs that it also found the last time, held by nothing.
 
         Twice, since a job's end may have been recorded between that statement and the question who holds it.
         """

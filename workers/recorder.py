@@ -5,6 +5,7 @@ runner ─▶ started, progressed, finished ─▶ one statement for all that wa
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ from tasks import lifecycle
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
+from tasks.store import claims
 from tasks.store import jobs as store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
@@ -39,6 +41,9 @@ log = structlog.get_logger(__name__)
 
 #: Seconds between two writes of one job's progress.
 PROGRESS_INTERVAL_SECONDS = 0.2
+
+#: Seconds after which a job that was claimed ahead, and that the device has begun, is recorded as running.
+MARK_SECONDS = 0.1
 
 #: Seconds for which a job counts as followed; whoever follows it says so again before that.
 FOLLOWED_SECONDS = 60.0
@@ -71,6 +76,8 @@ class Recorder:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
+        #: The running jobs that the record still shows as `reserved`, with the time until which it may.
+        self._unmarked: dict[str, float] = {}
         self._followed: dict[str, float] = {}
         #: The ends that were announced before PostgreSQL had them on its disk.
         self.unflushed = Unflushed(engine)
@@ -92,7 +99,7 @@ class Recorder:
         self._thread.join()
 
     def started(self, works: list[Work]) -> None:
-        """Jobs were claimed."""
+        """The device has begun with jobs."""
         self._queue.put(("started", works))
 
     def progressed(self, work: Work, told: dict[str, Any]) -> None:
@@ -132,6 +139,7 @@ class Recorder:
         while True:
             items = self._waiting()
             self._record(items)
+            self._guarded(self._mark_running)
             self.unflushed.look()
             if any(item is None for item in items):
                 self._write_uses()
@@ -141,10 +149,12 @@ class Recorder:
                 self._write_uses()
 
     def _waiting(self) -> list[Any]:
-        """What was handed over, all of it; nothing after a quiet second, so that counts are written in time."""
+        """What was handed over, all of it; nothing after a quiet second, or when a job is to be marked as running."""
         items = []
+        due_at = min(self._unmarked.values(), default=math.inf)
         with suppress(queue.Empty):
-            items.append(self._queue.get(timeout=ASK_SECONDS if self.unflushed else 1.0))
+            wait_seconds = ASK_SECONDS if self.unflushed else 1.0
+            items.append(self._queue.get(timeout=min(wait_seconds, max(0.001, due_at - time.monotonic()))))
             while True:
                 items.append(self._queue.get_nowait())
         return items
@@ -188,7 +198,25 @@ class Recorder:
             if work.entry.handle is not None:
                 work.entry.handle.started()
             self._running[work.job_id] = work
+            if work.ahead is not None:
+                self._unmarked[work.job_id] = time.monotonic() + MARK_SECONDS
         self._tell_followers(works)
+
+    def _mark_running(self) -> None:
+        """Records that the device has begun with jobs that were claimed ahead of it and have not ended soon after."""
+        if not self._unmarked:
+            return
+        now = time.monotonic()
+        due = [job_id for job_id, at in self._unmarked.items() if at <= now]
+        if not due:
+            return
+        for job_id in due:
+            del self._unmarked[job_id]
+        started = {job_id: self._running[job_id].row["started_at"] for job_id in due}
+        until_reachable(
+            lambda: self.unflushed.relaxed.run(lambda connection: claims.mark_begun(connection, started, self._epoch)),
+            stop=self._stopping.is_set,
+        )
 
     def follow(self, job_id: str) -> None:
         """Somebody follows the job for the next minute: from now on its states and progress are announced."""
@@ -225,6 +253,7 @@ class Recorder:
         for one in finished:
             self._told_at.pop(one.work.job_id, None)
             self._running.pop(one.work.job_id, None)
+            self._unmarked.pop(one.work.job_id, None)
             self._tell_result(one)
             self._uses.add(one.work, one.outcome)
             if not self._retried(one):
@@ -239,9 +268,14 @@ class Recorder:
         finally:
             # Whatever became of the record, the device is free for the next job.
             self._lane.ended({one.work.job_id for one in ending})
+        handles = {one.work.job_id: one.work.entry.handle for one in ending}
+        for row in rows:
+            if row["id"] not in handles:
+                # It fell with what ended, while it waited here.
+                entry = self._lane.discard(row["id"])
+                handles[row["id"]] = entry.handle if entry is not None else None
         self._lane.ended({row["id"] for row in rows})
         views = lifecycle.announce(self._publisher, rows)
-        handles = {one.work.job_id: one.work.entry.handle for one in ending}
         for row, view in zip(rows, views, strict=True):
             self._tell(row, view, handles.pop(row["id"], None))
         for handle in handles.values():
@@ -319,7 +353,7 @@ class Recorder:
     def _retried(self, one: _Finished) -> bool:
         """Puts a job that failed retryably back, if it has attempts left; deaths of workers do not use them up."""
         work, outcome = one.work, one.outcome
-        used = work.row["attempt"] - work.row["deaths"]
+        used = work.row["attempt"]
         if (
             outcome.state != State.FAILED
             or not (outcome.error or {}).get("retryable")
@@ -330,7 +364,7 @@ class Recorder:
         def put_back() -> Row | None:
             with self._engine.connect() as connection:
                 return store.retry(
-                    connection, work.job_id, self._epoch, outcome.error or {}, RETRY_SECONDS * 2 ** (used - 1)
+                    connection, work.row, self._epoch, outcome.error or {}, RETRY_SECONDS * 2 ** (used - 1)
                 )
 
         row = until_reachable(put_back, stop=self._stopping.is_set)

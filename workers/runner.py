@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,15 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
+from device_operations.jobs import State
+from tasks import lifecycle
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome, leaves_nothing
-from tasks.store import ends
+from tasks.store import claims, ends
 from tasks.store import jobs as store
 from tasks.store.connection import Relaxed, Row
 from workers.ahead import Ahead
+from workers.held import Held
 from workers.lane import Entry, Lane
 from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS, Steps
@@ -38,6 +41,10 @@ log = structlog.get_logger(__name__)
 
 #: The exit status of a worker whose device was lost: its supervisor starts it again.
 DEVICE_LOST_STATUS = 75
+
+
+#: `jobs.claim` or `claims.claim_ahead`.
+Claim = Callable[[Connection, Collection[str], str, int], list[Row]]
 
 
 @dataclass(slots=True, eq=False)
@@ -69,12 +76,12 @@ class Runner:
         self._engine = engine
         self._on_unclaimed = on_unclaimed
         self._on_device_lost = on_device_lost
-        self._running: dict[str, Work] = {}
+        self.held = Held()
         self._paused: list[_Paused] = []
         self._inbox: list[Callable[[], None]] = []
         self._stopping = threading.Event()
         self._lost: OperationError | None = None
-        self._ahead = Ahead(lane, self._claim, lambda works: read_ahead(resident, works), self._may_begin)
+        self._ahead = Ahead(lane, self._claim_ahead, lambda works: read_ahead(resident, works), self._may_begin)
         self._relaxed = Relaxed(engine)
         self.busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)
@@ -88,7 +95,8 @@ class Runner:
         """Finishes what is running, or with `cold` tells it to end, and returns when the device is idle."""
         self._stopping.set()
         if cold:
-            for work in list(self._running.values()):
+            self.held.close()
+            for work in self.held.begun():
                 work.cancel.trip("cancelled")
         self._lane.wake()
         self._thread.join()
@@ -100,27 +108,38 @@ class Runner:
         self._lane.wake()
 
     def cancel(self, job_id: str, code: str = "cancelled") -> bool:
-        """Stops a running job at its next step or node; False when it is not running here."""
-        work = self._running.get(job_id)
+        """Stops a running job at its next step or node, and a claimed one at once; False if this worker has neither."""
+        waiting = self.held.withdraw(job_id)
+        if waiting is not None:
+            self._end_unbegun(waiting, State.CANCELLED, lifecycle.CANCELLED)
+            return True
+        work = self.held.get_begun(job_id)
         if work is None:
             return False
         work.cancel.trip(code)
         return True
 
     def check_deadlines(self) -> None:
-        """Stops running jobs whose time is up."""
+        """Stops running jobs whose time is up, and ends claimed ones that have waited past their expiry."""
         now = time.monotonic()
-        for work in list(self._running.values()):
+        for work in self.held.begun():
             if work.deadline is not None and now >= work.deadline:
-                work.cancel.trip("timeout")
+                seconds = work.row["timeout_seconds"]
+                work.cancel.trip("timeout", f"The job ran longer than job.timeout_seconds = {seconds:g} s.")
+        for work in self.held.withdraw_overdue():
+            self._end_unbegun(work, State.EXPIRED, lifecycle.expired(work.row))
 
     def running(self) -> list[str]:
         """Ids of the jobs that hold the device or are between two steps."""
-        return list(self._running)
+        return [work.job_id for work in self.held.begun()]
 
-    def entries(self) -> list[Entry]:
-        """The same as entries of the lane."""
-        return [work.entry for work in list(self._running.values())]
+    def entries(self, *, running: bool) -> list[Entry]:
+        """Entries of the jobs that run, or of those that are claimed and wait for the device."""
+        return [work.entry for work in (self.held.begun() if running else self.held.waiting())]
+
+    def _end_unbegun(self, work: Work, state: State, error: dict[str, Any]) -> None:
+        self._lane.finishing([work.job_id])
+        self._recorder.finished([work], [work.withdrawn(state, error)])
 
     # ---- the device's thread
 
@@ -184,7 +203,10 @@ class Runner:
         if works:
             self._perform_claimed(works)
 
-    def _perform_claimed(self, works: list[Work]) -> None:
+    def _perform_claimed(self, claimed: list[Work]) -> None:
+        works = self.held.begin(claimed)
+        if not works:
+            return
         began = time.perf_counter()
         for work in works:
             if work.row["timeout_seconds"] is not None:
@@ -202,26 +224,28 @@ class Runner:
                 self._perform(work)
         self.busy_seconds += time.perf_counter() - began
 
-    def _claim(self, entries: list[Entry]) -> list[Work]:
+    def _claim_ahead(self, entries: list[Entry]) -> list[Work]:
+        return self._claim(entries, claims.claim_ahead)
+
+    def _claim(self, entries: list[Entry], claim: Claim = store.claim) -> list[Work]:
         """The entries that are ours to run; the others go back to the intake, which finds out why."""
         by_id = {entry.job_id: entry for entry in entries}
         tries = itertools.count()
         try:
-            rows = until_reachable(lambda: self._claim_rows(entries, again=next(tries) > 0), stop=self._stopping.is_set)
+            rows = until_reachable(
+                lambda: self._claim_rows(entries, claim, again=next(tries) > 0), stop=self._stopping.is_set
+            )
         except Exception as error:  # noqa: BLE001 - a claim that fails for good leaves the jobs to the record
             log.error("claim failed", error=str(error), jobs=len(entries))
             rows = []
-        works = []
-        for row in rows:
-            work = Work(by_id.pop(row["id"]), row, row["request"])
-            self._running[work.job_id] = work
-            works.append(work)
+        works = [Work(by_id.pop(row["id"]), row, row["request"], ahead=row.get("claimed_at")) for row in rows]
+        self.held.add(works)
         if by_id:
             self._on_unclaimed(list(by_id.values()))
         works.sort(key=lambda work: work.entry.rank)
         return works
 
-    def _claim_rows(self, entries: list[Entry], *, again: bool) -> list[Row]:
+    def _claim_rows(self, entries: list[Entry], claim: Claim, *, again: bool) -> list[Row]:
         """The rows of what could be claimed. The claim of what may be begun again does not wait for the disk.
 
         What ended already, and may have been lost since, is not claimed. `again` after a broken connection: what it
@@ -231,14 +255,15 @@ class Runner:
         ids = [entry.job_id for entry in entries if entry.job_id not in unflushed]
         device_id, epoch = self._resident.device_id, self._lease.epoch
 
-        def claim(connection: Connection) -> list[Row]:
-            held = ends.held_by(connection, ids, device_id, epoch) if again else []
-            return held + store.claim(connection, ids, device_id, epoch)
+        def claim_and_held(connection: Connection) -> list[Row]:
+            ahead = claim is claims.claim_ahead
+            held = ends.held_by(connection, ids, device_id, epoch, ahead=ahead) if again else []
+            return held + claim(connection, ids, device_id, epoch)
 
         if all(leaves_nothing(entry.kind, entry.needs) for entry in entries):
-            return self._relaxed.run(claim)
+            return self._relaxed.run(claim_and_held)
         with self._engine.connect() as connection:
-            return claim(connection)
+            return claim_and_held(connection)
 
     def _perform_batch(self, works: list[Work]) -> list[Outcome]:
         try:
@@ -315,8 +340,7 @@ class Runner:
             log.warning("a stopped job failed to clean up", job_id=paused.work.job_id, error=str(error))
 
     def _finish(self, works: list[Work], outcomes: list[Outcome]) -> None:
-        for work in works:
-            self._running.pop(work.job_id, None)
+        self.held.discard(works)
         self._lane.finishing([work.job_id for work in works])
         self._recorder.finished(works, outcomes)
         self._leave_if_lost()
@@ -324,6 +348,7 @@ class Runner:
     def _leave_if_lost(self) -> None:
         """Ends the process once its device is lost, after the outcomes of that have gone to the recorder."""
         if self._lost is not None:
+            self.held.close()
             lost, self._lost = self._lost, None
             self._on_device_lost(lost)
 

@@ -190,7 +190,7 @@ class Service:
             try:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)
-                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch)
+                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch, self.runner.running())
                 self._announce(burial)
             except DBAPIError as error:
                 log.warning("the epoch could not be closed; it ends with its lease", error=str(error.orig).strip())
@@ -198,7 +198,9 @@ class Service:
 
     def notes(self, *, running: bool) -> list[Note]:
         """The recorded jobs that run, or that wait in the lane, for `celery inspect`."""
-        entries = self.runner.entries() if running else self._lane.select(lambda _: True)
+        entries = self.runner.entries(running=running)
+        if not running:
+            entries += self._lane.select(lambda _: True)
         return [entry.handle for entry in entries if isinstance(entry.handle, Note)]
 
     def standing(self) -> dict[str, Any]:
@@ -268,7 +270,7 @@ class Service:
     def _sweep(self) -> None:
         self._intake.sweep()
         with self._engine.connect() as connection:
-            running = ends.running(connection, self.device_id, self._lease.epoch)
+            running = ends.claimed(connection, self.device_id, self._lease.epoch)
             outdated = bool(self.resident.models) and replaced(connection, self.device_id)
         for job in running:
             if job["cancel_requested"]:
@@ -279,7 +281,7 @@ class Service:
 
     def _recycle_if_asked(self) -> None:
         """Ends the process in good order once it is idle; what it held loaded comes back with the next."""
-        if self.resident.recycle and not len(self._lane) and not self.runner.running():
+        if self.resident.recycle and not len(self._lane) and not len(self.runner.held):
             log.info("worker recycles to give memory back", device_id=self.device_id)
             self._status = RECYCLED_STATUS
             celery_state.should_stop = 0
@@ -309,7 +311,7 @@ class Service:
             if status == DEVICE_LOST_STATUS:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)
-                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch)
+                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch, self.runner.running())
                 self._announce(burial)
             os._exit(status)
 

@@ -26,10 +26,11 @@ class Uses:
 
         won = outcome.state == State.SUCCEEDED
         ran_ns = int((outcome.device_ms or 0) * 1e6)
-        waited = work.row["started_at"] - work.row["submitted_at"]
         count("succeeded" if won else "failed", 1)
         count("device_ns" if won else "failed_ns", ran_ns)
-        count("queue_ns", max(0, int(waited.total_seconds() * 1e9)))
+        if work.row["started_at"] is not None:
+            waited = work.row["started_at"] - work.row["submitted_at"]
+            count("queue_ns", max(0, int(waited.total_seconds() * 1e9)))
         executions = outcome.facts.get("executions", 0)
         if executions:
             count("executions", executions)

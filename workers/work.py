@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from device_operations.errors import OperationError, failure
@@ -34,6 +35,9 @@ class Work:
     #: The inputs, where they were read while another job had the device.
     feeds: dict[str, Any] | None = None
     started: float = field(default_factory=time.perf_counter)
+    #: When the job was claimed, by the database's clock, where that was ahead of the device; and by this process's.
+    ahead: datetime | None = None
+    claimed: float = field(default_factory=time.perf_counter)
 
     @property
     def job_id(self) -> str:
@@ -53,6 +57,10 @@ class Work:
         """The outcome of a job that did what it was asked."""
         took = self.elapsed_ms() if device_ms is None else device_ms
         return Outcome(self.job_id, State.SUCCEEDED, result=result, device_ms=took, facts=facts)
+
+    def withdrawn(self, state: State, error: dict[str, Any]) -> Outcome:
+        """The outcome of a job that the device never began."""
+        return Outcome(self.job_id, state, error=error)
 
     def failed(self, error: OperationError, **facts: Any) -> Outcome:
         """The outcome of a job that failed; being cancelled is an outcome of its own."""

@@ -30,6 +30,7 @@ COMMANDS = {
     "settings": "device_operations.cli.settings:settings",
     "jobs": "device_operations.cli.jobs:jobs",
     "submit": "device_operations.cli.jobs:submit",
+    "retry": "device_operations.cli.jobs:retry",
     "upload": "device_operations.cli.models:upload",
     "load-model": "device_operations.cli.models:load_model",
     "run": "device_operations.cli.models:run",

@@ -1,4 +1,4 @@
-"""The commands on jobs: `jobs` and `submit`."""
+"""The commands on jobs: `jobs`, `submit` and `retry`."""
 
 from __future__ import annotations
 
@@ -67,6 +67,27 @@ def submit(
 ) -> None:
     """Submit a job of KIND."""
     job = client.submit(kind, _read_request(request_text), idempotency_key=idempotency_key)
+    if wait:
+        job = follow(client, job, quiet=as_json)
+    _show(job, as_json)
+    if wait:
+        require_success(job)
+
+
+@click.command()
+@click.argument("job_id")
+@click.option(
+    "--request", "request_text", default="{}", metavar="JSON|@FILE", help="Fields of the first request to replace."
+)
+@click.option("--idempotency-key", metavar="KEY", help="The same key and fields again is the same job.")
+@click.option("--wait", is_flag=True, help="Wait for the end; exit status 1 if the job does not succeed.")
+@json_option
+@with_client
+def retry(
+    client: Client, job_id: str, request_text: str, idempotency_key: str | None, wait: bool, as_json: bool
+) -> None:
+    """Submit the ended job JOB_ID again, as a new job."""
+    job = client.retry(job_id, _read_request(request_text), idempotency_key=idempotency_key)
     if wait:
         job = follow(client, job, quiet=as_json)
     _show(job, as_json)

@@ -139,7 +139,7 @@ class Inference(Noun[Mode]):
         """Opens a session. `state` names, for each output kept on the device, the input that it feeds next."""
         tensors = (yield from all_sent(initial)) if initial else None
         body = said(model_id=model_id, model_name=model_name, state=state and dict(state), initial=tensors, owner=owner)
-        response = yield Call("POST", "/api/inference/sessions", json=body, repeatable=False)
+        response = yield Call("POST", "/api/inference/sessions", json=body, keyed=True)
         session: dict[str, Any] = response.json()
         return session
 

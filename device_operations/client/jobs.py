@@ -93,10 +93,46 @@ class Jobs(Noun[Mode]):
         jobs: Iterable[tuple[Kind | str, JobRequest | Mapping[str, Any]]],
         *,
         idempotency_key: str | None = None,
+        wait: float = 0,
     ) -> Flow[list[Job]]:
-        """Submits 1 to 1,000 jobs at once: all are recorded, or none. Options go into each request's `job`."""
+        """Submits 1 to 1,000 jobs at once: all are recorded, or none. Options go into each request's `job`.
+
+        With `wait`, they come back as they stand once all have ended, or after so many seconds (60 at most).
+        """
         entries = [{"kind": str(Kind(kind)), "request": _body(_checked(kind, request, None))} for kind, request in jobs]
-        return (yield from _bulk(entries, idempotency_key))
+        return (yield from _bulk(entries, idempotency_key, wait))
+
+    @operation
+    def retry(
+        self,
+        job: Job | str,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        wait: float = 0,
+    ) -> Flow[Job]:
+        """Submits an ended job again as a new one, which names it in `retried_from`.
+
+        `changes` are fields of the request to replace; None leaves one out, `job` is changed option by option. Raises
+        `job_not_finished` where it has not ended.
+        """
+        deadline = time.monotonic() + wait
+        response = yield Call(
+            "POST",
+            at("/api/jobs/{}/retry", job_id_of(job)),
+            json=dict(changes or {}),
+            headers=_headers(idempotency_key, wait),
+            waits_seconds=min(wait, MAX_WAIT_SECONDS),
+            keyed=True,
+        )
+        return (yield from _until(Job.model_validate_json(response.content), deadline))
+
+    @operation
+    def request_of(self, job: Job | str) -> Flow[dict[str, Any]]:
+        """What a job was asked to do, as its caller gave it; tensors above 64 KiB in it are blobs."""
+        told = yield from get(at("/api/jobs/{}", job_id_of(job)), include="request")
+        request: dict[str, Any] = told["request"]
+        return request
 
     @operation
     def job(self, job: Job | str, *, wait: float = 0) -> Flow[Job]:
@@ -194,7 +230,7 @@ def submission(kind: Kind | str, request: JobRequest | Mapping[str, Any], given:
     call = _call(kind, _body(checked), given.get("idempotency_key"), wait)
     if call is None:
         entry = {"kind": str(kind), "request": _body(checked)}
-        job = (yield from _bulk([entry], given.get("idempotency_key")))[0]
+        job = (yield from _bulk([entry], given.get("idempotency_key"), wait))[0]
     else:
         response = yield call
         job = Job.model_validate_json(response.content)
@@ -236,7 +272,9 @@ def ended(job: Job | str, timeout_seconds: float | None) -> Flow[Job]:
         if found.terminal:
             return found
         if deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError(f"job {found.job_id} ({found.kind}) is {found.state} after {timeout_seconds:g} s")
+            raise TimeoutError(
+                f"job {found.job_id} ({found.kind}) is {found.state} after timeout = {timeout_seconds:g} s"
+            )
 
 
 def succeeded(job: Job | str, timeout_seconds: float | None) -> Flow[dict[str, Any]]:
@@ -313,6 +351,13 @@ def _headers(key: str | None, wait: float) -> dict[str, str]:
     return preferred | ({"Idempotency-Key": key} if key else {})
 
 
-def _bulk(entries: list[dict[str, Any]], key: str | None) -> Flow[list[Job]]:
-    response = yield Call("POST", "/api/jobs", json={"jobs": entries}, headers=_headers(key, 0), keyed=True)
+def _bulk(entries: list[dict[str, Any]], key: str | None, wait: float = 0) -> Flow[list[Job]]:
+    response = yield Call(
+        "POST",
+        "/api/jobs",
+        json={"jobs": entries},
+        headers=_headers(key, wait),
+        waits_seconds=min(wait, MAX_WAIT_SECONDS),
+        keyed=True,
+    )
     return [Job.model_validate(entry) for entry in response.json()["jobs"]]

@@ -33,6 +33,9 @@ class JobOptions(Request):
     expires_in_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not started by then: expired")
     max_attempts: int = Field(1, ge=1, le=100, strict=True, description="runs of a job that fails retryably")
     after: list[Identifier] = Field(default_factory=list, max_length=1000, description="jobs that must end first")
+    after_success: bool = Field(
+        False, strict=True, description="cancelled with predecessor_failed unless all jobs in `after` succeed"
+    )
     webhook_url: str | None = Field(None, max_length=2000)
     owner: Name | None = None
     labels: dict[Label, Label] = Field(default_factory=dict, max_length=32)

@@ -14,9 +14,11 @@ from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
 from device_operations.tensors import INLINE_BYTES, Tensor, decode, to_bytes
 from device_operations.texts import pack_texts
+from tasks.asked import asked_of
 from tasks.blobs import BlobStore
 from tasks.directory import Directory
 from tasks.owners import absent, found
+from tasks.plans.earlier import Earlier
 from tasks.queues import device_queue
 from tasks.store import blobs as blob_store
 from tasks.store.connection import Row
@@ -35,6 +37,8 @@ class Context:
     admin: bool = False
     device_id: str | None = None
     wants_result: bool = False
+    #: What earlier entries of the same submission make; None for a submission of one.
+    earlier: Earlier | None = None
 
 
 def owner_of(context: Context, options: JobOptions) -> str:
@@ -67,7 +71,7 @@ def new_job(
 ) -> NewJob:
     """The job of a request on a device, with the options that came with it. `queue_full` where too many wait there."""
     stored = request.payload() if payload is None else payload
-    return new_stored_job(context, kind, request.job, job_id, device, stored, **more)
+    return new_stored_job(context, kind, request.job, job_id, device, stored, asked=asked_of(kind, request), **more)
 
 
 def new_stored_job(
@@ -98,6 +102,7 @@ def new_stored_job(
         max_attempts=options.max_attempts,
         after=[*more.pop("after", ()), *options.after],
         own_after=() if context.admin else options.after,
+        requires=options.after if options.after_success and options.after else None,
         labels=options.labels,
         delay_seconds=options.delay_seconds,
         expires_in_seconds=options.expires_in_seconds,

@@ -13,6 +13,7 @@ from device_operations.errors import failure
 from device_operations.jobs import CHANGES_MODELS, Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
+from tasks.asked import asked_of
 from tasks.owners import found, may_see
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, store_tensors
@@ -132,8 +133,9 @@ def plan_run(context: Context, request: Run, job_id: str) -> Plan:
     for name, device_id in staged.items():
         payload["inputs"][name]["device_id"] = device_id
     made = plan_stored_run(
-        context, request.job, job_id, model, payload, session=session, allocations=allocations, blob_ids=blob_ids
-    )
+        context, request.job, job_id, model, payload, session=session, allocations=allocations, blob_ids=blob_ids,
+        asked=asked_of(Kind.INFERENCE_RUN, request),
+    )  # fmt: skip
     written = {place.allocation_id for place in (request.into or {}).values()}
     # What is written into an allocation has a hash that nobody knows.
     return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
@@ -149,6 +151,7 @@ def plan_stored_run(
     session: Row | None = None,
     allocations: tuple[str, ...] = (),
     blob_ids: list[str] | None = None,
+    asked: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan of a run whose tensors are checked and stored; touches no database where the model is known."""
     device = context.directory.snapshot().devices.get(model["device_id"])
@@ -163,7 +166,7 @@ def plan_stored_run(
     job = new_stored_job(
         context, Kind.INFERENCE_RUN, options, job_id, device, payload,
         resource_type="inference_session", resource_id=session["session_id"] if session else job_id,
-        needs=needs, blob_ids=blob_ids or [],
+        needs=needs, blob_ids=blob_ids or [], asked=asked,
         after=[model["load_job_id"]] if model["state"] == "loading" else [],
     )  # fmt: skip
     return Plan(job, exclusive=(*allocations, session["session_id"]) if session else allocations)
@@ -173,10 +176,15 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
     """Unloads a model once the runs submitted before have ended; `force` cancels them, and closes its sessions."""
     model_id = request.model_id
     with context.engine.connect() as connection:
-        model = found(context, model_store.get(connection, model_id), "model", model_id)
+        model = model_store.get(connection, model_id)
+        if model is None and context.earlier is not None:
+            model = context.earlier.model(model_id, None, None, context.owner)
+        model = found(context, model, "model", model_id)
         if model["state"] not in ("loading", "loaded", "lost"):
             raise no_model(model_id, model)
         before = job_store.open_ids_needing(connection, model_id)
+        if context.earlier is not None:
+            before += context.earlier.job_ids_needing(model_id)
         sessions = model_store.open_sessions(connection, model_id)
     if sessions and not request.force:
         # Other owners' sessions with a shared model are counted, not named.

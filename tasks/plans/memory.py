@@ -264,6 +264,8 @@ def find_many(context: Context, allocation_ids: Sequence[str]) -> dict[str, Row]
         return {}
     with context.engine.connect() as connection:
         known = store.get_many(connection, set(allocation_ids))
+    if context.earlier is not None:
+        known = {**context.earlier.allocations, **known}
     for allocation_id in allocation_ids:
         there = found(context, known.get(allocation_id), "allocation", allocation_id)
         if there["state"] not in ("pending", "active"):

@@ -43,6 +43,10 @@ def find_model(
     On behalf of `owner`, where an admin says so: its models come first. A model that was replaced is run by the
     sessions that it has (`in_session`), and by nothing else any more. Raises `model_not_found`.
     """
+    if context.earlier is not None:
+        made = context.earlier.model(model_id, name, version, owner or context.owner)
+        if made is not None:
+            return made
     if model_id is not None:
         return _model_of_id(context, model_id, in_session=in_session)
     assert name is not None

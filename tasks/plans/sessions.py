@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import OpenSession
@@ -13,14 +13,32 @@ from tasks.plans.memory import check_tensors
 from tasks.plans.residents import find_model, unfit
 from tasks.store import models as store
 from tasks.store.connection import Row, transaction
+from tasks.submit import Promise, keep, recall
 
 
-def open_session(context: Context, request: OpenSession) -> Row:
-    """Records a session with a model and gives its row.
+def open_session(context: Context, request: OpenSession, promise: Promise | None = None) -> Row:
+    """Records a session with a model and gives its row; under a key that was used before, the session of that time.
 
-    Raises `input_mismatch` where a state output cannot feed its input, `too_many_sessions` over the device's limit, and
-    what `check_tensors` raises for `initial` tensors in allocations.
+    Raises `input_mismatch` where a state output cannot feed its input, `too_many_sessions` over the device's limit,
+    `idempotency_conflict` where the key was used with another body, and what `check_tensors` raises for `initial`
+    tensors in allocations.
     """
+    try:
+        return _open_session(context, request, promise)
+    except OperationError:
+        earlier = _earlier(context, promise) if promise else None
+        if earlier is None:
+            raise
+        return earlier
+
+
+def _earlier(context: Context, promise: Promise) -> Row | None:
+    with context.engine.connect() as connection:
+        made = recall(connection, promise)
+        return None if made is None else store.get_session(connection, made[0])
+
+
+def _open_session(context: Context, request: OpenSession, promise: Promise | None) -> Row:
     owner = owner_of(context, JobOptions(owner=request.owner))
     model = find_model(context, request.model_id, request.model_name, owner=owner)
     device_id = model["device_id"]
@@ -40,7 +58,10 @@ def open_session(context: Context, request: OpenSession) -> Row:
         "initial": initial,
     }  # fmt: skip
     with transaction(context.engine) as connection:
-        if not store.open_session(connection, row, limits.max_concurrent_sessions):
+        earlier = keep(connection, promise, [session_id]) if promise else None
+        if earlier is not None:
+            session_id = earlier[0]
+        elif not store.open_session(connection, row, limits.max_concurrent_sessions):
             raise failure(
                 "too_many_sessions",
                 f"{limits.max_concurrent_sessions} sessions are open on {device_id} "

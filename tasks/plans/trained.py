@@ -55,7 +55,9 @@ def known_session(context: Context, session_id: str) -> Row:
 
 
 def session_of(context: Context, session_id: str) -> Row:
-    """The record of a session that is the caller's, open or ended."""
+    """The record of a session that is the caller's, open or ended, or made by an earlier entry of the submission."""
+    if context.earlier is not None and session_id in context.earlier.training_sessions:
+        return context.earlier.training_sessions[session_id]
     with context.engine.connect() as connection:
         row = store.get(connection, session_id)
     return found(context, row, "training session", session_id)

@@ -44,6 +44,12 @@ jobs = Table(
     Column("needs", Texts, nullable=False, server_default=text("'{}'")),
     # Jobs that must have ended before this one may start.
     Column("after", Texts, nullable=False, server_default=text("'{}'")),
+    # Those of them that its caller named, where all have to succeed (`after_success`); null for nearly all jobs.
+    Column("requires", Texts),
+    # Which fields of the request its caller gave, and the options as they were given.
+    Column("asked", Json),
+    # The job of which this one is another try that its caller asked for.
+    Column("retried_from", Text),
     # Blobs that may not expire while the job is open.
     Column("blob_ids", Texts, nullable=False, server_default=text("'{}'")),
     Column("owner", Text, nullable=False),
@@ -56,7 +62,7 @@ jobs = Table(
     Column("expires_at", Time),
     Column("timeout_seconds", Float),
     Column("device_ms", Float),
-    # The epoch of the device under which the job was claimed last.
+    # The epoch of the device under which the job is claimed, or ended; null while no worker has a claim on it.
     Column("epoch", Integer),
     Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
     Column("progress", Json),
@@ -77,6 +83,12 @@ jobs = Table(
 Index("ix_jobs_open", jobs.c.device_id, jobs.c.seq, postgresql_where=text("finished_at IS NULL"))
 Index("ix_jobs_due", jobs.c.due_at, postgresql_where=text("due_at IS NOT NULL AND finished_at IS NULL"))
 Index("ix_jobs_expiring", jobs.c.expires_at, postgresql_where=text("expires_at IS NOT NULL AND finished_at IS NULL"))
+Index(
+    "ix_jobs_requires",
+    jobs.c.requires,
+    postgresql_using="gin",
+    postgresql_where=text("requires IS NOT NULL AND finished_at IS NULL"),
+)
 Index("ix_jobs_webhook", jobs.c.webhook_due_at, postgresql_where=text("webhook_due_at IS NOT NULL"))
 Index("ix_jobs_finished_at", jobs.c.finished_at, postgresql_where=text("finished_at IS NOT NULL"))
 
@@ -88,7 +100,7 @@ resource_order = Table(
     Column("last_job_id", Text),
 )
 
-#: What was answered for an `Idempotency-Key`, as long as its jobs are kept.
+#: What was answered for an `Idempotency-Key`, as long as its jobs (or the inference session) are kept: their ids.
 idempotency = Table(
     "idempotency",
     metadata,

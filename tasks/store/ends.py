@@ -10,7 +10,7 @@ from collections.abc import Collection
 from sqlalchemy import Connection
 
 from tasks.store.connection import Row, row, rows
-from tasks.store.jobs import COLUMNS
+from tasks.store.jobs import CLAIMED, COLUMNS
 
 #: What is kept of an ended job, with PostgreSQL's types: all of its row that lasts, so that a row can be made anew.
 _KEPT = {
@@ -20,7 +20,7 @@ _KEPT = {
     "submitted_at": "timestamptz", "started_at": "timestamptz", "finished_at": "timestamptz",
     "expires_at": "timestamptz", "timeout_seconds": "float8", "device_ms": "float8", "epoch": "int",
     "cancel_requested": "boolean", "progress": "jsonb", "result": "jsonb", "error": "jsonb", "wants_result": "boolean",
-    "webhook_url": "text",
+    "webhook_url": "text", "retried_from": "text",
 }  # fmt: skip
 
 #: What an end changes in a row that is still there.
@@ -53,7 +53,7 @@ _UNANNOUNCED = _RECORD.format(
     where="WHERE EXISTS (SELECT 1 FROM devices d WHERE d.device_id = kept.device_id AND d.epoch = kept.epoch "
     "AND NOT d.buried)",
     # As the claim found it. One that a worker's death put back has its attempt, and a death more.
-    guard="AND jobs.state <> 'running' AND jobs.attempt = excluded.attempt - 1 AND jobs.deaths = excluded.deaths",
+    guard="AND jobs.epoch IS NULL AND jobs.attempt = excluded.attempt - 1 AND jobs.deaths = excluded.deaths",
 )
 
 
@@ -74,13 +74,14 @@ def record_unclaimed(connection: Connection, jobs: str) -> list[Row]:
     return rows(connection, _UNANNOUNCED, {"jobs": jobs})
 
 
-def held_by(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
-    """Those of `job_ids` that run under `epoch`, with their requests, as a claim gives them."""
+def held_by(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int, *, ahead: bool) -> list[Row]:
+    """Those of `job_ids` that were claimed under `epoch`, for the device or `ahead` of it, as that claim gives them."""
+    claimed_at = "clock_timestamp() AS claimed_at," if ahead else ""
     return rows(
         connection,
-        f"SELECT request, {COLUMNS} FROM jobs WHERE id = ANY(%(ids)s) AND state = 'running' AND device_id = %(device)s "
-        "AND epoch = %(epoch)s",
-        {"ids": list(job_ids), "device": device_id, "epoch": epoch},
+        f"SELECT request, {claimed_at} {COLUMNS} FROM jobs WHERE id = ANY(%(ids)s) AND state = %(state)s "
+        "AND device_id = %(device)s AND epoch = %(epoch)s AND finished_at IS NULL",
+        {"ids": list(job_ids), "state": "reserved" if ahead else "running", "device": device_id, "epoch": epoch},
     )
 
 
@@ -103,13 +104,15 @@ def flushed(connection: Connection) -> tuple[int, int]:
     return found["written"], found["flushed"]
 
 
-def running(connection: Connection, device_id: str, epoch: int) -> list[Row]:
-    """What runs on the device under `epoch`: id, whether it is to be cancelled, and `age_seconds` since its claim."""
+def claimed(connection: Connection, device_id: str, epoch: int) -> list[Row]:
+    """What is claimed under `epoch`, begun or not: id, whether it is to be cancelled, and an age.
+
+    `age_seconds` counts from the start, or from the submission where the device has not begun with it.
+    """
     return rows(
         connection,
         "SELECT id, cancel_requested, "
         "extract(epoch FROM clock_timestamp() - coalesce(started_at, submitted_at))::float8 AS age_seconds "
-        "FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND epoch = %(epoch)s "
-        "AND state = 'running'",
+        f"FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND {CLAIMED}",
         {"device_id": device_id, "epoch": epoch},
     )

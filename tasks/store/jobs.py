@@ -23,7 +23,8 @@ _OPEN = tuple(sorted(OPEN))
 #: The columns that a caller's view of a job is made of, and what decides its further way.
 COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type,
     resource_id, needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at,
-    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, wants_result, webhook_url"""
+    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, wants_result, webhook_url,
+    retried_from"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,11 @@ class NewJob:
     wants_result: bool = False
     webhook_url: str | None = None
     error: dict[str, Any] | None = None
+    #: The predecessors that have to succeed; None for a job that runs however they end.
+    requires: Sequence[str] | None = None
+    #: What the caller gave, as far as `request` does not say it.
+    asked: dict[str, Any] | None = None
+    retried_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,8 @@ class Ending:
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     device_ms: float | None = None
+    #: When the device began with the job, where no statement has recorded that yet: it was claimed ahead.
+    started_at: datetime | None = None
 
 
 def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
@@ -81,16 +89,17 @@ _INSERT = Prepared(
     """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
             resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
-            webhook_url, error, finished_at)
+            webhook_url, error, requires, asked, retried_from, finished_at)
         SELECT id, kind, state, device_id, queue, priority, max_attempts, request, resource_type, resource_id,
             needs, after, blob_ids, owner, labels,
             clock_timestamp() + make_interval(secs => delay_seconds),
             clock_timestamp() + make_interval(secs => expires_in_seconds), timeout_seconds, wants_result, webhook_url,
-            error, CASE WHEN state = 'failed' THEN clock_timestamp() END
+            error, requires, nullif(asked, 'null'), retried_from, CASE WHEN state = 'failed' THEN clock_timestamp() END
         FROM jsonb_to_recordset(%(jobs)s::jsonb) AS new (id text, kind text, state text, device_id text, queue text,
             priority smallint, max_attempts int, request jsonb, resource_type text, resource_id text, needs text[],
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
-            timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
+            timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb, requires text[], asked jsonb,
+            retried_from text)
         ON CONFLICT (id) DO NOTHING
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
     """,
@@ -111,6 +120,7 @@ def _row(job: NewJob) -> Row:
         "resource_type": job.resource_type, "resource_id": job.resource_id, "needs": list(job.needs),
         "after": list(job.after), "owner": job.owner, "labels": job.labels, "timeout_seconds": job.timeout_seconds,
         "error": job.error, "wants_result": job.wants_result, "webhook_url": job.webhook_url,
+        "retried_from": job.retried_from,
     }  # fmt: skip
 
 
@@ -131,6 +141,11 @@ def request_of(connection: Connection, job_id: str) -> dict[str, Any] | None:
     return found["request"] if found else None
 
 
+def asked_of(connection: Connection, job_id: str) -> Row | None:
+    """A job with its request as it was recorded, and what its caller gave of it: see `tasks.asked`."""
+    return row(connection, f"SELECT request, asked, {COLUMNS} FROM jobs WHERE id = %(id)s", {"id": job_id})
+
+
 def states(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
     """The state of each of `job_ids` that exists."""
     return {job_id: job["state"] for job_id, job in predecessors(connection, job_ids).items()}
@@ -144,6 +159,11 @@ def predecessors(connection: Connection, job_ids: Collection[str]) -> dict[str, 
 _PREDECESSORS = Prepared(
     "predecessors_of_jobs", "SELECT id, state, owner FROM jobs WHERE id = ANY(%(ids)s)", {"ids": "text[]"}
 )
+
+
+def is_claimed(job: Row) -> bool:
+    """Whether a worker has claimed the job and not ended it."""
+    return job["epoch"] is not None and job["finished_at"] is None
 
 
 def queue_position(connection: Connection, job: Row) -> int | None:
@@ -179,18 +199,45 @@ def page(
     return rows(connection, f"SELECT {COLUMNS} FROM jobs {where} ORDER BY seq DESC LIMIT %(limit)s", parameters)
 
 
-_CLAIM = Prepared(
-    "claim_jobs",
-    f"""
-    UPDATE jobs SET state = 'running', attempt = attempt + 1, epoch = %(epoch)s, started_at = clock_timestamp(),
-        device_id = %(device_id)s, due_at = NULL
-    WHERE id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND NOT cancel_requested
+#: Which jobs among `ids` may be claimed. An open job has an epoch exactly while a worker holds a claim on it, so that
+#: nobody claims twice what was claimed ahead of its device and is still `reserved`.
+MAY_BE_CLAIMED = """id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND epoch IS NULL AND NOT cancel_requested
       AND (expires_at IS NULL OR expires_at > clock_timestamp())
-      AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)
-    RETURNING request, {COLUMNS}
-    """,
-    {"ids": "text[]", "epoch": "int", "device_id": "text", "claimable": "text[]"},
-)
+      AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)"""
+
+#: Jobs that require none to succeed, nearly all; and those of the others for which all have. Apart, since asking that
+#: of each job would make a claim a quarter more expensive.
+REQUIRES_NONE = "requires IS NULL"
+REQUIRES_WHAT_SUCCEEDED = """requires IS NOT NULL AND NOT EXISTS (
+      SELECT 1 FROM jobs AS before WHERE before.id = ANY(jobs.requires) AND before.state <> 'succeeded')"""
+
+#: The jobs that a worker has claimed under its epoch: those that its device has begun, and those claimed ahead of it.
+CLAIMED = "jobs.state IN ('running', 'reserved') AND jobs.epoch = %(epoch)s"
+
+
+class Claims:
+    """A way to claim jobs: what it sets, and what it returns besides the request and `COLUMNS`."""
+
+    def __init__(self, name: str, sets: str, returns: str = "") -> None:
+        types = {"ids": "text[]", "epoch": "int", "device_id": "text", "claimable": "text[]"}
+        statement = f"""
+            UPDATE jobs SET {sets}, epoch = %(epoch)s, device_id = %(device_id)s, due_at = NULL
+            WHERE {MAY_BE_CLAIMED} AND {{}} RETURNING request, {returns} {COLUMNS}
+        """
+        self._usual = Prepared(name, statement.format(REQUIRES_NONE), types)
+        self._requiring = Prepared(f"{name}_requiring", statement.format(REQUIRES_WHAT_SUCCEEDED), types)
+
+    def claim(self, connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
+        """The rows of what could be claimed."""
+        parameters = {"epoch": epoch, "device_id": device_id, "claimable": list(_CLAIMABLE)}
+        claimed = self._usual.rows(connection, {**parameters, "ids": list(job_ids)})
+        if len(claimed) < len(job_ids):
+            left = sorted(set(job_ids) - {row["id"] for row in claimed})
+            claimed += self._requiring.rows(connection, {**parameters, "ids": left})
+        return claimed
+
+
+_CLAIM = Claims("claim_jobs", "state = 'running', attempt = attempt + 1, started_at = clock_timestamp()")
 
 
 def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
@@ -199,26 +246,23 @@ def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoc
     A job that was asked to be cancelled, has expired, or waits for predecessors is not claimed; nor is anything once
     the epoch no longer stands.
     """
-    return _CLAIM.rows(
-        connection,
-        {"ids": list(job_ids), "epoch": epoch, "device_id": device_id, "claimable": list(_CLAIMABLE)},
-    )
+    return _CLAIM.claim(connection, job_ids, device_id, epoch)
 
 
 def end_running(
     connection: Connection, endings: Sequence[Ending], epoch: int, claimed: Mapping[str, Row] | None = None
 ) -> list[Row]:
-    """Ends jobs that run under `epoch`. What does not come back had been ended, or taken over, by someone else.
+    """Ends jobs claimed under `epoch`. What does not come back had been ended, or taken over, by someone else.
 
     `claimed` are the rows as they were claimed: what an end does not change need not be read again.
     """
     told = dumps(list(endings))
     # What the database keeps otherwise than it was given (NUL) is read back.
     if claimed is None or "\\ufffd" in told or not all(ending.id in claimed for ending in endings):
-        guard = "jobs.state = 'running' AND jobs.epoch = %(epoch)s"
-        return _end(connection, endings, guard, {"epoch": epoch})
+        return _end(connection, endings, CLAIMED, {"epoch": epoch})
     ids = [ending.id for ending in endings]
-    stamped = _END_RUNNING.rows(connection, {"endings": told, "ids": ids, "epoch": epoch})
+    end = _END_RUNNING if all(ending.started_at is None for ending in endings) else _END_AHEAD
+    stamped = end.rows(connection, {"endings": told, "ids": ids, "epoch": epoch})
     by_id = {ending.id: ending for ending in endings}
     return [
         {**claimed[one["id"]], **one, "result": by_id[one["id"]].result, "error": by_id[one["id"]].error}
@@ -241,15 +285,28 @@ _ENDINGS = """jsonb_to_recordset(%(endings)s::jsonb)
             AS ended (id text, state text, result jsonb, error jsonb, device_ms float8)"""
 
 
-_END_RUNNING = Prepared(
-    "end_running_jobs",
-    f"""
-    UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS}
-    WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND jobs.state = 'running' AND jobs.epoch = %(epoch)s
-    RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
-    """,
-    {"endings": "jsonb", "ids": "text[]", "epoch": "int"},
-)
+def _end_claimed(name: str, sets: str, endings: str) -> Prepared:
+    return Prepared(
+        name,
+        f"""
+        UPDATE jobs SET {sets} FROM {endings}
+        WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND {CLAIMED}
+        RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
+        """,
+        {"endings": "jsonb", "ids": "text[]", "epoch": "int"},
+    )
+
+
+_END_RUNNING = _end_claimed("end_running_jobs", SET_ENDED, _ENDINGS)
+
+#: The same for jobs that were claimed ahead of the device: when it began with them may not be recorded yet.
+_SET_ENDED_AHEAD = f"""{SET_ENDED}, started_at = coalesce(jobs.started_at, ended.started_at),
+            attempt = jobs.attempt + (jobs.state = 'reserved' AND ended.started_at IS NOT NULL)::int"""
+
+_ENDINGS_AHEAD = """jsonb_to_recordset(%(endings)s::jsonb)
+            AS ended (id text, state text, result jsonb, error jsonb, device_ms float8, started_at timestamptz)"""
+
+_END_AHEAD = _end_claimed("end_jobs_claimed_ahead", _SET_ENDED_AHEAD, _ENDINGS_AHEAD)
 
 
 def _end(connection: Connection, endings: Sequence[Ending], guard: str, parameters: dict[str, Any]) -> list[Row]:
@@ -257,23 +314,26 @@ def _end(connection: Connection, endings: Sequence[Ending], guard: str, paramete
     return rows(
         connection,
         f"""
-        UPDATE jobs SET {SET_ENDED} FROM {_ENDINGS} WHERE jobs.id = ended.id AND {guard}
+        UPDATE jobs SET {_SET_ENDED_AHEAD} FROM {_ENDINGS_AHEAD} WHERE jobs.id = ended.id AND {guard}
         RETURNING {columns}
         """,
         {"endings": dumps(list(endings)), **parameters},
     )
 
 
-def retry(connection: Connection, job_id: str, epoch: int, error: dict[str, Any], delay_seconds: float) -> Row | None:
-    """Puts a running job back for another attempt after `delay_seconds`; its last error stays readable meanwhile."""
+def retry(connection: Connection, claimed: Row, epoch: int, error: dict[str, Any], delay_seconds: float) -> Row | None:
+    """Puts a job back for another attempt after `delay_seconds`; its last error stays readable meanwhile.
+
+    `claimed` is its row as the worker has it, whose attempts count.
+    """
     return row(
         connection,
         f"""
-        UPDATE jobs SET state = 'retrying', error = %(error)s::jsonb,
-            due_at = clock_timestamp() + make_interval(secs => %(delay)s)
-        WHERE id = %(id)s AND state = 'running' AND epoch = %(epoch)s RETURNING {COLUMNS}
+        UPDATE jobs SET state = 'retrying', error = %(error)s::jsonb, attempt = %(attempt)s, epoch = NULL,
+            started_at = NULL, due_at = clock_timestamp() + make_interval(secs => %(delay)s)
+        WHERE id = %(id)s AND {CLAIMED} RETURNING {COLUMNS}
         """,
-        {"id": job_id, "epoch": epoch, "error": dumps(error), "delay": delay_seconds},
+        {**claimed, "epoch": epoch, "error": dumps(error), "delay": delay_seconds},
     )
 
 
@@ -303,7 +363,7 @@ def waiting(connection: Connection, device_id: str, older_than_seconds: float, l
         connection,
         f"""
         SELECT request, {COLUMNS} FROM jobs
-        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('queued', 'reserved')
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('queued', 'reserved') AND epoch IS NULL
           AND submitted_at < clock_timestamp() - make_interval(secs => %(age)s)
         ORDER BY seq LIMIT %(limit)s
         """,
@@ -326,15 +386,14 @@ def make_due(connection: Connection, limit: int) -> list[Row]:
     )
 
 
-def expired(connection: Connection, limit: int) -> list[str]:
-    """Jobs that waited past their expiry and have not started."""
-    found = rows(
+def expired(connection: Connection, limit: int) -> list[Row]:
+    """Jobs that waited past their expiry and that no worker has claimed: a worker ends those that it has itself."""
+    return rows(
         connection,
-        "SELECT id FROM jobs WHERE expires_at <= clock_timestamp() AND finished_at IS NULL "
-        "AND state = ANY(%(states)s) LIMIT %(limit)s",
+        f"SELECT {COLUMNS} FROM jobs WHERE expires_at <= clock_timestamp() AND finished_at IS NULL "
+        "AND state = ANY(%(states)s) AND epoch IS NULL LIMIT %(limit)s",
         {"states": list(_CLAIMABLE), "limit": limit},
     )
-    return [job["id"] for job in found]
 
 
 def expired_among(connection: Connection, job_ids: Collection[str]) -> set[str]:
@@ -347,13 +406,14 @@ def expired_among(connection: Connection, job_ids: Collection[str]) -> set[str]:
     return {job["id"] for job in found}
 
 
-def running_under(connection: Connection, device_id: str, epoch: int) -> list[Row]:
-    """Jobs that a device's epochs up to `epoch` left running, locked."""
+def claimed_under(connection: Connection, device_id: str, epoch: int) -> list[Row]:
+    """Jobs that a device's epochs up to `epoch` have claimed and not ended, locked."""
     return rows(
         connection,
         f"""
         SELECT {COLUMNS} FROM jobs
-        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = 'running' AND epoch <= %(epoch)s
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('running', 'reserved')
+          AND epoch <= %(epoch)s
         ORDER BY seq FOR UPDATE
         """,
         {"device_id": device_id, "epoch": epoch},
@@ -361,27 +421,59 @@ def running_under(connection: Connection, device_id: str, epoch: int) -> list[Ro
 
 
 def requeue(connection: Connection, job_ids: Collection[str], *, died: bool) -> list[Row]:
-    """Running jobs become `queued` again, with their requests; `died` counts a worker's death against each."""
+    """Claimed jobs become `queued` again, with their requests; `died` counts a worker's death against each.
+
+    What its worker did not live to end was no attempt.
+    """
     return rows(
         connection,
         f"""
-        UPDATE jobs SET state = 'queued', deaths = deaths + %(died)s, started_at = NULL, epoch = NULL, progress = NULL
-        WHERE id = ANY(%(ids)s) AND state = 'running' RETURNING request, {COLUMNS}
+        UPDATE jobs SET state = 'queued', deaths = deaths + %(died)s, attempt = attempt - (state = 'running')::int,
+            started_at = NULL, epoch = NULL, progress = NULL
+        WHERE id = ANY(%(ids)s) AND state IN ('running', 'reserved') RETURNING request, {COLUMNS}
         """,
         {"ids": list(job_ids), "died": int(died)},
     )
 
 
 def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[Row]:
-    """Jobs that have not started and need any of the resources."""
+    """Jobs that no worker has claimed and that need any of the resources."""
     return rows(
         connection,
         f"""
         SELECT {COLUMNS} FROM jobs
-        WHERE finished_at IS NULL AND state = ANY(%(states)s) AND needs && %(ids)s::text[] ORDER BY seq
+        WHERE finished_at IS NULL AND state = ANY(%(states)s) AND epoch IS NULL AND needs && %(ids)s::text[]
+        ORDER BY seq
         """,
         {"states": list(_CLAIMABLE), "ids": list(resource_ids)},
     )
+
+
+def open_requiring(connection: Connection, job_ids: Collection[str]) -> list[Row]:
+    """Jobs that no worker has claimed and that require any of `job_ids` to succeed; `requires` names what they do."""
+    return rows(
+        connection,
+        f"""
+        SELECT {COLUMNS}, requires FROM jobs
+        WHERE finished_at IS NULL AND requires IS NOT NULL AND requires && %(ids)s::text[] AND epoch IS NULL
+        ORDER BY seq
+        """,
+        {"ids": list(job_ids)},
+    )
+
+
+def failed_before(connection: Connection, job_ids: Collection[str]) -> dict[str, Row]:
+    """For those of `job_ids` that require a job which did not succeed, one such job: id, kind, state and error."""
+    found = rows(
+        connection,
+        """
+        SELECT jobs.id AS after_id, before.id, before.kind, before.state, before.error
+        FROM jobs JOIN jobs AS before ON before.id = ANY(jobs.requires)
+        WHERE jobs.id = ANY(%(ids)s) AND before.finished_at IS NOT NULL AND before.state <> 'succeeded'
+        """,
+        {"ids": list(job_ids)},
+    )
+    return {row.pop("after_id"): row for row in found}
 
 
 def open_ids_needing(connection: Connection, resource_id: str, kinds: Sequence[str] | None = None) -> list[str]:
@@ -420,7 +512,7 @@ def set_progress(connection: Connection, job_id: str, epoch: int, progress: dict
     """Notes how far a running job is."""
     execute(
         connection,
-        "UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND state = 'running' AND epoch = %(epoch)s",
+        f"UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND {CLAIMED}",
         {"id": job_id, "epoch": epoch, "progress": dumps(progress)},
     )
 
@@ -499,4 +591,5 @@ def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
         "owner": job["owner"],
         "labels": job["labels"],
         "deaths": job["deaths"],
+        "retried_from": job["retried_from"],
     }

@@ -57,10 +57,22 @@ def remember_key(
         """,
         parameters,
     )
-    if inserted:
-        return None
+    return None if inserted else recall_key(connection, owner, route, key)
+
+
+def amend_key(connection: Connection, owner: str, route: str, key: str, job_ids: Sequence[str]) -> None:
+    """The jobs of a key that was just remembered are others: earlier ones that did already what was asked."""
+    execute(
+        connection,
+        "UPDATE idempotency SET job_ids = %(ids)s WHERE owner = %(owner)s AND route = %(route)s AND key = %(key)s",
+        {"owner": owner, "route": route, "key": key, "ids": list(job_ids)},
+    )
+
+
+def recall_key(connection: Connection, owner: str, route: str, key: str) -> Row | None:
+    """What was answered for an idempotency key: `body_sha256`, and the ids of the jobs (or of the session) in order."""
     return row(
         connection,
         "SELECT body_sha256, job_ids FROM idempotency WHERE owner = %(owner)s AND route = %(route)s AND key = %(key)s",
-        parameters,
+        {"owner": owner, "route": route, "key": key},
     )

@@ -122,6 +122,7 @@ def test_a_running_job_stops_soon_after_it_was_cancelled_and_the_worker_goes_on(
 def test_a_job_past_its_time_limit_fails_with_timeout(http: httpx.Client) -> None:
     ended = http.post("/api/inference/run", json=slow_run(timeout_seconds=0.3), headers=WAIT).json()
     assert (ended["state"], ended["error"]["code"]) == ("failed", "timeout")
+    assert "job.timeout_seconds = 0.3 s" in ended["error"]["message"]
 
 
 def test_a_job_that_waits_past_its_expiry_expires(http: httpx.Client) -> None:
@@ -130,6 +131,7 @@ def test_a_job_that_waits_past_its_expiry_expires(http: httpx.Client) -> None:
     ended = http.get(f"/api/jobs/{waiting}", params={"wait": 10}).json()
     http.delete(f"/api/jobs/{busy}")
     assert (ended["state"], ended["celery_state"], ended["started_at"]) == ("expired", "REVOKED", None)
+    assert "expires_in_seconds was 0.3" in ended["error"]["message"]
 
 
 def test_a_scheduled_job_runs_when_it_is_due(http: httpx.Client) -> None:

@@ -85,13 +85,13 @@ def test_a_worker_killed_in_the_middle_of_a_job_is_told_and_the_job_runs_once_mo
     # The lease tells: nobody has to restart anything for the death to be seen and the job to be put back.
     eventually(lambda: stack.client.get("/api/devices/cpu_0").json()["state"] == "offline", 7)
     back = eventually(lambda: (job := stack.client.get(f"/api/jobs/{job_id}").json())["state"] == "queued" and job, 7)
-    assert (back["deaths"], back["attempt"]) == (1, 1)
+    assert (back["deaths"], back["attempt"], back["started_at"]) == (1, 0, None)
     refused = stack.client.post("/api/inference/run", json=slow(1))
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
     stack.start("cpu_0")
     stack.wait_ready()
     done = stack.client.get(f"/api/jobs/{job_id}", params={"wait": 60}).json()
-    assert (done["state"], done["attempt"], done["deaths"]) == ("succeeded", 2, 1)
+    assert (done["state"], done["attempt"], done["deaths"]) == ("succeeded", 1, 1), "a death is no attempt"
     assert stack.client.get("/api/devices/cpu_0").json()["epoch"] == epoch + 1
 
 
@@ -99,9 +99,9 @@ def test_a_job_that_kills_three_workers_is_poison(start_stack: Start) -> None:
     stack = start_stack(LEASE_SECONDS=2)
     load(stack, "slow")
     job_id = stack.client.post("/api/inference/run", json=slow(10_000_000)).json()["job_id"]
-    for attempt in (1, 2, 3):
+    for deaths in (0, 1, 2):
         eventually(lambda: (job := stack.client.get(f"/api/jobs/{job_id}").json())["state"] == "running"
-                   and job["attempt"] == attempt, 30)  # fmt: skip  # noqa: B023 - called at once
+                   and (job["deaths"], job["attempt"]) == (deaths, 1), 30)  # fmt: skip  # noqa: B023 - called at once
         stack.kill("cpu_0")
         stack.start("cpu_0")
     done = stack.client.get(f"/api/jobs/{job_id}", params={"wait": 30}).json()

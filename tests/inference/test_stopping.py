@@ -11,6 +11,7 @@ import pytest
 
 from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
+from tests.support.records import claim_of
 from tests.support.stack import eventually
 
 
@@ -112,7 +113,7 @@ def test_an_urgent_run_goes_before_one_that_is_claimed_already(api: Api) -> None
     # How long a run takes is known once one has run; from then on the next is claimed meanwhile.
     assert api.run(model_id, {"x": x})["state"] == "succeeded"
     usual = [api.run(model_id, {"x": x}, wait=0)["job_id"] for _ in range(4)]
-    eventually(lambda: [api.job(job_id, wait=0)["state"] for job_id in usual[:2]] == ["running", "running"])
+    eventually(lambda: claim_of(api.stack.database_url, usual[1]) == ("reserved", 1), interval_seconds=0.01)
     urgent = api.run(model_id, {"x": x}, wait=0, job={"priority": 9})["job_id"]
     first, claimed, *rest = [api.job(job_id) for job_id in usual]
     ended = api.job(urgent)["finished_at"]

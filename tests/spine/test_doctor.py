@@ -46,6 +46,16 @@ def test_what_does_not_answer_is_said_with_a_remedy_and_fails(tmp_path: Path) ->
     assert "FAIL  postgresql" in said
 
 
+def test_the_devices_that_the_setting_names_are_tried_and_no_others(tmp_path: Path) -> None:
+    status, said, report = run(tmp_path, DEVICES="cpu:2,directml:7", DATA_DIR=str(tmp_path / "data"))
+    assert status == 1, "a device that was named and is not there"
+    tried = {one["subject"]: one["well"] for one in report["findings"] if ":" in one["subject"]}
+    assert tried == {"cpu:0": True, "cpu:1": True, "directml:7": False}, said
+    (missing,) = [one for one in report["findings"] if one["subject"] == "directml:7"]
+    assert "DEVICES" in missing["remedy"]
+    assert "cpu:2" in said
+
+
 @pytest.mark.parametrize("wrong", ["fill", "copy"])
 def test_a_device_that_changes_bytes_is_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device: Device = open_device("cpu", 0)

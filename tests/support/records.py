@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
+import psycopg2
 from sqlalchemy import Engine
 
 from tasks.store import devices
@@ -16,3 +19,11 @@ def make_device(engine: Engine) -> int:
     }  # fmt: skip
     with engine.connect() as connection:
         return devices.register(connection, facts, 15)
+
+
+def claim_of(database_url: str, job_id: str) -> tuple[str, int | None]:
+    """A job's recorded state, and the epoch under which a worker has claimed it."""
+    with closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT state, epoch FROM jobs WHERE id = %s", [job_id])
+        (found,) = cursor.fetchall()
+    return found

@@ -43,11 +43,15 @@ class Cancel:
     def __init__(self) -> None:
         self._running: ort.RunOptions | ort.SessionOptions | None = None
         self.code: str | None = None
+        self._why = ""
 
-    def trip(self, code: str = "cancelled") -> None:
-        """From now on runs raise `code` (`cancelled` or `timeout`); returns at once, from any thread."""
+    def trip(self, code: str = "cancelled", why: str = "The job was cancelled.") -> None:
+        """From now on runs raise `code` (`cancelled` or `timeout`) and say `why`; returns at once, from any thread."""
         with _CANCELLING:
-            self.code = self.code or code
+            if self.code is None:
+                # The reason first: who finds a code finds its reason too.
+                self._why = why
+                self.code = code
             if isinstance(self._running, ort.RunOptions):
                 self._running.terminate = True
             elif self._running is not None:
@@ -56,7 +60,7 @@ class Cancel:
     def check(self) -> None:
         """Raises the failure where `trip` was called."""
         if self.code is not None:
-            raise failure(self.code, "The run was stopped." if self.code == "cancelled" else "The time was up.")
+            raise failure(self.code, self._why)
 
     def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
         """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
@@ -86,7 +90,7 @@ class Over:
         if isinstance(error, Exception):
             for cancel in self._cancels:
                 if cancel.code is not None:
-                    raise failure(cancel.code, "Stopped while it ran.") from error
+                    raise failure(cancel.code, cancel._why) from error
 
 
 def resolve_provider(name: str) -> str:
