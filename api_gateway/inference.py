@@ -160,8 +160,8 @@ def view(model: Row) -> dict[str, Any]:
         name: model[name]
         for name in (
             "model_id", "name", "version", "aliases", "model_type", "device_id", "state", "inputs", "outputs",
-            "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned",
-            "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
+            "not_offered", "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at",
+            "pinned", "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
             "created_at", "ended_at",
         )
     }  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from device_operations.errors import OperationError
+from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel, TensorSpec
 
@@ -45,6 +46,9 @@ def find_out(model: OnnxModel, max_batch_size: int, cancel: Cancel | None = None
     """Whether runs of `model` may be joined. Takes three runs on one or two rows where the axes leave it open."""
     if max_batch_size < 2:
         return Batching(False, "max_batch_size is 1")
+    for spec in (*model.inputs, *model.outputs):
+        if spec.dtype == "json" or spec.optional:
+            return Batching(False, f"{spec.name} is not always a tensor")
     arrays = [spec for spec in model.inputs if spec.shape]
     if not arrays:
         return Batching(False, "no input has an axis")
@@ -102,9 +106,9 @@ def _made_up(spec: TensorSpec, side: int, row: int) -> Array:
         return np.full(shape, "ab"[row], object)
     if spec.dtype.startswith("float"):
         drawn = np.random.default_rng([row, *spec.name.encode()]).standard_normal(count)
-        return drawn.reshape(shape).astype(spec.dtype)
+        return drawn.reshape(shape).astype(numpy_dtype(spec.dtype))
     pattern: Sequence[int] = [1] * count if row == 0 else [(index + 1) % 2 for index in range(count)]
-    return np.array(pattern).reshape(shape).astype(spec.dtype)
+    return np.array(pattern).reshape(shape).astype(numpy_dtype(spec.dtype))
 
 
 def _open_sides(spec: TensorSpec) -> bool:

@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy.exc import IntegrityError
 
 from device_operations.errors import OperationError, failure
+from device_operations.tensors import numpy_dtype
 from tasks.effects.inference import evicted, lost, settled
 from tasks.plans.models import ESTIMATE_BYTES, entry_file, model_file
 from tasks.store import devices as device_store
@@ -59,7 +60,8 @@ def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> Re
 def _made(row: Row, onnx: OnnxModel, cancel: Cancel | None) -> ResidentModel:
     options = row["options"]
     max_batch_size = options.get("max_batch_size", 1)
-    if options.get("warmup"):
+    # There is no smallest sequence or map that every model takes.
+    if options.get("warmup") and all(spec.dtype != "json" for spec in onnx.inputs):
         onnx.run(_zeros(onnx), cancel=cancel)
     return ResidentModel(
         model_id=row["model_id"],
@@ -79,8 +81,9 @@ def facts(model: ResidentModel) -> dict[str, Any]:
     """What the model's record is to hold of it, as found and measured."""
     onnx = model.onnx
     return {
-        "inputs": [spec.as_json() for spec in onnx.inputs],
+        "inputs": [spec.as_json() for spec in (*onnx.inputs, *onnx.optional_inputs)],
         "outputs": [spec.as_json() for spec in onnx.outputs],
+        "not_offered": [one.as_json() for one in onnx.not_offered],
         "memory_bytes": model.memory_bytes,
         "load_ms": round(onnx.load_ms, 3),
         "provider": onnx.provider,
@@ -204,5 +207,7 @@ def _zeros(onnx: OnnxModel) -> dict[str, Any]:
     feeds: dict[str, Any] = {}
     for spec in onnx.inputs:
         shape = tuple(side if isinstance(side, int) else 1 for side in spec.shape)
-        feeds[spec.name] = np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, spec.dtype)
+        feeds[spec.name] = (
+            np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, numpy_dtype(spec.dtype))
+        )
     return feeds

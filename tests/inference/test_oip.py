@@ -184,7 +184,7 @@ def test_errors_have_the_protocols_form(api: Api, client: Any) -> None:
         (b"{", 400, "not JSON"),
         (b"[]", 400, "not a JSON object"),
         (b"{}", 400, "inputs is not a JSON list"),
-        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "BF16", "data": [0, 0, 0, 0]}]}', 422, "BF16"),
+        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP8", "data": [0, 0, 0, 0]}]}', 422, "FP8"),
         (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0, 0]}]}', 422, "shape"),
         (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": ["1", "2", "3", "4"]}]}', 422, "str"),
         (b'{"inputs": [{"name": "x", "shape": [1, -4], "datatype": "FP32", "data": []}]}', 422, "shape"),
