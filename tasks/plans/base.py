@@ -11,7 +11,7 @@ from device_operations.errors import failure
 from device_operations.jobs import Kind, State
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
-from device_operations.tensors import INLINE_BYTES, TEXT_DTYPES, Tensor, decode, encode, to_bytes
+from device_operations.tensors import INLINE_BYTES, TEXT_DTYPES, Tensor, decode, to_bytes
 from device_operations.texts import pack_texts
 from tasks.blobs import BlobStore
 from tasks.directory import Directory
@@ -125,9 +125,7 @@ def store_tensors(context: Context, tensors: dict[str, Tensor], owner: str) -> t
         text = tensor.dtype in TEXT_DTYPES
         raw = pack_texts(array.reshape(-1)) if text else memoryview(b"")
         if max(tensor.size_bytes, len(raw)) <= INLINE_BYTES:
-            # A direct message may hold NaN as a float, which neither a row nor the next message can.
-            direct = context.device_id is not None and tensor.data is not None and "float" in tensor.dtype
-            kept[name] = Tensor.model_validate(encode(array, "data")) if direct else tensor
+            kept[name] = tensor
             continue
         blob_id = keep_bytes(context, raw if text else to_bytes(array), owner)
         named.append(blob_id)
