@@ -16,7 +16,15 @@ import orjson
 
 from device_operations.errors import failure
 from device_operations.json_text import loads
-from device_operations.tensors import EIGHT_BIT_FLOATS, FIXED_DTYPES, TEXT_DTYPES, from_numbers, numpy_dtype, to_bytes
+from device_operations.tensors import (
+    EIGHT_BIT_FLOATS,
+    FIXED_DTYPES,
+    TEXT_DTYPES,
+    from_numbers,
+    numpy_dtype,
+    to_bytes,
+    word,
+)
 from device_operations.texts import pack_texts, unpack_texts
 from tasks.transients import TRANSIENT_BYTES, Transients
 
@@ -29,6 +37,9 @@ DATATYPES = {
 NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 # The protocol has no name for floats of eight bits, which pass as bytes; what is no tensor passes as JSON texts.
 NAMES |= {"json": "BYTES"} | dict.fromkeys(EIGHT_BIT_FLOATS, "UINT8")
+
+#: What has words for NaN and infinities. Of BF16 Triton's client alone makes arrays, and only of numbers.
+_WORDED = ("FP16", "FP32", "FP64")
 
 _WIRE_DTYPES = {dtype: numpy_dtype(dtype).newbyteorder("<") for dtype in FIXED_DTYPES if dtype not in EIGHT_BIT_FLOATS}
 _WIRE_DTYPES |= dict.fromkeys(EIGHT_BIT_FLOATS, np.dtype("uint8"))
@@ -65,6 +76,8 @@ class Asked:
     binary: bool
     #: The bytes of the only input, where the request is nothing else; `oip_raw` says which input and what shape.
     raw: Raw | None = None
+    #: Whether NaN or an infinity stood bare in it, which clients write that read such answers too.
+    bare: bool = False
 
 
 def read(body: Raw, header_length: int | None) -> Asked:
@@ -78,7 +91,7 @@ def read(body: Raw, header_length: int | None) -> Asked:
         raise failure(
             "malformed_request", f"Inference-Header-Content-Length is {header_length}, and the body has {len(view)}"
         )
-    header = _json(view[:header_length])
+    header, bare = _json(view[:header_length])
     parameters = _parameters(header, "parameters")
     inputs: dict[str, Given] = {}
     at = header_length
@@ -96,7 +109,7 @@ def read(body: Raw, header_length: int | None) -> Asked:
     request_id = header.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise failure("malformed_request", "id is not a string")
-    return Asked(request_id, parameters, inputs, outputs, binary)
+    return Asked(request_id, parameters, inputs, outputs, binary, bare=bare)
 
 
 def stash(asked: Asked, transients: Transients) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -156,9 +169,17 @@ def answer(
     header["outputs"] = described
     packed = orjson.dumps(header)
     if b"null" in packed:
-        # orjson's word for what JSON has no number for, which is written as Triton writes it: NaN, Infinity.
-        packed = json.dumps(header).encode()
+        # orjson's word for what JSON has no number for: NaN, Infinity. Strict parsers, KServe's client among them, read
+        # these as strings; who sent them bare, as Triton writes them, is answered so.
+        packed = json.dumps(header).encode() if asked.bare else _with_words(header)
     return [packed, *parts], len(packed) if parts else None
+
+
+def _with_words(header: dict[str, Any]) -> bytes:
+    for entry in header["outputs"]:
+        if entry["datatype"] in _WORDED and "data" in entry:
+            entry["data"] = [number if math.isfinite(number) else word(number) for number in entry["data"]]
+    return json.dumps(header).encode()
 
 
 def _elements(tensor: dict[str, Any], transients: Transients) -> Raw:
@@ -226,9 +247,14 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
     return Wanted(name, bool(parameters.get("binary_data", binary)))
 
 
-def _json(text: memoryview) -> dict[str, Any]:
+def _json(text: memoryview) -> tuple[dict[str, Any], bool]:
+    """The object, and whether it is JSON but for NaN or an infinity."""
     try:
-        return _object(loads(text), "the body")
+        return _object(orjson.loads(text), "the body"), False
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return _object(loads(text), "the body"), True
     except ValueError as error:
         raise failure("malformed_request", f"the request is not JSON: {error}") from error
 

@@ -212,7 +212,7 @@ def test_fastapis_own_errors_have_the_protocols_form_too(api: Api) -> None:
         assert set(answer.json()) == {"error"}
 
 
-def test_numbers_that_json_does_not_have_come_back_as_triton_writes_them(api: Api, client: Any) -> None:
+def test_numbers_that_json_does_not_have_come_back_as_json(api: Api, client: Any) -> None:
     api.load(graphs.affine(), "errors")
     x = np.array([[np.nan, np.inf, -np.inf, 1]], np.float32)
     answer = client.infer(
