@@ -348,7 +348,7 @@ def test_bfloat16_passes_as_bytes_and_as_numbers(api: Api, client: Any) -> None:
         assert client.infer("to-bf16", [given("x", x, "FP32")], outputs=asked).as_numpy("y").tolist() == x.tolist()
     numbers = {"inputs": [{"name": "x", "shape": [3], "datatype": "BF16", "data": [1.5, -2, "Infinity"]}]}
     told = api.http.post("/v2/models/from-bf16/infer", json=numbers).json()
-    assert told["outputs"][0]["data"] == [1.5, -2, float("inf")]
+    assert told["outputs"][0]["data"] == [1.5, -2, "Infinity"]
 
     raw = base64.b64encode(x.astype(ml_dtypes.bfloat16).tobytes()).decode()
     for tensor in (
