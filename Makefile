@@ -6,16 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := .cache/peers-venv/.installed
+KSERVE := .cache/kserve-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training up test lint format bench streams soak test-directml lock peers
+.PHONY: help install demo demo-training up test lint format bench streams soak node-tests test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
 	@echo "make demo-training  the same for training"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
 	@echo "make test           linters, types, import rules, all tests"
+	@echo "make node-tests     every backend node test of ONNX over /v2; two or three minutes"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults"
@@ -43,8 +45,11 @@ demo-training: $(INSTALLED)
 up: $(INSTALLED)
 	@$(BIN)/device-operations up
 
-test: lint
+test: lint $(KSERVE)
 	$(BIN)/python -m pytest
+
+node-tests: $(INSTALLED)
+	NODE_TESTS=all $(BIN)/python -m pytest -s tests/inference/test_node_tests.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -67,6 +72,15 @@ $(PEERS): requirements/peers.lock
 	@touch $@
 
 peers: $(PEERS)
+
+$(KSERVE): requirements/kserve.lock
+	@echo "installing KServe's client, which tests speak with, into .cache/kserve-venv (once; half a minute)"
+	@$(PYTHON) -m venv .cache/kserve-venv 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip .cache/kserve-venv \
+		&& $(PYTHON) -m pip --python .cache/kserve-venv/bin/python install --quiet pip; }
+	@.cache/kserve-venv/bin/python -m pip install --quiet --requirement requirements/kserve.lock
+	@touch $@
+
+kserve: $(KSERVE)
 
 # What the tests show with one gibibyte, with four; about a minute and a half.
 streams: $(INSTALLED)

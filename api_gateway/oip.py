@@ -16,7 +16,7 @@ from api_gateway import oip_repository
 from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip_infer import infer
-from api_gateway.oip_tensors import NAMES
+from api_gateway.oip_tensors import DATATYPES, NAMES
 from api_gateway.submission import json_response
 from tasks.plans.residents import nothing_named
 from tasks.store import models as store
@@ -196,12 +196,19 @@ def _counted(models: list[Row]) -> dict[str, Any]:
 
 
 def _specification(spec: dict[str, Any]) -> dict[str, Any]:
-    return {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
+    told: dict[str, Any] = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
+    parameters = {}
+    if spec.get("optional"):
+        parameters["optional"] = True
+    if DATATYPES.get(told["datatype"]) != spec["dtype"]:
+        parameters["dtype"] = spec.get("type", spec["dtype"])
+    return told | {"parameters": parameters} if parameters else told
 
 
 def _configuration(spec: dict[str, Any]) -> dict[str, Any]:
     name = NAMES[spec["dtype"]]
-    return {"name": spec["name"], "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}", "dims": _sides(spec)}
+    told = {"name": spec["name"], "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}", "dims": _sides(spec)}
+    return told | {"optional": True} if spec.get("optional") else told
 
 
 def _sides(spec: dict[str, Any]) -> list[int]:

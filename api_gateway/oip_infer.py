@@ -24,7 +24,9 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway import jobs, problems
 from api_gateway.auth import authenticate
+from api_gateway.compression import ENCODINGS, decompressed, too_large
 from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.oip_raw import only_input
 from api_gateway.oip_tensors import Asked, Raw, answer, read, stash, stashed
 from api_gateway.wire import WHOLE_BODY
 from device_operations.errors import OperationError, failure, from_job_error
@@ -62,10 +64,10 @@ class InferLane:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers an inference request, or hands on."""
         address = None
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/infer"):
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(_INFER):
             address = _ADDRESS.fullmatch(scope["path"])
         if address is None:
-            await self._app(scope, receive, send)
+            await self._app(_usual(scope), receive, send)
             return
         scope["app"] = self._app
         scope["path_params"] = address.groupdict()
@@ -77,6 +79,18 @@ class InferLane:
         except Exception as error:  # noqa: BLE001 - whatever a request fails with is its answer
             response = problems.unexpected(request, error)
         await response(scope, receive, send)
+
+
+def _usual(scope: Scope) -> Scope:
+    """A request below /v2 as it is routed: without a slash at its end, and HEAD as GET, whose body is not sent then."""
+    if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v2/"):
+        return scope
+    changed: dict[str, Any] = {}
+    if scope["path"].endswith("/"):
+        changed = {"path": scope["path"].rstrip("/"), "raw_path": (scope.get("raw_path") or b"").rstrip(b"/")}
+    if scope["method"] == "HEAD":
+        changed["method"] = "GET"
+    return {**scope, **changed} if changed else scope
 
 
 class _Request(Request):
@@ -104,7 +118,8 @@ class _Headers(Headers):
         return self._first.get(key, default)
 
 
-_ADDRESS = re.compile(r"/v2/models/(?P<model_name>[^/]+)(?:/versions/(?P<model_version>[^/]+))?/infer")
+_INFER = ("/infer", "/infer/")
+_ADDRESS = re.compile(r"/v2/models/(?P<model_name>[^/]+)(?:/versions/(?P<model_version>[^/]+))?/infer/*")
 
 
 async def infer(request: Request) -> Response:
@@ -183,6 +198,8 @@ def _plan(
         raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
     session = find_session(context, session_id) if session_id else None
     model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
+    if asked.raw is not None:
+        asked.inputs = only_input(model, asked.raw)
     outputs = [output.name for output in asked.outputs]
     check_against_model(model, asked.inputs, outputs, state_inputs(session))
     inputs, _ = stash(asked, gateway.transients)
@@ -316,7 +333,7 @@ async def _body(request: Request, limit: int) -> Raw:
     """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     chunks: list[bytes] = []
     size = 0
     more = True
@@ -327,28 +344,16 @@ async def _body(request: Request, limit: int) -> Raw:
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         more = message.get("more_body", False)
     body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return body
-    if encoding not in ("gzip", "deflate"):
-        raise failure("unsupported_media_type", f"Content-Encoding {encoding!r} is not supported; gzip and deflate are")
-    return await run_in_threadpool(_decompressed, body, encoding, limit)
-
-
-def _decompressed(body: Raw, encoding: str, limit: int) -> bytes:
-    unpacker = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
-    try:
-        plain = unpacker.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise failure("malformed_request", f"the body is not {encoding}: {error}") from error
-    if len(plain) > limit:
-        raise _too_large(limit)
-    if not unpacker.eof:
-        raise failure("malformed_request", f"the {encoding} body is cut off")
-    return plain
+    if encoding not in ENCODINGS:
+        known = " and ".join(ENCODINGS)
+        raise failure("unsupported_media_type", f"Content-Encoding {encoding[:40]!r} is not supported; {known} are")
+    return await run_in_threadpool(decompressed, body, encoding, limit)
 
 
 def _answered(
@@ -376,7 +381,3 @@ def _header_length(request: Request) -> int | None:
     if not given.isdigit():
         raise failure("malformed_request", "Inference-Header-Content-Length is not a number of bytes")
     return int(given)
-
-
-def _too_large(limit: int) -> Exception:
-    return failure("payload_too_large", f"the body may have {limit} bytes (HTTP__MAX_BODY_BYTES)")

@@ -17,6 +17,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.waiting import lost
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
+from device_operations.json_text import loads
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
@@ -44,7 +45,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 async def read_body(request: Request, *, empty_is: Any = None) -> Any:
-    """The JSON body. `payload_too_large` over the limit, `malformed_request` for what is not JSON (NaN is not)."""
+    """The JSON body; `payload_too_large` over the limit, `malformed_request` for what is not JSON."""
     limit = of(request).settings.http.max_body_bytes
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:
@@ -60,11 +61,19 @@ async def read_body(request: Request, *, empty_is: Any = None) -> Any:
         raise failure("malformed_request", "the body is empty; send a JSON object")
     try:
         value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise failure("malformed_request", f"the body is not JSON: {error}") from error
+    except orjson.JSONDecodeError:
+        value = await run_in_threadpool(_tolerant, body)
     if not isinstance(value, dict):
         raise failure("malformed_request", "the body is not a JSON object")
     return value
+
+
+def _tolerant(body: bytearray) -> Any:
+    """What the strict parser refused: NaN and infinities among a tensor's elements are taken."""
+    try:
+        return loads(body)
+    except ValueError as error:
+        raise failure("malformed_request", f"the body is not JSON: {error}") from error
 
 
 async def submit_job(request: Request, caller: Caller, kind: Kind, body: dict[str, Any]) -> Response:

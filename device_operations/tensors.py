@@ -2,6 +2,9 @@
 
 A tensor is `{"dtype", "shape"}` plus exactly one of `data`, `base64`, `blob_id`, `allocation_id` (contract, section 3).
 Bytes are little-endian and row-major. NumPy is imported only where arrays are made, so that clients without it work.
+
+`json` stands for values that are no tensor, a sequence or a map: one axis, each element a JSON value. Its array holds
+their texts, as one of dtype `string` would.
 """
 
 from __future__ import annotations
@@ -11,23 +14,37 @@ import binascii
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+import orjson
 from pydantic import Field, model_validator
 
 from device_operations.errors import failure
+from device_operations.json_text import NON_FINITE
 from device_operations.requests.base import Identifier, Offset, Request
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: Bytes of one element of each dtype that has a fixed size.
-FIXED_DTYPES: dict[str, int] = {
+#: Bytes of one element of each dtype that NumPy has.
+NUMPY_DTYPES: dict[str, int] = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "int32": 4, "uint32": 4, "float32": 4,
     "int64": 8, "uint64": 8, "float64": 8,
 }  # fmt: skip
 
+#: The same for floats that NumPy has not; `ml_dtypes` makes its arrays of them, under the same names.
+EIGHT_BIT_FLOATS = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+ML_DTYPES: dict[str, int] = {"bfloat16": 2, **dict.fromkeys(EIGHT_BIT_FLOATS, 1)}
+
+#: Bytes of one element of each dtype that has a fixed size.
+FIXED_DTYPES: dict[str, int] = {**NUMPY_DTYPES, **ML_DTYPES}
+
+#: What travels as text: strings, and JSON values of what is no tensor.
+TEXT_DTYPES = ("string", "json")
+
+
 Dtype = Literal[
     "bool", "int8", "uint8", "int16", "uint16", "float16", "int32", "uint32", "float32", "int64", "uint64", "float64",
-    "string",
+    "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "string", "json",
 ]  # fmt: skip
 Form = Literal["data", "base64", "blob", "auto"]
 
@@ -61,9 +78,9 @@ class Tensor(Request):
     def _shape_and_dtype(self) -> Tensor:
         if any(side < 0 for side in self.shape):
             raise ValueError("a side of shape is negative")
-        if self.dtype == "string" and self.data is None:
-            raise ValueError("tensors of dtype string are given as data")
-        if self.dtype != "string" and self.count * FIXED_DTYPES[self.dtype] >= 2**63:
+        if self.dtype in TEXT_DTYPES and self.data is None:
+            raise ValueError(f"tensors of dtype {self.dtype} are given as data")
+        if self.dtype not in TEXT_DTYPES and self.count * FIXED_DTYPES[self.dtype] >= 2**63:
             raise ValueError("the tensor exceeds 2**63 - 1 bytes")
         return self
 
@@ -74,8 +91,13 @@ class Tensor(Request):
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes the elements take; 0 for `string`, which has no fixed size."""
+        """How many bytes the elements take; 0 for text, which has no fixed size."""
         return self.count * FIXED_DTYPES.get(self.dtype, 0)
+
+
+def carries(dtype: str, wanted: str) -> bool:
+    """Whether a tensor of `dtype` may stand for one of `wanted`: JSON values as text, floats of eight bits as bytes."""
+    return (wanted == "json" and dtype == "string") or (wanted in EIGHT_BIT_FLOATS and dtype == "uint8")
 
 
 class IntoAllocation(Request):
@@ -109,13 +131,29 @@ def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> 
         raise failure(
             "input_mismatch", f"{name}: shape {shape} of {dtype} takes {wanted} bytes, but {there} were given"
         )
-    return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    return np.frombuffer(raw, dtype=numpy_dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of that name, NumPy's or `ml_dtypes`'s."""
+    import numpy as np
+
+    if name in ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(name)
 
 
 def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray[Any, Any]:
-    """An array from nested or flat numbers, bools or strings; `input_mismatch` when they do not fit shape or dtype."""
+    """An array from nested or flat numbers, bools or strings; `input_mismatch` when they do not fit shape or dtype.
+
+    Among floats, `NaN`, `Infinity` and `-Infinity` are taken as strings too. Of `json`, the texts of a list of values.
+    """
     import numpy as np
 
+    if dtype == "json":
+        return _json_texts(data, shape, name)
     flat = data if isinstance(data, list) else [data]
     while flat and isinstance(flat[0], list):
         width = len(flat[0])
@@ -126,11 +164,13 @@ def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") 
     nesting = _shape_of(data)
     if len(flat) != wanted or (len(nesting) > 1 and nesting != list(shape)):
         raise failure("input_mismatch", f"{name}: shape {shape} holds {wanted} elements, but data has shape {nesting}")
-    _check_elements(flat, dtype, name)
+    flat = _checked(flat, dtype, name)
     try:
         if dtype == "string":
             array = np.empty(wanted, dtype=object)
             array[:] = flat
+        elif dtype in ML_DTYPES:
+            array = np.array(flat, dtype=np.float32).astype(numpy_dtype(dtype))
         else:
             array = np.array(flat, dtype=np.dtype(dtype))
     except (OverflowError, TypeError, ValueError) as error:
@@ -146,15 +186,33 @@ def _shape_of(data: Any) -> list[int]:
     return shape
 
 
-def _check_elements(flat: list[Any], dtype: str, name: str) -> None:
-    """Refuses what NumPy would quietly convert: "1" to 1, 1.5 to 1, 2 to True, 300 to a wrapped byte."""
+def _json_texts(data: Any, shape: list[int], name: str) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    if not isinstance(data, list) or shape != [len(data)]:
+        raise failure(
+            "input_mismatch", f"{name}: json is given as a list of values, with their number as the only side of shape"
+        )
+    array = np.empty(len(data), dtype=object)
+    array[:] = [orjson.dumps(value).decode() for value in data]
+    return array
+
+
+def _checked(flat: list[Any], dtype: str, name: str) -> list[Any]:
+    """The elements as numbers, bools or strings.
+
+    Refuses what NumPy would quietly convert: "1" to 1, 1.5 to 1, 2 to True, 300 to a wrapped byte.
+    """
     found = {type(element) for element in flat}
     if dtype == "string":
         allowed: set[type] = {str}
     elif dtype == "bool":
         allowed = {bool}
-    elif dtype.startswith("float"):
+    elif "float" in dtype:
         allowed = {int, float}
+        if not found <= allowed:
+            flat = [NON_FINITE.get(element, element) if isinstance(element, str) else element for element in flat]
+            found = {type(element) for element in flat}
     else:
         allowed = {int}
     wrong = found - allowed
@@ -166,21 +224,39 @@ def _check_elements(flat: list[Any], dtype: str, name: str) -> None:
         low, high = (0, 2**bits - 1) if dtype.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         if min(flat) < low or max(flat) > high:
             raise failure("input_mismatch", f"{name}: data holds numbers outside {dtype}")
+    return flat
 
 
 def encode(array: np.ndarray[Any, Any], form: Literal["data", "base64"]) -> dict[str, Any]:
-    """The wire form of an array. NaN and infinities cannot be JSON numbers: such arrays become base64."""
-    import numpy as np
-
+    """The wire form of an array. Among `data`, NaN and infinities are strings: JSON has no numbers for them."""
     if array.dtype == object or array.dtype.kind in "US":
         flat = [e.decode("utf-8", "replace") if isinstance(e, bytes) else str(e) for e in array.reshape(-1)]
         return {"dtype": "string", "shape": list(array.shape), "data": flat}
     described: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
-    if form == "data" and (array.dtype.kind != "f" or bool(np.isfinite(array).all())):
-        described["data"] = array.reshape(-1).tolist()
+    if form == "data":
+        described["data"] = numbers(array)
     else:
         described["base64"] = _base64.b64encode(to_bytes(array)).decode("ascii")
     return described
+
+
+def numbers(array: np.ndarray[Any, Any]) -> list[Any]:
+    """The elements in row-major order as JSON takes them: `NaN`, `Infinity` and `-Infinity` as strings."""
+    import numpy as np
+
+    plain = array.astype(np.float32) if array.dtype.name in ML_DTYPES else array
+    flat: list[Any] = plain.reshape(-1).tolist()
+    if plain.dtype.kind == "f":
+        finite = np.isfinite(plain).reshape(-1)
+        if not finite.all():
+            for index in np.flatnonzero(~finite).tolist():
+                flat[index] = word(flat[index])
+    return flat
+
+
+def word(number: float) -> str:
+    """How a float that is not finite is written."""
+    return "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"  # noqa: PLR0124 - NaN differs from itself
 
 
 def to_bytes(array: np.ndarray[Any, Any]) -> bytes:

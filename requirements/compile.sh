@@ -7,6 +7,7 @@
 #   directml.lock    Windows with DirectML (torch-directml included)
 #   windowsml.lock   Windows with the maintained build of the same provider (inference only)
 #   peers.lock       the model servers that benchmarks compare with, for a Python environment of their own
+#   kserve.lock      KServe's client, which tests speak with, for one of its own too
 #
 # Versions that a lock already has are kept; `./compile.sh --upgrade` takes new ones. Needs uv (`pip install uv`).
 set -eu
@@ -39,3 +40,5 @@ compile windowsml --python-platform windows --extra windowsml --extra local -c r
 # Not ours: what benchmarks compare with. PyTriton has wheels for Linux with glibc 2.35 and later only.
 uv pip compile requirements/peers.in --python-version 3.11 --python-platform x86_64-manylinux_2_35 --no-emit-index-url --no-header \
     --no-annotate --quiet "$@" --output-file requirements/peers.lock
+uv pip compile requirements/kserve.in --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet "$@" \
+    --output-file requirements/kserve.lock

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from device_operations.errors import OperationError
+from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel, TensorSpec
 from workers.rows.proof import Proof, Verdict
@@ -90,6 +91,9 @@ def find_out(
     found = _proven(verdict, asked)
     if not found.enabled:
         return found
+    for spec in (*model.inputs, *model.outputs):
+        if spec.dtype == "json" or spec.optional:
+            return replace(found, enabled=False, reason=f"{spec.name} is not always a tensor")
     if earlier is not None and earlier.get("trial") is not None and earlier.get("proof") == verdict.proof:
         same = replace(found, trial=earlier["trial"], largest_difference=earlier.get("largest_difference"))
         return same if earlier.get("enabled") else replace(same, enabled=False, reason=earlier["trial"])
@@ -192,8 +196,8 @@ def _made_up(spec: TensorSpec, side: int, row: int) -> Array:
         return np.full(shape, "ab"[row], object)
     if spec.dtype.startswith("float"):
         drawn = np.random.default_rng([row, *spec.name.encode()]).standard_normal(count, np.float32)
-        return drawn.reshape(shape).astype(spec.dtype, copy=False)
-    pattern = np.ones(count, spec.dtype)
+        return drawn.reshape(shape).astype(numpy_dtype(spec.dtype), copy=False)
+    pattern = np.ones(count, numpy_dtype(spec.dtype))
     if row:
         pattern[1::2] = 0
     return pattern.reshape(shape)
@@ -208,8 +212,8 @@ def _elements(spec: TensorSpec, side: int, rows: int) -> int:
 
 
 def _item_bytes(spec: TensorSpec) -> int:
-    """Bytes of an element; a string's are those of its reference."""
-    return 8 if spec.dtype == "string" else np.dtype(spec.dtype).itemsize
+    """Bytes of an element; those of a reference where it is an object of Python's."""
+    return 8 if spec.dtype in ("string", "json") else numpy_dtype(spec.dtype).itemsize
 
 
 def _mebibytes(size: int) -> str:

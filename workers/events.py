@@ -18,9 +18,11 @@ from celery.utils.time import utcoffset
 from celery.worker.consumer.events import Events
 from kombu.serialization import registry
 
-#: The same JSON as Celery's own, made in a fifth of the time.
+from device_operations.json_text import loads
+
+#: The same JSON as Celery's own, made and read in a fifth of the time, direct callers' messages among it.
 SERIALIZER = "device-operations-json"
-registry.register(SERIALIZER, lambda told: orjson.dumps(told).decode(), orjson.loads, "application/json", "utf-8")
+registry.register(SERIALIZER, lambda told: orjson.dumps(told).decode(), loads, "application/json", "utf-8")
 
 #: Seconds between two messages of events, and how many events one message has at most.
 EVENTS_SECONDS = 0.1

@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from device_operations.errors import OperationError, failure
 from device_operations.folders import private_folder
+from device_operations.tensors import numpy_dtype
 from tasks.directory import MAX_AGE_SECONDS
 from tasks.effects.inference import let_go, lost, settled
 from tasks.plans.models import ESTIMATE_BYTES, entry_file, key_of_files, model_file
@@ -106,6 +107,8 @@ def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mappin
     At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
     failed before is left out, and a run that takes long is stopped: nobody waits there who could cancel it.
     """
+    if any(spec.dtype == "json" for spec in onnx.inputs):
+        return "left out: there is no smallest sequence or map that every model takes"
     reason = batching.too_large(onnx, 1, 1)
     if reason is not None:
         return f"left out: {reason}"
@@ -134,8 +137,9 @@ def facts(model: ResidentModel) -> dict[str, Any]:
     """What the model's record is to hold of it, as found and measured."""
     onnx = model.onnx
     return {
-        "inputs": [spec.as_json() for spec in onnx.inputs],
+        "inputs": [spec.as_json() for spec in (*onnx.inputs, *onnx.optional_inputs)],
         "outputs": [spec.as_json() for spec in onnx.outputs],
+        "not_offered": [one.as_json() for one in onnx.not_offered],
         "memory_bytes": model.graph.memory_bytes,
         "load_ms": round(onnx.load_ms, 3),
         "provider": onnx.provider,
@@ -290,5 +294,7 @@ def _zeros(onnx: OnnxModel) -> dict[str, Any]:
     feeds: dict[str, Any] = {}
     for spec in onnx.inputs:
         shape = tuple(side if isinstance(side, int) else 1 for side in spec.shape)
-        feeds[spec.name] = np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, spec.dtype)
+        feeds[spec.name] = (
+            np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, numpy_dtype(spec.dtype))
+        )
     return feeds

@@ -71,6 +71,9 @@ class ResidentModel:
         """
         if not self.batching.enabled:
             return None
+        # What stands for one of the model's own weights holds for a whole run.
+        if any(spec.name in inputs for spec in self.onnx.optional_inputs):
+            return None
         rows = None
         key: list[Hashable] = [self.model_id, tuple(outputs) if outputs else None]
         for name in sorted(inputs):

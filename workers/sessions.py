@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from device_operations.errors import failure
+from device_operations.tensors import numpy_dtype
 from tasks.effects.inference import SESSION_LOST
 from tasks.owners import absent
 from tasks.plans.residents import ended_session
@@ -64,10 +65,13 @@ def fed_by(session: ResidentSession, model: ResidentModel, given: dict[str, Feed
     """The state inputs that the caller did not give: from the run before, the session's beginning, or zeros."""
     sizes = _sizes(model, given)
     state: dict[str, Feed] = {}
-    for spec in model.onnx.inputs:
+    for spec in (*model.onnx.inputs, *model.onnx.optional_inputs):
         if spec.name in given or spec.name not in session.state_map.values():
             continue
-        state[spec.name] = session.state[spec.name] if spec.name in session.state else _zeros(spec, sizes)
+        if spec.name in session.state:
+            state[spec.name] = session.state[spec.name]
+        elif not spec.optional:  # else it begins with the model's own value
+            state[spec.name] = _zeros(spec, sizes)
     return state
 
 
@@ -93,4 +97,4 @@ def _zeros(spec: TensorSpec, sizes: dict[str, int]) -> Array:
             f"state input {spec.name!r} begins with zeros, but its shape {list(spec.shape)} is open: give it as "
             "initial when the session is opened, or among the inputs of the first run",
         )
-    return np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, spec.dtype)
+    return np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, numpy_dtype(spec.dtype))

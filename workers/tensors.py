@@ -9,12 +9,22 @@ from typing import Any
 import numpy as np
 
 from device_operations.errors import failure
-from device_operations.tensors import FIXED_DTYPES, INLINE_BYTES, Tensor, decode, encode, from_bytes, to_bytes
+from device_operations.tensors import (
+    FIXED_DTYPES,
+    INLINE_BYTES,
+    TEXT_DTYPES,
+    Tensor,
+    decode,
+    encode,
+    from_bytes,
+    to_bytes,
+)
 from device_operations.texts import pack_texts, unpack_texts
 from tasks.store import blobs as blob_store
 from tasks.transients import TRANSIENT_BYTES
 from workers.devices.base import Array, BufferView, flat_bytes
 from workers.devices.onnx import Kept
+from workers.devices.onnx_values import Values
 from workers.resident import Resident
 
 
@@ -27,7 +37,7 @@ def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> Array | Buffe
         return from_bytes(_fetched(resident, tensor), dtype, shape, what)
     if allocation_id:
         return view(resident, allocation_id, tensor.get("offset", 0), dtype, tuple(shape))
-    if dtype == "string" and "data" not in tensor:
+    if dtype in TEXT_DTYPES and "data" not in tensor:
         return _texts(resident, tensor, what)
     if tensor.get("base64") is not None:  # checked when it was submitted
         return from_bytes(base64.b64decode(tensor["base64"]), dtype, shape, what)
@@ -61,11 +71,19 @@ def view(
     return BufferView(buffer, offset, dtype, shape)
 
 
-def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any]:
+def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any] | None:
     """The wire form of an output: `data` up to 64 KiB, else a blob, unless `form` says otherwise.
 
     Text is given as `data`; above 64 KiB as a blob too, each string behind its length (`device_operations.texts`).
+    What is no tensor is a list of JSON values, and in a blob the same as text. None is an optional output without one.
     """
+    if value is None:
+        return None
+    if isinstance(value, Values):
+        packed = pack_texts(value.texts()) if form in ("blob", "auto") else b""
+        if form == "blob" or len(packed) > INLINE_BYTES:
+            return {"dtype": "json", "shape": list(value.shape), "blob_id": keep(resident, packed, owner)}
+        return {"dtype": "json", "shape": list(value.shape), "data": value.strict()}
     array = host_array(value)
     if array.dtype.kind in "OUS":
         packed = pack_texts(array.reshape(-1)) if form in ("blob", "auto") else b""
@@ -81,15 +99,25 @@ def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any
 
 
 def hand_over(resident: Resident, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Outputs for a request that waits: small ones in the result itself, the others in one transient file."""
+    """Outputs for a request that waits: small ones in the result itself, the others in one transient file.
+
+    Of what is no tensor, the JSON texts; an optional output without a value is left out.
+    """
     told: dict[str, dict[str, Any]] = {}
     parts: list[bytes | memoryview] = []
     offset = 0
     for name, value in values.items():
-        array = host_array(value)
-        text = array.dtype.kind in "OUS"
-        raw = pack_texts(array.reshape(-1)) if text else flat_bytes(array)
-        told[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
+        if value is None:
+            continue
+        raw: bytes | memoryview
+        if isinstance(value, Values):
+            raw = pack_texts(value.texts())
+            told[name] = {"dtype": "json", "shape": list(value.shape)}
+        else:
+            array = host_array(value)
+            text = array.dtype.kind in "OUS"
+            raw = pack_texts(array.reshape(-1)) if text else flat_bytes(array)
+            told[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
         if len(raw) <= TRANSIENT_BYTES:
             told[name]["base64"] = base64.b64encode(raw).decode()
         else:

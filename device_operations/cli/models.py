@@ -98,7 +98,13 @@ def _upload_source(client: Client, path: Path, *, quiet: bool) -> dict[str, Any]
 @click.command()
 @click.argument("model")
 @click.option("--input", "inputs", multiple=True, required=True, metavar="NAME=@FILE.npy|JSON", help="An input tensor.")
-@click.option("--output", "outputs", multiple=True, metavar="NAME=FILE.npy", help="Write this output to a file.")
+@click.option(
+    "--output",
+    "outputs",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="Write this output to a file; what is no tensor as JSON.",
+)
 @click.option("--session", "session_id", metavar="ID")
 @json_option
 @with_client
@@ -127,8 +133,12 @@ def run(
             f"there is no output {unknown[0]!r}, but {sorted(result.outputs)}", param_hint="--output"
         )
     for name, path in targets.items():
+        value = result.outputs[name]
+        if not isinstance(value, np.ndarray):  # a sequence or a map has no form in a .npy file
+            path.write_text(json.dumps(value))
+            continue
         with path.open("wb") as file:
-            np.save(file, result.outputs[name], allow_pickle=False)
+            np.save(file, value, allow_pickle=False)
     shown = {name: _printable(array, whole=as_json and name not in targets) for name, array in result.outputs.items()}
     if as_json:
         print_json({"job_id": job.job_id, "outputs": shown, "device_ms": result.device_ms})

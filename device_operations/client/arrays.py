@@ -5,13 +5,25 @@ Up to 64 KiB an array rides in the request as base64; above that it is uploaded,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from device_operations.client import blobs
 from device_operations.client.calls import Flow, at
 from device_operations.errors import failure
-from device_operations.tensors import FIXED_DTYPES, INLINE_BYTES, Tensor, decode, encode, from_bytes
+from device_operations.json_text import loads
+from device_operations.tensors import (
+    FIXED_DTYPES,
+    INLINE_BYTES,
+    TEXT_DTYPES,
+    Tensor,
+    decode,
+    encode,
+    from_bytes,
+    from_numbers,
+)
+from device_operations.texts import unpack_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,18 +53,31 @@ def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, Any]]
     return made
 
 
-def received(tensor: Mapping[str, Any], name: str) -> Flow[Any]:
+def received(tensor: Mapping[str, Any] | None, name: str) -> Flow[Any]:
     """The array of a tensor that a job gave back, downloaded where it is a blob.
 
-    What stayed on the device (`into`) is given as the object that says where, which is a tensor for the next run.
+    What stayed on the device (`into`) is given as the object that says where, which is a tensor for the next run. What
+    is no tensor (dtype `json`) is a list of JSON values; an optional output without a value is None.
     """
+    if tensor is None:
+        return None
     if tensor.get("allocation_id") is not None:
         return dict(tensor)
     if tensor.get("blob_id") is not None:
         raw = yield from blobs.read(at("/api/blobs/{}", tensor["blob_id"]))
+        if tensor["dtype"] in TEXT_DTYPES:
+            return _from_texts(unpack_texts(raw, math.prod(tensor["shape"]), name), tensor)
         return from_bytes(raw, tensor["dtype"], tensor["shape"], name)
+    if tensor["dtype"] == "json":
+        return list(tensor["data"])
     known = {key: tensor[key] for key in ("dtype", "shape", "data", "base64") if key in tensor}
     return decode(Tensor.model_validate(known), name)
+
+
+def _from_texts(texts: list[str], tensor: Mapping[str, Any]) -> Any:
+    if tensor["dtype"] == "json":
+        return [loads(text, anywhere=True) for text in texts]
+    return from_numbers(texts, "string", list(tensor["shape"]))
 
 
 def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:

@@ -12,7 +12,7 @@ from device_operations.errors import failure
 from device_operations.jobs import Kind, State
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
-from device_operations.tensors import INLINE_BYTES, Tensor, decode, to_bytes
+from device_operations.tensors import INLINE_BYTES, TEXT_DTYPES, Tensor, decode, to_bytes
 from device_operations.texts import pack_texts
 from tasks.asked import asked_of
 from tasks.blobs import BlobStore
@@ -132,7 +132,7 @@ def store_tensors(
             kept[name] = tensor
             continue
         array = decode(tensor, f"input {name!r}")
-        text = tensor.dtype == "string"
+        text = tensor.dtype in TEXT_DTYPES
         raw = pack_texts(array.reshape(-1)) if text else memoryview(b"")
         if max(tensor.size_bytes, len(raw)) <= INLINE_BYTES:
             kept[name] = tensor

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from device_operations.errors import OperationError, failure
 from device_operations.requests.inference import Run
+from device_operations.tensors import carries
 from tasks.directory import Snapshot
 from tasks.owners import absent, found
 from tasks.plans.base import Context
@@ -129,7 +130,11 @@ def check_against_model(
         return
     specs = {spec["name"]: spec for spec in model["inputs"]}
     wrong = [f"unknown input {name!r}" for name in inputs if name not in specs]
-    wrong += [f"missing input {name!r}" for name in specs if name not in inputs and name not in fed]
+    wrong += [
+        f"missing input {name!r}"
+        for name, spec in specs.items()
+        if name not in inputs and name not in fed and not spec.get("optional")
+    ]
     for name, tensor in inputs.items():
         if name in specs:
             wrong += unfit(specs[name], tensor, f"input {name!r}")
@@ -147,7 +152,7 @@ def check_against_model(
 def unfit(spec: dict[str, Any], tensor: Shaped, what: str) -> list[str]:
     """What is wrong with a tensor for one of a model's inputs."""
     wrong = []
-    if tensor.dtype != spec["dtype"]:
+    if tensor.dtype != spec["dtype"] and not carries(tensor.dtype, spec["dtype"]):
         wrong.append(f"{what} is {tensor.dtype}, the model takes {spec['dtype']}")
     wanted = spec["shape"]
     fits = len(wanted) == len(tensor.shape) and all(

@@ -101,6 +101,8 @@ def _check_state(model: Row, request: OpenSession) -> None:
 def _unlike(output: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Why an output can never feed an input: another dtype, another rank, or two numbers that differ."""
     pair = f"output {output['name']!r} cannot feed input {wanted['name']!r}"
+    if output["dtype"] == "json":
+        return [f"{pair}: only tensors stay with a session"]
     if output["dtype"] != wanted["dtype"]:
         return [f"{pair}: {output['dtype']} is not {wanted['dtype']}"]
     sides = list(zip(output["shape"], wanted["shape"], strict=False))

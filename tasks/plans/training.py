@@ -24,7 +24,7 @@ from device_operations.requests.training import (
     TorchScriptModel,
     Validate,
 )
-from device_operations.tensors import Tensor
+from device_operations.tensors import ML_DTYPES, NUMPY_DTYPES, Tensor
 from tasks.effects.training import number_of
 from tasks.owners import absent
 from tasks.plans.admission import reserve
@@ -99,6 +99,7 @@ def plan_step(context: Context, request: Step, job_id: str) -> Plan:
     _check_batch(context, request)
     owner = owner_of(context, request.job)
     named = request.tensors()
+    _check_dtypes(named)
     allocations, staged = check_tensors(context, named, session["device_id"], "{}")
     tensors, blob_ids = store_tensors(context, named, owner, allocations)
     if request.dataset is not None and request.dataset.blob_id:
@@ -176,6 +177,7 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
         session = session_of(context, resumed["session_id"])
         more, after = {"checkpoint": resumed}, [] if resumed["blob_id"] else [resumed["job_id"]]
     named = request.tensors()
+    _check_dtypes(named)
     allocations, staged = check_tensors(context, named, session["device_id"], "{}")
     tensors, blob_ids = store_tensors(context, named, owner, allocations)
     told = {name: _told(tensor, staged.get(name)) for name, tensor in tensors.items()}
@@ -272,6 +274,14 @@ def _estimate(request: Initialize, sizes: dict[str, int]) -> int:
     slots = _SLOTS[request.optimizer.type] if getattr(request.optimizer, "momentum", 1) else 0
     # Sizes are signed 64-bit integers in the records; a model beyond them is refused for want of memory just as well.
     return min(parameters + trained * (1 + slots), 2**62)
+
+
+def _check_dtypes(tensors: dict[str, Tensor]) -> None:
+    """Refuses what only models take: training is given NumPy's dtypes."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in ML_DTYPES or tensor.dtype == "json":
+            known = ", ".join(NUMPY_DTYPES)
+            raise failure("dtype_unsupported", f"{name}: training takes no {tensor.dtype}; use one of {known}")
 
 
 def _check_batch(context: Context, request: Step) -> None:

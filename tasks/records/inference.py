@@ -41,6 +41,8 @@ models = Table(
     Column("cpu_fallback_ops", Integer),
     # {"enabled", "reason", "largest_difference"}: whether runs may be joined, as the worker found out.
     Column("batching", Json),
+    # [{"name", "side", "reason"}]: inputs and outputs that callers cannot give or get, as the worker found out.
+    Column("not_offered", Json),
     Column("run_count", BigInteger, nullable=False, server_default=text("0")),
     Column("failed_count", BigInteger, nullable=False, server_default=text("0")),
     Column("statistics", Json, nullable=False, server_default=text("'{}'")),

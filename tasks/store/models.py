@@ -141,7 +141,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
         UPDATE models SET state = 'loaded', epoch = %(epoch)s, inputs = %(inputs)s::jsonb, outputs = %(outputs)s::jsonb,
             memory_bytes = %(memory_bytes)s, load_ms = %(load_ms)s,
             provider = %(provider)s, cpu_fallback_ops = %(cpu_fallback_ops)s, last_used_at = clock_timestamp(),
-            error = NULL, batching = %(batching)s::jsonb
+            error = NULL, batching = %(batching)s::jsonb, not_offered = %(not_offered)s::jsonb
         WHERE model_id = %(id)s AND state IN ('loading', 'lost')
         """,
         {
@@ -151,6 +151,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             "inputs": dumps(facts["inputs"]),
             "outputs": dumps(facts["outputs"]),
             "batching": dumps(facts["batching"]),
+            "not_offered": dumps(facts["not_offered"]),
         },
     )
     return bool(changed)

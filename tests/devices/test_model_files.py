@@ -57,19 +57,6 @@ def test_a_custom_operator(device: Device, save: Save) -> None:
     assert "Conjure" in refused(device, save(graphs.build(nodes, inputs, outputs, domain="org.example")))
 
 
-def test_an_input_that_is_no_tensor(device: Device, save: Save) -> None:
-    from onnx import helper
-
-    sequence = helper.make_tensor_sequence_value_info("x", graphs.FLOAT, [1])
-    output = helper.make_tensor_value_info("y", graphs.FLOAT, [1])
-    nodes = [graphs.node("ConcatFromSequence", "x", "y", axis=0)]
-    model = helper.make_model(helper.make_graph(nodes, "g", [sequence], [output]))
-    model.ir_version = 9
-    del model.opset_import[:]
-    model.opset_import.append(helper.make_opsetid("", 17))
-    assert "seq(tensor(float))" in refused(device, save(model.SerializeToString()))
-
-
 def test_weights_beside_the_model_are_loaded(device: Device, save: Save, tmp_path: Path) -> None:
     weights = np.arange(16, dtype=np.float32)
     (tmp_path / "parts").mkdir()

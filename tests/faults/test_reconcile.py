@@ -47,7 +47,7 @@ class Bench:
 
     def asked(self) -> Sequence[Row]:
         with self.engine.connect() as connection:
-            return ends.running(connection, "cpu_0", self.epoch)
+            return ends.claimed(connection, "cpu_0", self.epoch)
 
     def state(self, job_id: str) -> str:
         with self.engine.connect() as connection:

@@ -84,6 +84,11 @@ class Api:
     def model(self, model_id: str) -> dict[str, Any]:
         return self.http.get(f"/api/inference/models/{model_id}").json()
 
+    def model_id(self, name: str) -> str:
+        """The id of the loaded model of that name."""
+        models = self.http.get("/api/inference/models", params={"state": "loaded"}).json()["models"]
+        return next(model["model_id"] for model in models if name in (model["name"], *(a[0] for a in model["aliases"])))
+
     def unload(self, model_id: str, **params: Any) -> dict[str, Any]:
         answer = self.http.delete(
             f"/api/inference/unload-model/{model_id}", params=params, headers={"Prefer": "wait=30"}

@@ -184,7 +184,7 @@ def test_errors_have_the_protocols_form(api: Api, client: Any) -> None:
         (b"{", 400, "not JSON"),
         (b"[]", 400, "not a JSON object"),
         (b"{}", 400, "inputs is not a JSON list"),
-        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "BF16", "data": [0, 0, 0, 0]}]}', 422, "BF16"),
+        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP8", "data": [0, 0, 0, 0]}]}', 422, "FP8"),
         (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0, 0]}]}', 422, "shape"),
         (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": ["1", "2", "3", "4"]}]}', 422, "str"),
         (b'{"inputs": [{"name": "x", "shape": [1, -4], "datatype": "FP32", "data": []}]}', 422, "shape"),
@@ -212,7 +212,7 @@ def test_fastapis_own_errors_have_the_protocols_form_too(api: Api) -> None:
         assert set(answer.json()) == {"error"}
 
 
-def test_numbers_that_json_does_not_have_come_back_as_triton_writes_them(api: Api, client: Any) -> None:
+def test_numbers_that_json_does_not_have_come_back_as_json(api: Api, client: Any) -> None:
     api.load(graphs.affine(), "errors")
     x = np.array([[np.nan, np.inf, -np.inf, 1]], np.float32)
     answer = client.infer(

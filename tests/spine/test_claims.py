@@ -11,7 +11,7 @@ from device_operations.jobs import new_id
 from tasks import lifecycle
 from tasks.database import open_engine
 from tasks.lifecycle import Outcome, State
-from tasks.store import claims, jobs
+from tasks.store import claims, ends, jobs
 from tasks.store.connection import Row, execute, transaction
 from tasks.store.jobs import Ending, NewJob
 from tests.support.records import make_device
@@ -126,7 +126,8 @@ def test_only_its_worker_ends_it(engine: Engine, epoch: int) -> None:
         assert job_id not in [row["id"] for row in jobs.expired(connection, 1000)]
         assert jobs.open_needing(connection, [needed]) == []
         jobs.request_cancel(connection, job_id)
-        assert jobs.running_to_cancel(connection, "cpu_0", epoch) == [job_id]
+        asked = [one["id"] for one in ends.claimed(connection, "cpu_0", epoch) if one["cancel_requested"]]
+        assert asked == [job_id]
         assert jobs.end_running(connection, [Ending(job_id, "cancelled")], epoch - 1) == []
 
 

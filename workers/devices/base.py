@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from device_operations.errors import OperationError, failure
+from device_operations.tensors import numpy_dtype
 from workers.devices.values import Description, ModelOptions, Provider, Reading
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class BufferView:
         """The tensor's bytes; `dtype` and `shape` must be known."""
         assert self.dtype is not None
         assert self.shape is not None
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+        return numpy_dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 class Device(ABC):

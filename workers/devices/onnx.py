@@ -10,10 +10,12 @@ buffers, `into`, `keep` ─ on cpu ──▶ arrays over the buffers' own memory
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
+from device_operations.tensors import ML_DTYPES, TEXT_DTYPES, numpy_dtype
 from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx_file import inspect
@@ -33,9 +36,21 @@ from workers.devices.onnx_session import (
     load_session,
     resolve_provider,
     session_settings,
-    tensor_specs,
+    specs,
 )
-from workers.devices.onnx_tensors import Feed, Fetched, Kept, TensorSpec, aligned, drawn, kind, overlap, unfit
+from workers.devices.onnx_tensors import (
+    Feed,
+    Fetched,
+    Kept,
+    NotOffered,
+    TensorSpec,
+    aligned,
+    drawn,
+    kind,
+    overlap,
+    unfit,
+)
+from workers.devices.onnx_values import ELEMENT_TYPES, Values
 from workers.devices.values import ModelOptions
 from workers.rows.proof import Proof, Verdict, prove
 
@@ -90,15 +105,26 @@ class OnnxModel:
         #: Bytes that the last run moved through the host for the sake of buffers.
         self.staged_bytes = 0
         self.cpu_fallback_ops = cpu_fallbacks(self._session, self.provider)
-        self.inputs = tensor_specs(self._session.get_inputs(), name, "input")
-        self.outputs = tensor_specs(self._session.get_outputs(), name, "output")
+        offer = _offer(self._session, name)
+        #: What every run is given, what it may be given, what it gives, and what of the model has no form here.
+        self.inputs, self.optional_inputs, self.outputs = offer.inputs, offer.optional_inputs, offer.outputs
+        self.not_offered = offer.not_offered
         #: What `rows` was proven for: the inputs that every run gives. An initializer that a run overrides is none.
         self.row_inputs = frozenset(found.name for found in self._session.get_inputs())
-        self._input_specs = {spec.name: spec for spec in self.inputs}
+        self._input_specs = {spec.name: spec for spec in (*self.inputs, *self.optional_inputs)}
         self._output_specs = {spec.name: spec for spec in self.outputs}
         self._output_names = [spec.name for spec in self.outputs]
-        bindable = self._provider.binding is not None
-        self._bound = BoundRuns(device, self._session, self._provider, self.inputs, self.outputs) if bindable else None
+        every = (*self._input_specs.values(), *self.outputs)
+        #: Whether some input or output is no tensor, or is one that NumPy has not: those pass one by one.
+        self._has_values = any(spec.values is not None for spec in every)
+        self._has_ml_dtypes = any(spec.dtype in ML_DTYPES for spec in every)
+        self._only_numpy = not (self._has_values or self._has_ml_dtypes)
+        # Of a bound optional output that a run gives no value for, ONNX Runtime reads memory that is not there.
+        arguments = (*self._session.get_inputs(), *self._session.get_outputs())
+        all_tensors = all(argument.type.startswith("tensor(") for argument in arguments)
+        bindable = self._provider.binding is not None and self._only_numpy and all_tensors
+        ins = tuple(self._input_specs.values())
+        self._bound = BoundRuns(device, self._session, self._provider, ins, self.outputs) if bindable else None
 
     @property
     def graph_ms(self) -> float | None:
@@ -117,7 +143,8 @@ class OnnxModel:
         """Runs the model once and gives each of `outputs` (all unless said) by name.
 
         An output named in `into` is written to that buffer and comes back as a BufferView with its dtype and shape; one
-        named in `keep` stays on the device as a `Kept`; every other is a NumPy array. Raises `input_mismatch`,
+        named in `keep` stays on the device as a `Kept`; every other is a NumPy array, `Values` where it is no tensor,
+        None where it is optional and there is none. Raises `input_mismatch`,
         `out_of_range` (an `into` too small), `cancelled`, `timeout`, `out_of_memory`, `device_lost`, `run_failed`.
         """
         names = self._output_names if outputs is None else list(outputs)
@@ -139,7 +166,7 @@ class OnnxModel:
     def check(self, feeds: Mapping[str, Feed], outputs: Sequence[str] | None = None) -> None:
         """Raises `input_mismatch` where names, dtypes or shapes do not fit the model; says all that is wrong."""
         wrong = [f"unknown input {name!r}" for name in feeds if name not in self._input_specs]
-        wrong += [f"missing input {name!r}" for name in self._input_specs if name not in feeds]
+        wrong += [f"missing input {spec.name!r}" for spec in self.inputs if spec.name not in feeds]
         wrong += [f"unknown output {name!r}" for name in outputs or () if name not in self._output_specs]
         sizes: dict[str, int] = {}
         for name, feed in feeds.items():
@@ -164,6 +191,8 @@ class OnnxModel:
 
     def _call(self, names: list[str], feeds: Mapping[str, Any], cancel: Cancel | None) -> Sequence[Any]:
         session = self._live()
+        if not self._only_numpy:
+            return self._call_with_values(session, names, feeds, cancel)
         lock = self._provider.lock
         outputs: Sequence[Any]
         if cancel is None and lock is None:
@@ -173,6 +202,43 @@ class OnnxModel:
         with lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
             outputs = session.run(names, feeds, options)
         return outputs
+
+    def _call_with_values(
+        self, session: ort.InferenceSession, names: list[str], feeds: Mapping[str, Any], cancel: Cancel | None
+    ) -> list[Any]:
+        """The same where something is no tensor, or one that NumPy has not: what goes in and comes out is converted."""
+        self.check(feeds, names)
+        taken = {name: self._taken(self._input_specs[name], feed) for name, feed in feeds.items()}
+        call = session.run_with_ort_values if self._has_ml_dtypes else session.run
+        options = ort.RunOptions()
+        with self._provider.lock or contextlib.nullcontext(), (cancel or Cancel()).over(options):
+            given = call(names, taken, options)
+        return [self._given(self._output_specs[name], value) for name, value in zip(names, given, strict=True)]
+
+    def _taken(self, spec: TensorSpec, feed: Array) -> Any:
+        """An input as ONNX Runtime's Python interface takes it."""
+        if spec.values is not None:
+            return spec.values.read(feed.reshape(-1).tolist(), f"input {spec.name!r}")
+        if not self._has_ml_dtypes:
+            return feed
+        array = np.ascontiguousarray(feed).reshape(feed.shape)
+        number = ELEMENT_TYPES.get(spec.dtype)
+        if number is None:
+            return ort.OrtValue.ortvalue_from_numpy(array)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
+
+    def _given(self, spec: TensorSpec, value: Any) -> Any:
+        """An output as `run` gives it."""
+        if spec.values is not None:
+            return spec.values.given(value)
+        if not isinstance(value, ort.OrtValue):
+            return value
+        if spec.dtype not in ML_DTYPES:
+            return value.numpy()
+        shape, dtype = tuple(value.shape()), numpy_dtype(spec.dtype)
+        # ONNX Runtime gives no array of a dtype that NumPy has not. The memory is the host's, and goes with `value`.
+        raw = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize) if math.prod(shape) else b""
+        return np.frombuffer(raw, dtype).reshape(shape)
 
     def _run_with_buffers(
         self,
@@ -223,14 +289,16 @@ class OnnxModel:
         for name, feed in feeds.items():
             unfit(self._input_specs[name], *kind(feed), sizes)
         # ONNX Runtime binds no text.
-        bindable = self._provider.binding is not None and all(s.dtype != "string" for s in self.inputs)
+        bindable = self._bound is not None and all(s.dtype != "string" for s in self._input_specs.values())
         read = [feed for feed in feeds.values() if isinstance(feed, BufferView)]
         places: dict[str, BufferView] = {}
         for name, place in into.items():
             spec = self._output_specs[name]
             shape = tuple(d if isinstance(d, int) else sizes.get(d or "", -1) for d in spec.shape)
-            if spec.dtype == "string":
-                raise failure("dtype_unsupported", f"Output {name!r} is text, which has no place in an allocation.")
+            if spec.dtype in TEXT_DTYPES:
+                raise failure(
+                    "dtype_unsupported", f"Output {name!r} is {spec.dtype}, which has no place in an allocation."
+                )
             if -1 in shape:
                 continue
             view = self._fitting(name, place, spec.dtype, shape)
@@ -242,6 +310,8 @@ class OnnxModel:
     def _store(self, name: str, value: Any, place: BufferView) -> BufferView:
         """Copies an output to its place, when it could not be bound there."""
         spec = self._output_specs[name]
+        if value is None:
+            raise failure("run_failed", f"Output {name!r} is optional, and this run gave none to write.")
         if not isinstance(value, np.ndarray):
             shape = tuple(value.shape())
             view = self._fitting(name, place, spec.dtype, shape)
@@ -264,6 +334,8 @@ class OnnxModel:
         return view
 
     def _kept(self, name: str, value: Any) -> Kept:
+        if value is None or isinstance(value, Values):
+            raise failure("run_failed", f"Output {name!r} is no tensor in this run, and only tensors are kept.")
         shape = value.shape if isinstance(value, np.ndarray) else tuple(value.shape())
         return Kept(value, self._output_specs[name].dtype, tuple(shape))
 
@@ -282,7 +354,7 @@ class OnnxModel:
         array = np.frombuffer(flat, np.uint8)
         if not aligned(feed):
             array = array.copy()
-        return array.view(feed.dtype).reshape(feed.shape or ())
+        return array.view(numpy_dtype(feed.dtype or "")).reshape(feed.shape or ())
 
     def _staged(self, size_bytes: int) -> None:
         if not self.device.host_memory:
@@ -312,6 +384,49 @@ def _proven(source: Path | bytes, sizes: Mapping[str, int]) -> Verdict:
         return prove(read_graph(source), sizes)
     except Exception as error:  # noqa: BLE001 - what ONNX Runtime loads is served, whether or not it can be followed
         return Verdict(Proof.UNKNOWN, f"the graph cannot be read: {tidy(error)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What of a model's inputs and outputs callers can give and get, and what not."""
+
+    inputs: tuple[TensorSpec, ...]
+    optional_inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    not_offered: tuple[NotOffered, ...]
+
+
+def _offer(session: ort.InferenceSession, model: str) -> _Offer:
+    """Raises `model_invalid` where an input that every run needs cannot be given, or no output can be got."""
+    sides = (
+        specs(session.get_inputs(), "input"),
+        # Initializers that the graph lists as inputs too: their values hold unless a run brings others.
+        specs(session.get_overridable_initializers(), "input", optional=True),
+        specs(session.get_outputs(), "output"),
+    )
+    if any(spec.dtype in ML_DTYPES for offered, _ in sides for spec in offered):
+        sides = tuple(_in_ort_values(*side) for side in sides)  # type: ignore[assignment]
+    (inputs, refused), (defaults, without), (outputs, lost) = sides
+    needed = [one for one in refused if one.required]
+    if needed:
+        raise failure("model_invalid", f"{model} takes {needed[0].name!r}, which cannot be given: {needed[0].reason}.")
+    if not outputs:
+        why = "; ".join(f"{one.name!r}: {one.reason}" for one in lost)
+        raise failure("model_invalid", f"{model} gives nothing that can be offered. {why}.")
+    return _Offer(
+        tuple(spec for spec in inputs if not spec.optional),
+        tuple(spec for spec in (*inputs, *defaults) if spec.optional),
+        tuple(outputs),
+        (*refused, *without, *lost),
+    )
+
+
+def _in_ort_values(offered: list[TensorSpec], refused: list[NotOffered]) -> tuple[list[TensorSpec], list[NotOffered]]:
+    """Of one side of a model with floats that NumPy has not: what passes in the same call as those."""
+    passing = [spec for spec in offered if spec.dtype not in TEXT_DTYPES]
+    reason = "ONNX Runtime's Python interface passes no text, sequence or map beside bfloat16 and floats of eight bits"
+    left = [NotOffered(s.name, s.side, reason, required=not s.optional) for s in offered if s.dtype in TEXT_DTYPES]
+    return passing, refused + left
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

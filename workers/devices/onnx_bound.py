@@ -49,6 +49,7 @@ class BoundRuns:
         self._session = session
         self._provider = provider
         self._dtypes = {spec.name: spec.dtype for spec in outputs}
+        self._defaults = frozenset(argument.name for argument in session.get_overridable_initializers())
         # ONNX Runtime binds no text; and before 1.23 it does not tell where it wants what.
         textual = any(spec.dtype == "string" for spec in (*inputs, *outputs))
         tells = hasattr(session, "get_input_memory_infos")
@@ -111,7 +112,10 @@ class BoundRuns:
                 continue
             array = np.asarray(on_host(feed), order="C")  # ascontiguousarray would give a scalar an axis
             held.append(array)
-            if self._transfers is not None and name in self._takes and array.nbytes:
+            if name in self._defaults:
+                # Binding an array looks for its name among the graph's own inputs only.
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+            elif self._transfers is not None and name in self._takes and array.nbytes:
                 address = self._transfers.put(name, array)
                 binding.bind_input(name, where, number, array.dtype, array.shape, address)
             else:

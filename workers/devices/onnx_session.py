@@ -6,13 +6,14 @@ import contextlib
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
 from workers.devices.base import tidy
-from workers.devices.onnx_tensors import DTYPE_OF, TensorSpec
+from workers.devices.onnx_tensors import NotOffered, TensorSpec
+from workers.devices.onnx_values import is_offered, parse_type, why_not
 from workers.devices.values import ModelOptions, Provider
 
 if TYPE_CHECKING:
@@ -178,19 +179,25 @@ def load_session(
     return session
 
 
-def tensor_specs(arguments: Sequence[Any], model: str, side: str) -> tuple[TensorSpec, ...]:
-    """The tensors among a model's arguments. An input of another kind refuses the model, an output is not offered."""
-    specs = []
+def specs(
+    arguments: Sequence[Any], side: Literal["input", "output"], *, optional: bool = False
+) -> tuple[list[TensorSpec], list[NotOffered]]:
+    """A model's arguments on one side as callers give or get them, and those that they cannot, with the reason."""
+    offered: list[TensorSpec] = []
+    refused: list[NotOffered] = []
     for argument in arguments:
-        dtype = DTYPE_OF.get(argument.type)
-        if dtype is not None:
+        kind = parse_type(argument.type)
+        may_lack = optional or argument.type.startswith("optional(")
+        if kind is None or (kind.inner.form != "tensor" and not is_offered(kind)):
+            refused.append(NotOffered(argument.name, side, why_not(argument.type), required=not may_lack))
+        elif kind.inner.form == "tensor":
             shape = tuple(d if isinstance(d, int) and d >= 0 else (d or None) for d in argument.shape)
-            specs.append(TensorSpec(argument.name, dtype, tuple(d if d != -1 else None for d in shape)))
-        elif side == "input":
-            raise failure("model_invalid", f"{model} takes {argument.name!r} as {argument.type}: not supported.")
-    if side == "output" and not specs:
-        raise failure("model_invalid", f"{model} gives no tensor of a supported dtype.")
-    return tuple(specs)
+            known = tuple(d if d != -1 else None for d in shape)
+            offered.append(TensorSpec(argument.name, kind.inner.dtype, known, may_lack, side))
+        else:
+            axis = (None,) if kind.is_sequence else (1,)
+            offered.append(TensorSpec(argument.name, "json", axis, may_lack, side, kind, argument.type))
+    return offered, refused
 
 
 def cpu_fallbacks(session: ort.InferenceSession, provider: str) -> int | None:

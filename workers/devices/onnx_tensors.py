@@ -5,32 +5,55 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from device_operations.tensors import TEXT_DTYPES, carries, numpy_dtype
 from workers.devices.base import Array, BufferView
-
-#: What ONNX Runtime calls a tensor of each dtype. The others (bfloat16, float8, int4) have no NumPy name.
-DTYPE_OF = {
-    "tensor(bool)": "bool", "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32",
-    "tensor(int64)": "int64", "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32",
-    "tensor(uint64)": "uint64", "tensor(float16)": "float16", "tensor(float)": "float32",
-    "tensor(double)": "float64", "tensor(string)": "string",
-}  # fmt: skip
+from workers.devices.onnx_values import Values, ValueType
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output: `dtype` by NumPy's name (`string` for text), each dimension a number, a symbol or None."""
+    """An input or output: `dtype` by NumPy's name (`string` for text), each dimension a number, a symbol or None.
+
+    What is no tensor has dtype `json`, its type in `values`, and one axis. An `optional` input may be left out; an
+    `optional` output may have no value.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str | None, ...]
+    optional: bool = False
+    side: Literal["input", "output"] = "input"
+    values: ValueType | None = None
+    #: ONNX Runtime's word for the type of what is no tensor.
+    type_text: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """`{"name", "dtype", "shape"}`, as the contract lists a model's inputs and outputs."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        """`{"name", "dtype", "shape"}`, as the contract lists them, and `optional` and `type` if they say something."""
+        told: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        if self.optional:
+            told["optional"] = True
+        if self.type_text is not None:
+            told["type"] = self.type_text
+        return told
+
+
+@dataclass(frozen=True, slots=True)
+class NotOffered:
+    """An input or output that callers cannot give or get, and why."""
+
+    name: str
+    side: Literal["input", "output"]
+    reason: str
+    #: Whether no run goes without it.
+    required: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """`{"name", "side", "reason"}`, as the model's record holds it."""
+        return {"name": self.name, "side": self.side, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +67,7 @@ class Kept:
     @property
     def size_bytes(self) -> int:
         """Bytes that it holds; 0 for text, whose bytes nobody counts."""
-        return 0 if self.dtype == "string" else np.dtype(self.dtype).itemsize * math.prod(self.shape)
+        return 0 if self.dtype in TEXT_DTYPES else numpy_dtype(self.dtype).itemsize * math.prod(self.shape)
 
     def numpy(self) -> Array:
         """Its values on the host."""
@@ -52,7 +75,8 @@ class Kept:
 
 
 Feed = Array | BufferView | Kept
-Fetched = Array | BufferView | Kept
+#: None is an optional output without a value.
+Fetched = Array | BufferView | Kept | Values | None
 
 
 def kind(feed: Feed) -> tuple[str, tuple[int, ...]]:
@@ -65,7 +89,7 @@ def kind(feed: Feed) -> tuple[str, tuple[int, ...]]:
 def unfit(spec: TensorSpec, dtype: str, shape: tuple[int, ...], sizes: dict[str, int]) -> list[str]:
     """What is wrong with a feed; learns the sizes of symbolic dimensions."""
     wrong = []
-    if dtype != spec.dtype:
+    if dtype != spec.dtype and not carries(dtype, spec.dtype):
         wrong.append(f"input {spec.name!r} is {dtype} and must be {spec.dtype}")
     fixed = [d if isinstance(d, int) else got for d, got in zip(spec.shape, shape, strict=False)]
     if len(shape) != len(spec.shape) or fixed != list(shape):
@@ -79,7 +103,7 @@ def unfit(spec: TensorSpec, dtype: str, shape: tuple[int, ...], sizes: dict[str,
 
 def aligned(view: BufferView) -> bool:
     """Whether the tensor begins at a multiple of its element's size, as processors and providers want it."""
-    return view.offset % np.dtype(view.dtype).itemsize == 0
+    return view.offset % numpy_dtype(view.dtype or "").itemsize == 0
 
 
 def overlap(a: BufferView, b: BufferView) -> bool:
