@@ -146,7 +146,7 @@ def test_a_compressed_body_is_taken(api: Api, encoding: str, body: bytes) -> Non
         ("gzip", gzip.compress(BODY)[:-4], 400),
         ("gzip", gzip.compress(BODY) + b"more", 400),
         ("gzip", gzip.compress(BODY) + gzip.compress(BODY)[:12], 400),
-        ("gzip", gzip.compress(b"") * 10_001, 400),
+        ("gzip", gzip.compress(b"") * 10_000 + gzip.compress(BODY), 400),
         ("gzip", gzip.compress(bytes(33 << 20)) * 2, 413),
         ("deflate", zlib.compress(BODY) + b"more", 400),
         ("deflate", zlib.compress(BODY)[:-2], 400),
