@@ -225,6 +225,8 @@ class OnnxModel:
             return value
         if spec.dtype not in ML_DTYPES:
             return value.numpy()
+        if value.device_name().lower() != "cpu":
+            raise failure("run_failed", f"ONNX Runtime left output {spec.name!r} on {value.device_name()}.")
         shape, dtype = tuple(value.shape()), numpy_dtype(spec.dtype)
         # ONNX Runtime gives no array of a dtype that NumPy has not. The memory is the host's, and goes with `value`.
         raw = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize) if math.prod(shape) else b""
