@@ -14,7 +14,7 @@ import ctypes
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from device_operations.tensors import ML_DTYPES, TEXT_DTYPES, numpy_dtype
 from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx_file import inspect
+from workers.devices.onnx_offer import offer_of
 from workers.devices.onnx_rewrite import EXTERNAL_FOLDER, rewritten
 from workers.devices.onnx_session import (
     REWRITE,
@@ -34,13 +35,11 @@ from workers.devices.onnx_session import (
     load_session,
     resolve_provider,
     session_settings,
-    specs,
 )
 from workers.devices.onnx_tensors import (
     Feed,
     Fetched,
     Kept,
-    NotOffered,
     TensorSpec,
     aligned,
     drawn,
@@ -97,7 +96,7 @@ class OnnxModel:
         #: Bytes that the last run moved through the host for the sake of buffers.
         self.staged_bytes = 0
         self.cpu_fallback_ops = cpu_fallbacks(self._session, self.provider)
-        offer = _offer(self._session, name)
+        offer = offer_of(self._session, name)
         #: What every run is given, what it may be given, what it gives, and what of the model has no form here.
         self.inputs, self.optional_inputs, self.outputs = offer.inputs, offer.optional_inputs, offer.outputs
         self.not_offered = offer.not_offered
@@ -368,49 +367,6 @@ class OnnxModel:
         if named.code == "internal_error" and text.startswith("Error in execution"):
             return failure("run_failed", f"ONNX Runtime failed on {self.device}: {text}")
         return named
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """What of a model's inputs and outputs callers can give and get, and what not."""
-
-    inputs: tuple[TensorSpec, ...]
-    optional_inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    not_offered: tuple[NotOffered, ...]
-
-
-def _offer(session: ort.InferenceSession, model: str) -> _Offer:
-    """Raises `model_invalid` where an input that every run needs cannot be given, or no output can be got."""
-    sides = (
-        specs(session.get_inputs(), "input"),
-        # Initializers that the graph lists as inputs too: their values hold unless a run brings others.
-        specs(session.get_overridable_initializers(), "input", optional=True),
-        specs(session.get_outputs(), "output"),
-    )
-    if any(spec.dtype in ML_DTYPES for offered, _ in sides for spec in offered):
-        sides = tuple(_in_ort_values(*side) for side in sides)  # type: ignore[assignment]
-    (inputs, refused), (defaults, without), (outputs, lost) = sides
-    needed = [one for one in refused if one.required]
-    if needed:
-        raise failure("model_invalid", f"{model} takes {needed[0].name!r}, which cannot be given: {needed[0].reason}.")
-    if not outputs:
-        why = "; ".join(f"{one.name!r}: {one.reason}" for one in lost)
-        raise failure("model_invalid", f"{model} gives nothing that can be offered. {why}.")
-    return _Offer(
-        tuple(spec for spec in inputs if not spec.optional),
-        tuple(spec for spec in (*inputs, *defaults) if spec.optional),
-        tuple(outputs),
-        (*refused, *without, *lost),
-    )
-
-
-def _in_ort_values(offered: list[TensorSpec], refused: list[NotOffered]) -> tuple[list[TensorSpec], list[NotOffered]]:
-    """Of one side of a model with floats that NumPy has not: what passes in the same call as those."""
-    passing = [spec for spec in offered if spec.dtype not in TEXT_DTYPES]
-    reason = "ONNX Runtime's Python interface passes no text, sequence or map beside bfloat16 and floats of eight bits"
-    left = [NotOffered(s.name, s.side, reason, required=not s.optional) for s in offered if s.dtype in TEXT_DTYPES]
-    return passing, refused + left
 
 
 def _grown(before: int | None, after: int | None) -> int | None:
