@@ -10,14 +10,13 @@ KSERVE := .cache/kserve-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training up test lint format bench streams soak node-tests test-directml lock peers kserve
+.PHONY: help install demo demo-training up test lint format bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
 	@echo "make demo-training  the same for training"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
 	@echo "make test           linters, types, import rules, all tests"
-	@echo "make node-tests     every backend node test of ONNX over /v2; two or three minutes"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults"
@@ -47,9 +46,6 @@ up: $(INSTALLED)
 
 test: lint $(KSERVE)
 	$(BIN)/python -m pytest
-
-node-tests: $(INSTALLED)
-	NODE_TESTS=all $(BIN)/python -m pytest -s tests/inference/test_node_tests.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

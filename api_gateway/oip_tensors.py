@@ -104,7 +104,7 @@ def read(body: Raw, header_length: int | None) -> Asked:
         raise failure("input_mismatch", f"{len(view) - at} bytes follow the last input's own")
     binary = bool(parameters.get("binary_data_output", False))
     outputs = [_wanted(_object(entry, "an output"), binary) for entry in _list(header.get("outputs") or [], "outputs")]
-    if len({output.name for output in outputs}) != len(outputs):
+    if len(outputs) > 1 and len({output.name for output in outputs}) != len(outputs):
         raise failure("input_mismatch", "an output is named twice")
     request_id = header.get("id")
     if request_id is not None and not isinstance(request_id, str):

@@ -21,7 +21,6 @@ from typing import Any
 import httpx
 import ml_dtypes
 import numpy as np
-import onnx
 import onnxruntime as ort
 from onnx import OptionalProto, SequenceProto, TensorProto, numpy_helper
 
@@ -53,7 +52,6 @@ class NodeTest:
     feeds: dict[str, Any]
     input_types: dict[str, str]
     output_types: dict[str, str]
-    operators: tuple[str, ...]
 
     @property
     def unofferable(self) -> str | None:
@@ -92,8 +90,7 @@ def collected() -> Iterator[NodeTest]:
         outs = {one.name: one.type for one in session.get_outputs()}
         data = folder / "test_data_set_0"
         feeds = {name: _value(data / f"input_{number}.pb", kind) for number, (name, kind) in enumerate(ins.items())}
-        nodes = onnx.load_from_string(graph).graph.node
-        yield NodeTest(test.name, graph, feeds, ins, outs, tuple(node.op_type for node in nodes))
+        yield NodeTest(test.name, graph, feeds, ins, outs)
 
 
 def opened(graph: bytes) -> ort.InferenceSession:
@@ -313,15 +310,3 @@ def _value(file: Path, kind: str) -> Any:
     message = proto()
     message.ParseFromString(file.read_bytes())
     return convert(message)
-
-
-def sample(tests: list[NodeTest]) -> list[NodeTest]:
-    """For each operator and each set of types one test, the first by name: what CI runs when it does not run all."""
-    chosen: dict[Any, NodeTest] = {}
-    for test in tests:
-        types = (*sorted(set(test.input_types.values())), *sorted(set(test.output_types.values())))
-        odd = tuple(text for text in types if text in NARROW or not text.startswith("tensor("))
-        odd += (test.unofferable,)
-        for operator in test.operators:
-            chosen.setdefault((operator, odd), test)
-    return list({test.name: test for test in chosen.values()}.values())

@@ -232,6 +232,17 @@ def test_sequences_go_in_and_out(api: Api, client: Any) -> None:
         client.infer("sequence", [given("s", texts([1], ["a"]), "BYTES")])
 
 
+def test_runs_with_sequences_are_not_joined(api: Api) -> None:
+    graph = value_graphs.graph(
+        [value_graphs.node("Identity", "s", "same")], [value_graphs.sequence("s")], [value_graphs.sequence("same")]
+    )
+    loaded = api.load(graph, options={"max_batch_size": 8, "max_delay_ms": 100})
+    assert loaded["batching"]["enabled"] is False
+    sent = [{"s": {"dtype": "json", "shape": [1], "data": [k]}} for k in range(3)]
+    jobs = [api.run(loaded["model_id"], inputs, wait=0) for inputs in sent]
+    assert [api.job(job["job_id"])["result"]["outputs"]["same"]["data"] for job in jobs] == [[0], [1], [2]]
+
+
 def test_many_elements_of_a_sequence_go_in(api: Api) -> None:
     loaded = api.load(value_graphs.sequence_alone(), "sequence")
     sent = [[float(n)] * 10 for n in range(3000)]

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_graph import read_graph
+from workers.devices.onnx_offer import offer_of
 from workers.devices.onnx_rewrite import EXTERNAL_FOLDER, rewritten
 from workers.devices.onnx_session import (
     REWRITE,
@@ -36,13 +37,11 @@ from workers.devices.onnx_session import (
     load_session,
     resolve_provider,
     session_settings,
-    specs,
 )
 from workers.devices.onnx_tensors import (
     Feed,
     Fetched,
     Kept,
-    NotOffered,
     TensorSpec,
     aligned,
     drawn,
@@ -105,7 +104,7 @@ class OnnxModel:
         #: Bytes that the last run moved through the host for the sake of buffers.
         self.staged_bytes = 0
         self.cpu_fallback_ops = cpu_fallbacks(self._session, self.provider)
-        offer = _offer(self._session, name)
+        offer = offer_of(self._session, name)
         #: What every run is given, what it may be given, what it gives, and what of the model has no form here.
         self.inputs, self.optional_inputs, self.outputs = offer.inputs, offer.optional_inputs, offer.outputs
         self.not_offered = offer.not_offered
@@ -235,6 +234,8 @@ class OnnxModel:
             return value
         if spec.dtype not in ML_DTYPES:
             return value.numpy()
+        if value.device_name().lower() != "cpu":
+            raise failure("run_failed", f"ONNX Runtime left output {spec.name!r} on {value.device_name()}.")
         shape, dtype = tuple(value.shape()), numpy_dtype(spec.dtype)
         # ONNX Runtime gives no array of a dtype that NumPy has not. The memory is the host's, and goes with `value`.
         raw = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize) if math.prod(shape) else b""
@@ -384,49 +385,6 @@ def _proven(source: Path | bytes, sizes: Mapping[str, int]) -> Verdict:
         return prove(read_graph(source), sizes)
     except Exception as error:  # noqa: BLE001 - what ONNX Runtime loads is served, whether or not it can be followed
         return Verdict(Proof.UNKNOWN, f"the graph cannot be read: {tidy(error)}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """What of a model's inputs and outputs callers can give and get, and what not."""
-
-    inputs: tuple[TensorSpec, ...]
-    optional_inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    not_offered: tuple[NotOffered, ...]
-
-
-def _offer(session: ort.InferenceSession, model: str) -> _Offer:
-    """Raises `model_invalid` where an input that every run needs cannot be given, or no output can be got."""
-    sides = (
-        specs(session.get_inputs(), "input"),
-        # Initializers that the graph lists as inputs too: their values hold unless a run brings others.
-        specs(session.get_overridable_initializers(), "input", optional=True),
-        specs(session.get_outputs(), "output"),
-    )
-    if any(spec.dtype in ML_DTYPES for offered, _ in sides for spec in offered):
-        sides = tuple(_in_ort_values(*side) for side in sides)  # type: ignore[assignment]
-    (inputs, refused), (defaults, without), (outputs, lost) = sides
-    needed = [one for one in refused if one.required]
-    if needed:
-        raise failure("model_invalid", f"{model} takes {needed[0].name!r}, which cannot be given: {needed[0].reason}.")
-    if not outputs:
-        why = "; ".join(f"{one.name!r}: {one.reason}" for one in lost)
-        raise failure("model_invalid", f"{model} gives nothing that can be offered. {why}.")
-    return _Offer(
-        tuple(spec for spec in inputs if not spec.optional),
-        tuple(spec for spec in (*inputs, *defaults) if spec.optional),
-        tuple(outputs),
-        (*refused, *without, *lost),
-    )
-
-
-def _in_ort_values(offered: list[TensorSpec], refused: list[NotOffered]) -> tuple[list[TensorSpec], list[NotOffered]]:
-    """Of one side of a model with floats that NumPy has not: what passes in the same call as those."""
-    passing = [spec for spec in offered if spec.dtype not in TEXT_DTYPES]
-    reason = "ONNX Runtime's Python interface passes no text, sequence or map beside bfloat16 and floats of eight bits"
-    left = [NotOffered(s.name, s.side, reason, required=not s.optional) for s in offered if s.dtype in TEXT_DTYPES]
-    return passing, refused + left
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

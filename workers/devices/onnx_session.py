@@ -6,14 +6,12 @@ import contextlib
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
 from workers.devices.base import tidy
-from workers.devices.onnx_tensors import NotOffered, TensorSpec
-from workers.devices.onnx_values import is_offered, parse_type, why_not
 from workers.devices.values import ModelOptions, Provider
 
 if TYPE_CHECKING:
@@ -177,27 +175,6 @@ def load_session(
             "libraries. The doctor command tells which.",
         )
     return session
-
-
-def specs(
-    arguments: Sequence[Any], side: Literal["input", "output"], *, optional: bool = False
-) -> tuple[list[TensorSpec], list[NotOffered]]:
-    """A model's arguments on one side as callers give or get them, and those that they cannot, with the reason."""
-    offered: list[TensorSpec] = []
-    refused: list[NotOffered] = []
-    for argument in arguments:
-        kind = parse_type(argument.type)
-        may_lack = optional or argument.type.startswith("optional(")
-        if kind is None or (kind.inner.form != "tensor" and not is_offered(kind)):
-            refused.append(NotOffered(argument.name, side, why_not(argument.type), required=not may_lack))
-        elif kind.inner.form == "tensor":
-            shape = tuple(d if isinstance(d, int) and d >= 0 else (d or None) for d in argument.shape)
-            known = tuple(d if d != -1 else None for d in shape)
-            offered.append(TensorSpec(argument.name, kind.inner.dtype, known, may_lack, side))
-        else:
-            axis = (None,) if kind.is_sequence else (1,)
-            offered.append(TensorSpec(argument.name, "json", axis, may_lack, side, kind, argument.type))
-    return offered, refused
 
 
 def cpu_fallbacks(session: ort.InferenceSession, provider: str) -> int | None:
