@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from fastapi import Request
@@ -288,7 +289,8 @@ def _touches_nothing(gateway: Gateway, caller: Caller, kind: Kind, parsed: Any) 
 
 
 def _location(row: Row) -> dict[str, str]:
-    return {"Location": f"/api/jobs/{row['id']}"}
+    # A direct caller's task id may have characters that no header takes.
+    return {"Location": f"/api/jobs/{quote(row['id'], safe='')}"}
 
 
 def _too_large(limit: int) -> Exception:

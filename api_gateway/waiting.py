@@ -38,25 +38,18 @@ _DONE = DONE_CHANNEL.encode()
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
 
 
-#: How the announcement of an end begins and ends, for the same reason.
-_END = re.compile(
-    rb'\{"job_id":"([^"]*)","kind":"[a-z_.]+","state":"(?:' + "|".join(sorted(TERMINAL)).encode() + rb')",.*\}',
-    re.DOTALL,
-)
-
-
 def _is_end(job_id: bytes, text: bytes) -> bool:
-    found = _END.fullmatch(text)
-    return found is not None and found[1] == job_id
+    """Whether `text` is the job with this id as it has ended: whoever waits for it passes it on as it is."""
+    told = _object(text)
+    state = told.get("state")
+    return told.get("job_id") == job_id.decode(errors="replace") and type(state) is str and state in TERMINAL
 
 
 def _event(data: bytes) -> dict[str, Any] | None:
     """What is announced of a followed job: `{"event": "state" | "progress", "data"}`; None if it is not that."""
-    try:
-        told = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        told = None
-    if type(told) is dict and told.get("event") in ("state", "progress") and type(told.get("data")) is dict:
+    told = _object(data)
+    # A tuple, since what is no text may have no hash.
+    if told.get("event") in ("state", "progress") and type(told.get("data")) is dict:
         return told
     log.warning("announcement refused", size_bytes=len(data))
     return None
@@ -66,6 +59,15 @@ class Awaited(asyncio.Future[bytes]):
     """The end of a job, as JSON bytes. `recorded` is set, by any thread, once PostgreSQL has taken the job."""
 
     recorded = False
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """The JSON object in `text`, empty where it is none."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if type(value) is dict else {}
 
 
 class Waiters:

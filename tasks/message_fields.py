@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from device_operations.ids import is_job_id
-from device_operations.jobs import TASK_PREFIX, Kind
+from device_operations.jobs import Kind
 
 #: A part's fields, and whether a value may be theirs.
 Fields = Mapping[str, Callable[[Any], bool]]
@@ -49,12 +49,21 @@ def checked(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
     return known
 
 
+def checked_all(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The known fields of an object, all of them; None where one is absent."""
+    known = {name: given.get(name) for name in fields}
+    for name, fits in fields.items():
+        if not fits(known[name]):
+            raise Unreadable(f"{name} is not what it should be")
+    return known
+
+
 def is_kind(task: Any) -> bool:
     """Whether the task is one of a job's kind."""
-    return type(task) is str and task.startswith(TASK_PREFIX) and task.removeprefix(TASK_PREFIX) in _KINDS
+    return type(task) is str and task in _TASKS
 
 
-_KINDS = frozenset(kind.value for kind in Kind)
+_TASKS = frozenset(kind.task for kind in Kind)
 
 
 def _is_name(value: Any) -> bool:
@@ -135,7 +144,7 @@ EMBED: Fields = {
 }  # fmt: skip
 
 NOTED_HEADERS: Fields = {
-    "id": is_job_id, "task": _is_name, "argsrepr": _is_text, "kwargsrepr": _is_text,
+    "id": is_job_id, "task": is_kind, "argsrepr": _is_text, "kwargsrepr": _is_text,
 }  # fmt: skip
 
 NOTED: Fields = {

@@ -25,7 +25,7 @@ import orjson
 import structlog
 
 from tasks import message_fields as fields
-from tasks.message_fields import Unreadable, checked, is_kind, object_of
+from tasks.message_fields import Unreadable, checked, checked_all, is_kind, object_of
 from tasks.queues import MESSAGE_BYTES, NOTED
 
 log = structlog.get_logger(__name__)
@@ -144,7 +144,7 @@ def read_wake(body: Any) -> Wake:
     asked = checked(object_of(body, "the body"), fields.WAKE)
     send = asked.get("send")
     if send is not None:
-        send = dict.fromkeys(fields.SEND) | checked(send, fields.SEND)
+        send = checked_all(send, fields.SEND)
     return Wake(asked.get("cancel"), asked.get("follow"), send)
 
 
@@ -199,13 +199,13 @@ def _read(envelope: Any) -> Recorded | Direct:
 
 
 def _recorded(envelope: dict[str, Any], headers: dict[str, Any]) -> Recorded:
-    known = dict.fromkeys(fields.NOTED_HEADERS) | checked(headers, fields.NOTED_HEADERS)
-    if not is_kind(known["task"]):
-        raise Unreadable("its task is none of this service's")
-    known[NOTED] = checked(object_of(headers[NOTED], NOTED), fields.NOTED)
+    """Each job over HTTP comes this way, so only what is used of the message is looked at."""
+    known = checked_all(headers, fields.NOTED_HEADERS)
+    known[NOTED] = checked_all(object_of(headers[NOTED], NOTED), fields.NOTED)
     body, _ = _body(envelope)
-    _check_body(body)
-    return Recorded(known, object_of(body[1].get("request"), "request"))
+    if type(body) is not list or len(body) != 3:
+        raise Unreadable("the body is not [args, kwargs, embed]")
+    return Recorded(known, object_of(object_of(body[1], "kwargs").get("request"), "request"))
 
 
 def _from_protocol_1(body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
@@ -225,11 +225,12 @@ def _check_body(body: Any) -> None:
 
 def _body(envelope: dict[str, Any]) -> tuple[Any, str | bytes]:
     """The body, read as JSON, and its text, which is UTF-8."""
-    kind, charset, body = (envelope.get(name) for name in ("content-type", "content-encoding", "body"))
-    if kind != "application/json":
+    if envelope.get("content-type") != "application/json":
         raise Unreadable("its content type is not application/json")
-    if charset is not None and (type(charset) is not str or charset.lower() not in ("utf-8", "utf8", "us-ascii")):
+    charset = envelope.get("content-encoding", "utf-8")
+    if type(charset) is not str or charset.lower() not in ("utf-8", "utf8", "us-ascii"):
         raise Unreadable("its content encoding is not utf-8")
+    body = envelope.get("body")
     if type(body) is not str:
         raise Unreadable("the body is no text")
     text = _unpacked(envelope, body)
@@ -249,7 +250,7 @@ def _text(text: str | bytes) -> str:
 
 
 def _unpacked(envelope: dict[str, Any], body: str) -> str | bytes:
-    properties, headers = (envelope.get(name) for name in ("properties", "headers"))
+    properties, headers = envelope.get("properties"), envelope.get("headers")
     encoding = properties.get("body_encoding") if type(properties) is dict else None
     compression = headers.get("compression") if type(headers) is dict else None
     if encoding is None or (type(encoding) is str and encoding.lower() == "utf-8"):

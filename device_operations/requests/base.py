@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from device_operations.ids import job_id
 
 #: Identifiers that a caller may choose.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 Identifier = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")]
 Label = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00]*$")]
+JobId = Annotated[str, AfterValidator(job_id)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 #: Offsets and sizes are bytes in a signed 64-bit integer.
@@ -32,7 +35,7 @@ class JobOptions(Request):
     delay_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not before this many seconds from now")
     expires_in_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not started by then: expired")
     max_attempts: int = Field(1, ge=1, le=100, strict=True, description="runs of a job that fails retryably")
-    after: list[Identifier] = Field(default_factory=list, max_length=1000, description="jobs that must end first")
+    after: list[JobId] = Field(default_factory=list, max_length=1000, description="jobs that must end first")
     after_success: bool = Field(
         False, strict=True, description="cancelled with predecessor_failed unless all jobs in `after` succeed"
     )

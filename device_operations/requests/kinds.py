@@ -30,6 +30,10 @@ REQUESTS: dict[Kind, type[JobRequest]] = {
 }
 
 
+#: Fields named in one error at most: a caller may send any number of unknown ones, with names of any length.
+MAX_PROBLEMS = 100
+
+
 def parse(kind: Kind, request: Any) -> JobRequest:
     """The checked request of `kind`; `validation_failed` names every field that does not fit."""
     try:
@@ -39,10 +43,11 @@ def parse(kind: Kind, request: Any) -> JobRequest:
 
 
 def invalid(error: ValidationError, what: str) -> Exception:
-    """`validation_failed` with one entry for each field that does not fit."""
+    """`validation_failed` with one entry for each field that does not fit, `MAX_PROBLEMS` at most."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_PROBLEMS]
     problems = [
-        {"loc": [str(part) for part in entry["loc"]], "message": entry["msg"], "type": entry["type"]}
-        for entry in error.errors(include_url=False, include_input=False, include_context=False)
+        {"loc": [str(part)[:100] for part in entry["loc"]], "message": entry["msg"], "type": entry["type"]}
+        for entry in found
     ]
     first = problems[0]
     where = ".".join(first["loc"]) or "the body"

@@ -76,3 +76,16 @@ def test_a_task_that_an_earlier_one_answers_says_which(stack: RunningStack, cele
         again.get(timeout=30)
     assert stack.client.get(f"/api/jobs/{again.id}").json()["error"]["code"] == "allocation_exists"
     send(celery, "deallocate", {"allocation_id": "twice"}).get(timeout=30)
+
+
+def test_a_task_id_of_any_visible_characters_is_a_jobs_id_over_http_too(stack: RunningStack, celery: Celery) -> None:
+    request = {"size_bytes": 16, "allocation_id": "by-an-odd-task"}
+    name, task_id = "device_operations.memory.allocate", "größe:42#1"
+    sent = celery.send_task(name, kwargs={"request": request}, queue="device.cpu_0", task_id=task_id)
+    assert sent.get(timeout=30)["size_bytes"] == 16
+    # The earlier job answers, and the answer says where it is.
+    answer = stack.client.post("/api/memory/allocate", json=request)
+    assert (answer.status_code, answer.json()["job_id"]) == (200, task_id), answer.text
+    assert stack.client.get(answer.headers["Location"]).json()["job_id"] == task_id
+    after = {"allocation_id": "by-an-odd-task", "job": {"after": [task_id]}}
+    send(celery, "deallocate", after).get(timeout=30)

@@ -1,0 +1,105 @@
+"""What a gateway hears by Redis: ends and events wake who waits, and what is neither stops nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+
+from api_gateway import waiting
+from api_gateway.waiting import Waiters
+from tasks.database import open_engine
+from tasks.publish import Publisher, connect
+from tasks.queues import DONE_CHANNEL, job_channel
+
+SECONDS = 10
+
+
+def view(job_id: str, state: str = "succeeded") -> dict[str, Any]:
+    return {"job_id": job_id, "kind": "memory.allocate", "state": state, "result": {"text": "a}\nb"}}
+
+
+@asynccontextmanager
+async def listening(redis_url: str, database_url: str) -> AsyncIterator[tuple[Waiters, Any]]:
+    engine = open_engine(database_url)
+    waiters = Waiters(redis_url, engine, lambda: None)
+    client = connect(redis_url)
+    waiters.start()
+    try:
+        async with waiters.awaiting("heard") as heard:
+            while not heard.done():
+                Publisher(client).done([view("heard")])
+                await asyncio.sleep(0.01)
+        yield waiters, client
+    finally:
+        await waiters.stop()
+        client.close()
+        engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _only_by_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look into the records, which would answer too, is further away than any test waits."""
+    monkeypatch.setattr(waiting, "LOOK_SECONDS", 10 * SECONDS)
+
+
+GARBAGE = [
+    b"", b"garbage", b"\xff\xfe\n\0", b"{}", b"5", b"[" * 100_000, b"\n" * 100_000, b"the-job", b"the-job ",
+    b"the-job garbage", b"the-job {}", b'the-job {"job_id":"the-job"}', b'the-job {"job_id":"the-job","kind":"x",',
+    b"the-job " + orjson.dumps(view("other-job")), b"the-job " + orjson.dumps(view("the-job", "running")),
+    b"the-job " + orjson.dumps(view("the-job"))[:-1],
+    b'the-job {"job_id":"the-job","kind":"x","state":[]}', b'the-job {"job_id":["the-job"],"state":"failed"}',
+]  # fmt: skip
+
+
+def test_an_end_wakes_who_waits_whatever_was_announced_before(redis_url: str, database_url: str) -> None:
+    async def run() -> None:
+        async with listening(redis_url, database_url) as (waiters, client), waiters.awaiting("the-job") as ended:
+            for told in GARBAGE:
+                client.publish(DONE_CHANNEL, told)
+            Publisher(client).done([view("another-job"), view("the-job")])
+            assert orjson.loads(await asyncio.wait_for(ended, SECONDS)) == view("the-job")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled", "expired"])
+def test_every_way_to_end_is_one(redis_url: str, database_url: str, state: str) -> None:
+    async def run() -> None:
+        async with listening(redis_url, database_url) as (waiters, client), waiters.awaiting("the-job") as ended:
+            Publisher(client).done([view("the-job", state)])
+            assert orjson.loads(await asyncio.wait_for(ended, SECONDS))["state"] == state
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"", b"garbage", b"\xff", b"5", b"[]", b"[" * 100_000, b"{}", b'{"event": 5, "data": {}}',
+        b'{"event": "state"}', b'{"event": "state", "data": []}', b'{"event": "state\\ndata: x", "data": {}}',
+    ],
+)  # fmt: skip
+def test_an_event_reaches_who_follows_whatever_was_announced_before(
+    redis_url: str, database_url: str, garbage: bytes
+) -> None:
+    async def run() -> None:
+        async with (
+            listening(redis_url, database_url) as (waiters, client),
+            waiters.following("the-job") as told,
+            waiters.awaiting("the-job") as ended,
+        ):
+            while not client.pubsub_numsub(job_channel("the-job"))[0][1]:
+                await asyncio.sleep(0.01)
+            client.publish(job_channel("the-job"), garbage)
+            event = {"event": "progress", "data": {"step": 1}}
+            Publisher(client).progress([("the-job", event)])
+            assert await asyncio.wait_for(told.get(), SECONDS) == event
+            Publisher(client).done([view("the-job")])
+            await asyncio.wait_for(ended, SECONDS)
+
+    asyncio.run(run())
