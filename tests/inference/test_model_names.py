@@ -312,6 +312,19 @@ def test_of_several_loads_in_one_submission_the_last_holds(api: Api) -> None:
         assert gone(api, job["resource"]["id"])["replaced_by"]
 
 
+def test_equal_loads_in_one_submission_are_one_load_and_their_order_holds(api: Api) -> None:
+    one, other = (api.save(graphs.affine(scale)) for scale in (105, 106))
+    entries = [{"name": "bulk-again", "source": {"path": path}} for path in (one, other, one)]
+    entries[2]["pin"] = True
+    jobs = [{"kind": "inference.load_model", "request": entry} for entry in entries]
+    told = api.http.post("/api/jobs", json={"jobs": jobs}).raise_for_status().json()["jobs"]
+    assert told[2]["job_id"] == told[0]["job_id"]
+    assert [api.job(job["job_id"])["state"] for job in told] == ["succeeded"] * 3
+    assert answer(api, "bulk-again") == 106
+    assert api.model(told[0]["resource"]["id"])["pinned"]
+    assert gone(api, told[1]["resource"]["id"])["replaced_by"] == told[0]["resource"]["id"]
+
+
 def test_an_unload_of_one_name_leaves_the_load_of_another_that_waits(api: Api) -> None:
     content = graphs.affine(98)
     first = api.load(content, "one-name")["model_id"]
@@ -331,7 +344,7 @@ def test_a_name_means_the_same_on_every_device(start_api: Callable[..., Api]) ->
     new = api.load(graphs.affine(44), "spread", device_id="cpu_1")["model_id"]
     assert {answer(api, "spread") for _ in range(10)} == {45}
     assert gone(api, old)["replaced_by"] == new
-    # The same on another device stands beside it, and is one entry of the index and of the statistics.
+    # The same on another device stays, and both are one entry of the index and of the statistics.
     twin = api.load(graphs.affine(44), "spread", device_id="cpu_0")["model_id"]
     assert twin not in (old, new)
     assert {answer(api, "spread") for _ in range(10)} == {45}
