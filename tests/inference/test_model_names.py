@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 import time
@@ -52,6 +53,12 @@ def statistics(api: Api, name: str, version: str | None = None) -> list[tuple[st
 def index(api: Api, *names: str) -> list[tuple[str, str, str]]:
     told = api.http.post("/v2/repository/index", json={}).json()
     return sorted((one["name"], one["version"], one["state"]) for one in told if one["name"] in names)
+
+
+def opened_graphs(api: Api) -> list[str]:
+    """The content keys of the graphs that the worker has opened, in order."""
+    lines = [json.loads(line) for line in api.stack.log("cpu_0").splitlines() if '"graph opened"' in line]
+    return [line["content_key"] for line in lines]
 
 
 def gone(api: Api, model_id: str) -> dict[str, Any]:
@@ -369,14 +376,17 @@ def test_all_models_come_back_and_each_graph_is_opened_once(start_api: Callable[
     replaced = api.load(graphs.affine(55), "rolled")["model_id"]
     kept.append(api.load(content, "rolled")["model_id"])
     before = memory(api)
-    opened = api.stack.log("cpu_0").count("graph opened")
-    assert opened == 4
+    opened = opened_graphs(api)
+    assert len(opened) == 4
     api.stack.kill("cpu_0")
     api.stack.start("cpu_0")
     api.stack.wait_ready()
     eventually(lambda: [api.model(one)["state"] for one in kept] == ["loaded"] * 5)
     gone(api, replaced)
-    assert api.stack.log("cpu_0").count("graph opened") - opened == 3
+    anew = opened_graphs(api)[4:]
+    # The one that was replaced comes back for a moment, where it was replaced just before.
+    assert len(anew) == len(set(anew))
+    assert len(set(anew) - {opened[3]}) == 3
     told = {"stage": 45, "prod": 34, "rolled": 34}
     assert {name: answer(api, name) for name in told} == told
     assert answer(api, "stage", "1") == 34
