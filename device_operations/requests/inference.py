@@ -45,7 +45,9 @@ class LoadModel(JobRequest):
     sha256: Sha256 | None = None
     device_id: Name | None = None
     pin: bool = False
-    shared: bool = Field(False, description="whether other owners may run the model and read what it is")
+    shared: bool | None = Field(
+        None, description="whether other owners may run it and read what it is; if not said: what an admin's key loads"
+    )
     options: ModelOptions = Field(default_factory=ModelOptions)
 
     @field_validator("name", "version")

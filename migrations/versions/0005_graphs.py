@@ -155,8 +155,8 @@ def _write_load_keys() -> None:
             name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in options.items()
         }
-        told = json.dumps([content_key, whole], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps([content_key, whole], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         connection.execute(
             sa.text("UPDATE models SET load_key = :key WHERE model_id = :id"),
-            {"key": hashlib.sha256(told.encode()).hexdigest(), "id": model_id},
+            {"key": hashlib.sha256(text.encode()).hexdigest(), "id": model_id},
         )

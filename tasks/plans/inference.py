@@ -43,7 +43,7 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
     """Loads a model of the owner's; its name and version mean it from the moment in which the load has ended.
 
     Loading the same again (name, version, content, options) on the same device gives the model that is there. Models of
-    equal content and session options share a graph, whoever loaded them.
+    equal content and session options share a graph, those of other owners too.
     """
     if request.model_type not in MODEL_TYPES:
         raise failure(
@@ -71,7 +71,7 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
     makes = {
         **same, "model_id": model_id, "model_type": request.model_type, "device_id": device_id, "content_key": key,
         "sha256": sha256, "source": request.source.model_dump(mode="json", exclude_none=True), "options": options,
-        "pinned": request.pin, "shared": request.shared, "load_job_id": job_id, "blob_ids": blob_ids,
+        "pinned": request.pin, "shared": _is_shared(context, request), "load_job_id": job_id, "blob_ids": blob_ids,
         "estimate_bytes": estimate, "is_there": there is not None, "given": request.model_fields_set,
     }  # fmt: skip
     return Plan(job, together=record_loads, makes=makes)
@@ -80,16 +80,28 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
 def record_loads(connection: Connection, plans: Sequence[Plan]) -> Recorded:
     """Records the models of loads in their order, and reserves the memory of graphs that are not there yet.
 
-    Raises `insufficient_memory`, and `model_in_use` (retryable) where what a plan was made upon has changed meanwhile.
+    Of equal loads in one submission the first answers for the others. Raises `insufficient_memory`, and `model_in_use`
+    (retryable) where what a plan was made upon has changed meanwhile.
     """
     for device_id in sorted({plan.makes["device_id"] for plan in plans}):
         device_store.lock_budget(connection, device_id)
     model_store.lock(connection, {plan.makes["model_id"] for plan in plans})
+    first: dict[tuple[str, ...], Plan] = {}
+    answered = {}
     for plan in plans:
-        if not (_load_again(connection, plan.makes) if plan.makes["is_there"] else _load(connection, plan.makes)):
+        model = plan.makes
+        same = first.setdefault(tuple(model[key] for key in _SAME_LOAD), plan)
+        if same is not plan:
+            model = {**model, "model_id": same.makes["model_id"]}
+            answered[plan.job.id] = same.job.id
+        if not (_load_again if model["is_there"] or same is not plan else _load)(connection, model):
             raise failure("model_in_use", "the same name is being loaded at this moment; submit the request again",
                           retryable=True)  # fmt: skip
-    return Recorded()
+    return Recorded(answered)
+
+
+#: What equal loads have in common.
+_SAME_LOAD = ("device_id", "owner", "name", "version", "load_key")
 
 
 def _load(connection: Connection, model: dict[str, Any]) -> bool:
@@ -105,6 +117,12 @@ def _load_again(connection: Connection, model: dict[str, Any]) -> bool:
         pin=model["pinned"] if "pin" in model["given"] else None,
         shared=model["shared"] if "shared" in model["given"] else None,
     )  # fmt: skip
+
+
+def _is_shared(context: Context, request: LoadModel) -> bool:
+    """What the request says; else whether an admin's key loads it, and not for an owner that the admin names."""
+    by_admin = context.admin and bool(context.settings.api_keys) and request.job.owner is None
+    return by_admin if request.shared is None else request.shared
 
 
 def _holding(context: Context, content_key: str, same: dict[str, str]) -> list[str]:

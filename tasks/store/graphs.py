@@ -40,7 +40,8 @@ def settle(connection: Connection, device_id: str, content_key: str, memory_byte
     before = reserved(connection, device_id, content_key)
     execute(
         connection,
-        "UPDATE graphs SET reserved_bytes = %(bytes)s WHERE device_id = %(device)s AND content_key = %(key)s",
+        "INSERT INTO graphs (device_id, content_key, reserved_bytes) VALUES (%(device)s, %(key)s, %(bytes)s) "
+        "ON CONFLICT (device_id, content_key) DO UPDATE SET reserved_bytes = excluded.reserved_bytes",
         {"device": device_id, "key": content_key, "bytes": memory_bytes},
     )
     return memory_bytes - before

@@ -104,7 +104,7 @@ def revive(connection: Connection, model_id: str, job_id: str) -> Row | None:
 def page(
     connection: Connection, *, owner: str | None, device_id: str | None, state: str | None, limit: int
 ) -> list[Row]:
-    """Models, newest first: those of `owner` and those shared with everybody, or all where it is None."""
+    """Models, newest first: those of `owner` and those that are shared, or all where it is None."""
     return rows(
         connection,
         """

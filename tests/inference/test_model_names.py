@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 import time
@@ -52,6 +53,12 @@ def statistics(api: Api, name: str, version: str | None = None) -> list[tuple[st
 def index(api: Api, *names: str) -> list[tuple[str, str, str]]:
     told = api.http.post("/v2/repository/index", json={}).json()
     return sorted((one["name"], one["version"], one["state"]) for one in told if one["name"] in names)
+
+
+def opened_graphs(api: Api) -> list[str]:
+    """The content keys of the graphs that the worker has opened, in order."""
+    lines = [json.loads(line) for line in api.stack.log("cpu_0").splitlines() if '"graph opened"' in line]
+    return [line["content_key"] for line in lines]
 
 
 def gone(api: Api, model_id: str) -> dict[str, Any]:
@@ -312,6 +319,19 @@ def test_of_several_loads_in_one_submission_the_last_holds(api: Api) -> None:
         assert gone(api, job["resource"]["id"])["replaced_by"]
 
 
+def test_equal_loads_in_one_submission_are_one_load_and_their_order_holds(api: Api) -> None:
+    one, other = (api.save(graphs.affine(scale)) for scale in (105, 106))
+    entries = [{"name": "bulk-again", "source": {"path": path}} for path in (one, other, one)]
+    entries[2]["pin"] = True
+    jobs = [{"kind": "inference.load_model", "request": entry} for entry in entries]
+    told = api.http.post("/api/jobs", json={"jobs": jobs}).raise_for_status().json()["jobs"]
+    assert told[2]["job_id"] == told[0]["job_id"]
+    assert [api.job(job["job_id"])["state"] for job in told] == ["succeeded"] * 3
+    assert answer(api, "bulk-again") == 106
+    assert api.model(told[0]["resource"]["id"])["pinned"]
+    assert gone(api, told[1]["resource"]["id"])["replaced_by"] == told[0]["resource"]["id"]
+
+
 def test_an_unload_of_one_name_leaves_the_load_of_another_that_waits(api: Api) -> None:
     content = graphs.affine(98)
     first = api.load(content, "one-name")["model_id"]
@@ -331,7 +351,7 @@ def test_a_name_means_the_same_on_every_device(start_api: Callable[..., Api]) ->
     new = api.load(graphs.affine(44), "spread", device_id="cpu_1")["model_id"]
     assert {answer(api, "spread") for _ in range(10)} == {45}
     assert gone(api, old)["replaced_by"] == new
-    # The same on another device stands beside it, and is one entry of the index and of the statistics.
+    # The same on another device stays, and both are one entry of the index and of the statistics.
     twin = api.load(graphs.affine(44), "spread", device_id="cpu_0")["model_id"]
     assert twin not in (old, new)
     assert {answer(api, "spread") for _ in range(10)} == {45}
@@ -356,14 +376,17 @@ def test_all_models_come_back_and_each_graph_is_opened_once(start_api: Callable[
     replaced = api.load(graphs.affine(55), "rolled")["model_id"]
     kept.append(api.load(content, "rolled")["model_id"])
     before = memory(api)
-    opened = api.stack.log("cpu_0").count("graph opened")
-    assert opened == 4
+    opened = opened_graphs(api)
+    assert len(opened) == 4
     api.stack.kill("cpu_0")
     api.stack.start("cpu_0")
     api.stack.wait_ready()
     eventually(lambda: [api.model(one)["state"] for one in kept] == ["loaded"] * 5)
     gone(api, replaced)
-    assert api.stack.log("cpu_0").count("graph opened") - opened == 3
+    anew = opened_graphs(api)[4:]
+    # The one that was replaced comes back for a moment, where it was replaced just before.
+    assert len(anew) == len(set(anew))
+    assert len(set(anew) - {opened[3]}) == 3
     told = {"stage": 45, "prod": 34, "rolled": 34}
     assert {name: answer(api, name) for name in told} == told
     assert answer(api, "stage", "1") == 34

@@ -113,7 +113,7 @@ def test_two_owners_use_one_name_and_one_graph_without_touching_each_other(of: O
     his = bob.load(content, "common")
     assert his["model_id"] != mine["model_id"]
     assert memory(root)["reserved_bytes"] == reserved
-    # Bob is told nothing that he would not be told alone: his model has its memory, and no other is listed for it.
+    # Bob sees what he would see alone: his model has its memory, and no other is listed for it.
     seen = memory(bob)
     (his_thing,) = [one for one in seen["map"] if one["id"] == his["model_id"]]
     assert his_thing["size_bytes"] == his["memory_bytes"]
@@ -157,13 +157,13 @@ def test_a_shared_model_is_run_and_read_by_all_and_changed_by_its_owner(of: Of) 
         bob.http.post("/v2/repository/models/open/unload", json={}),
     ):
         assert refused.status_code == 404
-    # Whose sessions keep it is not told to its owner.
+    # Its owner learns that sessions keep it, and not which.
     busy = ada.http.delete(f"/api/inference/unload-model/{model_id}")
     assert (busy.status_code, busy.json()["code"]) == (409, "model_in_use")
     assert opened.json()["session_id"] not in busy.text
     bob.http.delete(f"/api/inference/sessions/{opened.json()['session_id']}", headers={"Prefer": "wait=10"})
 
-    # Bob's own of the name comes first for Bob, and for nobody else.
+    # Bob's own of the name comes first for Bob only.
     own = bob.load(graphs.affine(61), "open")["model_id"]
     assert (answer(bob, "open"), answer(ada, "open"), answer(root, "open")) == (62, 52, 52)
     pinned = bob.load(content, "open", version="9", pin=True, shared=True)["model_id"]
@@ -189,7 +189,7 @@ def test_an_admin_runs_and_unloads_anybodys_and_acts_for_an_owner(of: Of) -> Non
     assert ada.model(made)["owner"] == "ada"
     assert answer(ada, "hers") == 74
     assert ada.model(mine)["replaced_by"] == made
-    own = root.load(graphs.affine(74), "hers")["model_id"]
+    own = root.load(graphs.affine(74), "hers", shared=False)["model_id"]
     assert answer(root, "hers") == 75
     assert root.http.post("/v2/repository/models/hers/unload", json={}).status_code == 200
     assert root.model(own)["state"] == "unloaded"
@@ -199,6 +199,22 @@ def test_an_admin_runs_and_unloads_anybodys_and_acts_for_an_owner(of: Of) -> Non
     assert answer(ada, "hers") == 73
     assert root.http.post("/v2/repository/models/hers/unload", json={}).status_code == 200
     assert index(root, "hers") == []
+
+
+def test_what_an_admins_key_loads_is_for_all_unless_it_says_otherwise(of: Of) -> None:
+    ada, root = of("ada"), of("root")
+    model_id = root.load(graphs.affine(91), "for-all")["model_id"]
+    assert answer(ada, "for-all") == 92
+    assert ada.model(model_id)["shared"] is True
+    assert ada.http.delete(f"/api/inference/unload-model/{model_id}").status_code == 404
+    assert root.load(graphs.affine(91), "for-all", shared=False)["model_id"] == model_id
+    assert run(ada, model_name="for-all").status_code == 404
+    # Loaded for an owner, it is that owner's alone, as is what a key without such rights loads.
+    for loaded in (root.load(graphs.affine(92), "hers", job={"owner": "ada"}), ada.load(graphs.affine(93), "hers-too")):
+        assert ada.model(loaded["model_id"])["shared"] is False
+        assert of("bob").http.get(f"/api/inference/models/{loaded['model_id']}").status_code == 404
+        ada.unload(loaded["model_id"])
+    root.unload(model_id)
 
 
 def test_a_message_acts_for_the_owner_that_it_names(of: Of) -> None:
