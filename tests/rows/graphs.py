@@ -64,12 +64,13 @@ def simple(
     row: Sequence[int] = (1, 4),
     constants: Sequence[onnx.TensorProto] = (),
     side: Sequence[Any] | None = None,
+    rows: Callable[[np.random.Generator], Rows] | None = None,
     **more: Any,
 ) -> Case:
     """A graph from x to y, both with `row`'s sides behind the first."""
     shape = ["n", *(side if side is not None else row[1:])]
     made = model(nodes, [value("x", shape)], [value("y", ["n", *[None] * (len(row) - 1)])], constants, **more)
-    return Case(name, made, _normal(*row), proof, operator)
+    return Case(name, made, rows or _normal(*row), proof, operator)
 
 
 def reported() -> Iterator[Case]:
@@ -117,7 +118,8 @@ def reported() -> Iterator[Case]:
         side=["tokens", 8])  # fmt: skip
     yield simple("quantised as a whole", [
         node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]), node("DequantizeLinear", ["q", "s", "z"], ["y"])],
-        "unknown", "DynamicQuantizeLinear", row=(1, 16))  # fmt: skip
+        "unknown", "DynamicQuantizeLinear", row=(1, 16),
+        rows=lambda random: {"x": random.standard_normal((1, 16)).astype("f4")})  # fmt: skip
 
 
 def siblings() -> Iterator[Case]:
@@ -138,7 +140,7 @@ def _along_the_rows() -> Iterator[Case]:
     yield simple("cumulative sum of a row", [node("CumSum", ["x", "one"], ["y"])], "proven", constants=[one])
     yield simple("batch normalisation that trains", [
         node("BatchNormalization", ["x", "w", "b", "m", "v"], ["y", "m2", "v2"], training_mode=1)], "disproven",
-        "BatchNormalization", constants=[const(name, [1] * 4, "f4") for name in "wbmv"])  # fmt: skip
+        "BatchNormalization", row=(3, 4), constants=[const(name, [1] * 4, "f4") for name in "wbmv"])  # fmt: skip
     yield simple("normalisation over axes 0, 2 and 3", [node("MeanVarianceNormalization", ["x"], ["y"])], "disproven",
                  "MeanVarianceNormalization", row=(1, 2, 3, 3))  # fmt: skip
     yield simple("products over the batch", [

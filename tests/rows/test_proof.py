@@ -88,7 +88,7 @@ def test_a_graph_that_calls_itself_to_no_end_is_given_up() -> None:
             if at < 30
             else [node("Relu", ["a"], ["b"])],
             [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
-        )  # fmt: skip
+        )
         for at in range(31)
     ]
     made = simple("deep", [node("F0", ["x"], ["y"], domain="local")], "unknown", domain="local", functions=functions)
