@@ -154,17 +154,24 @@ def fields(content: Content, start: int, end: int) -> Iterator[tuple[int, int, i
     """Each field of a message: number, wire type, and where its value begins and ends."""
     at = start
     while at < end:
-        key, at = _varint(content, at, end)
+        # Most keys and lengths are one byte, and most of the time that reading takes is spent here.
+        key = content[at]
+        at += 1
+        if key >= 0x80:
+            key, at = _varint(content, at - 1, end)
         number, kind = key >> 3, key & 7
-        if kind == 0:
+        if kind == 2:
+            length = content[at] if at < end else 0x80
+            at += 1
+            if length >= 0x80:
+                length, at = _varint(content, at - 1, end)
+            stop = at + length
+        elif kind == 0:
             stop = _varint(content, at, end)[1]
         elif kind == 1:
             stop = at + 8
         elif kind == 5:
             stop = at + 4
-        elif kind == 2:
-            length, at = _varint(content, at, end)
-            stop = at + length
         else:
             raise _MalformedError(f"byte {at} begins no field that ONNX has")
         if stop > end or number == 0:
