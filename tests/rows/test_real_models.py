@@ -18,7 +18,7 @@ def _floats(*shape: int) -> dict[str, tuple[type, tuple[int, ...]]]:
     return {"x": (np.float32, shape)}
 
 
-TOKENS = {name: (np.int64, (12,)) for name in ("input_ids", "attention_mask", "token_type_ids")}
+TOKENS = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (np.int64, (12,)))
 
 MODELS = {
     "minilm/model": TOKENS,

@@ -32,6 +32,10 @@ INSIDE: dict[str, dict[int, str]] = {
 _EXTERNAL_DATA = 13  # of TensorProto
 _DEEPEST = 100
 
+#: Of most nodes, one search through their few bytes tells that no tensor inside has external data: each such tensor
+#: names its file by this key. Larger ones are walked, so that weights are not touched.
+_LOCATION, _SMALL_NODE = b"location", 1 << 14
+
 
 #: A file's bytes, where they lie.
 Content = mmap.mmap | bytes
@@ -108,6 +112,8 @@ class _MalformedError(Exception):
 def _walk(content: Content, span: tuple[int, int], message: str, found: OnnxFile, depth: int) -> None:
     if depth > _DEEPEST:
         raise _MalformedError("its graphs nest too deeply")
+    if message == "node" and span[1] - span[0] < _SMALL_NODE and content.find(_LOCATION, *span) < 0:
+        return
     if message == "opset":
         texts, numbers = _flat(content, span)
         found.opsets[texts.get(1, "")] = numbers.get(2, 0)

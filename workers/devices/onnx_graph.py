@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
-from time import sleep
 from typing import TYPE_CHECKING
 
 from workers.devices.onnx_file import INSIDE, Content, fields
@@ -33,7 +32,6 @@ def read_graph(source: Path | bytes) -> ModelProto:
 
 
 def _without_weights(content: Content, span: tuple[int, int], message: str) -> bytes:
-    sleep(0)  # ONNX Runtime loads the model meanwhile, and must not wait
     pieces: list[bytes] = []
     inside = INSIDE.get(message, {})
     # What is taken as it is is copied in as few pieces as there are gaps.

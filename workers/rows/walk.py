@@ -21,7 +21,7 @@ MOST_NODES = 200_000
 DEEPEST = 40
 
 #: After so many nodes other threads have their turn: ONNX Runtime loads the model meanwhile, and must not wait.
-TURN = 16
+TURN = 64
 
 #: The default domain's first operator set whose operators the table describes.
 OLDEST = 7
