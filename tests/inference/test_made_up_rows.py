@@ -121,6 +121,16 @@ def test_the_trial_and_the_warm_up_can_be_cancelled(tmp_path: Path) -> None:
         timer.join()
 
 
+def test_a_trial_that_takes_long_is_stopped_and_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "TRIAL_SECONDS", 0.2)
+    began = time.monotonic()
+    found = find_out(opened(tmp_path, endless()), 4)
+    assert (found.enabled, found.trial) == (True, "stopped after 0.2 s")
+    assert time.monotonic() - began < 3
+
+
 # ---- after a death
 
 
