@@ -61,6 +61,27 @@ def test_an_output_that_is_no_list_of_rows_is_never_parted() -> None:
     assert "a row for each row" in prove(doubled.model).reason
 
 
+def test_the_reason_says_what_lies_along_the_rows() -> None:
+    pinned = simple("two", [node("Add", ["x", "c"], ["y"])], "disproven", constants=[const("c", [[1.0], [2.0]], "f4")])
+    assert prove(pinned.model).reason == "Add 'y': a fixed side of 2 lies along the rows"
+
+
+def test_sides_that_a_loop_changes_are_not_taken_for_those_before_it() -> None:
+    """Each round adds a token to what is carried: laid out by the shape before the loop, rows would fall apart."""
+    body = helper.make_graph(
+        [node("Identity", ["on"], ["still"]), node("Concat", ["state", "one"], ["next"], axis=1)], "body",
+        [value("i", [], graphs.INT64), value("on", [], 9), value("state", None)],
+        [value("still", [], 9), value("next", None)])  # fmt: skip
+    made = graphs.model(
+        [node("Slice", ["x", "zero", "five", "one1"], ["r"]), node("Slice", ["x", "zero", "one1", "one1"], ["one"]),
+         node("Loop", ["two", "yes", "r"], ["long"], body=body), node("Shape", ["r"], ["s"], start=1),
+         node("Concat", ["minus", "s"], ["target"], axis=0), node("Reshape", ["long", "target"], ["y"])],
+        [value("x", ["n", "t"])], [value("y", ["m", "u"])],
+        [const("two", 2, "i8"), const("yes", True, "?"), const("zero", [0], "i8"), const("one1", [1], "i8"),
+         const("minus", [-1], "i8"), const("five", [5], "i8")])  # fmt: skip
+    assert prove(made).proof is Proof.UNKNOWN
+
+
 def test_an_initializer_that_is_also_an_input_is_a_constant() -> None:
     made = graphs.model(
         [node("Add", ["x", "w"], ["y"])], [value("x", ["n", 4]), value("w", [4])], [value("y", ["n", 4])],

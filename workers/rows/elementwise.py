@@ -212,16 +212,25 @@ def _clipped(node: Node, items: Sequence[Item]) -> Item:
 def _rounded(to: Callable[[float], int]) -> Arithmetic:
     def one(node: Node, items: Sequence[Item]) -> Item:
         item = items[0]
+        if isinstance(item, Size):
+            return _without_fraction(item, node.operator)
         return float(to(item)) if isinstance(item, float) and math.isfinite(item) else item
 
     return one
+
+
+def _without_fraction(item: Size, how: str) -> Size:
+    """A number rounded in some way; sides have no fraction, other symbols may."""
+    return item if not_negative(item) else named(f"{how}({item})", of_rows(item))
 
 
 def _cast(node: Node, items: Sequence[Item]) -> Item:
     """To whole numbers, fractions go; to truth values, all but 0 is true; what may not hold the number loses it."""
     item, to = items[0], node.number("to", 0)
     if isinstance(item, Size):
-        return item if to in _WHOLE or to in _REAL else opaque(of_rows(item))
+        if to in _WHOLE:
+            return _without_fraction(item, "Whole")
+        return item if to in _REAL else opaque(of_rows(item))
     if to == _BOOL:
         return bool(item)
     if to in _WHOLE and math.isfinite(item):
