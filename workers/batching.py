@@ -10,12 +10,13 @@ Joined runs must give each caller what it would have got alone.
     disproven    whatever         never
 
 The trial is a second check: it only ever takes away. Two rows are run alone and then joined, and compared. It makes up
-at most `MADE_UP_BYTES`, and is left out where rows would take more.
+at most `MADE_UP_BYTES`, is left out where rows would take more, and is stopped after `TRIAL_SECONDS`.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from device_operations.errors import OperationError
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel, TensorSpec
+from workers.devices.onnx_session import Over
 from workers.rows.proof import Proof, Verdict
 
 #: How many rows are joined at most where rows are proven apart and the caller gave no max_batch_size.
@@ -40,6 +42,9 @@ LARGEST_INSIDE_BYTES = 1 << 30
 #: How far, as a share of the largest value, a joined row may lie from the row alone. Quantisation to eight bits of the
 #: whole batch moves outputs by a few parts in a hundred in ONNX Runtime itself; rows that mix move by their own size.
 TOLERANCE = 0.1
+
+#: How long the trial may take before it is stopped.
+TRIAL_SECONDS = 5.0
 
 #: What the open axes behind the first are tried with, until the model runs.
 _SIDES = (4, 32, 64, 1)
@@ -135,25 +140,54 @@ def _proven(verdict: Verdict, asked: int | None) -> Batching:
     return replace(found, enabled=False, reason="max_batch_size is 1")
 
 
+class Within:
+    """A limit on how long runs may take, beside the caller's own cancel, for `OnnxModel.run`."""
+
+    def __init__(self, seconds: float, cancel: Cancel | None) -> None:
+        self._own = Cancel()
+        self._cancel = cancel
+        self._timer = threading.Timer(seconds, self._own.trip, ("timeout",))
+        self._timer.daemon = True
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time was up, and the caller did not stop the runs."""
+        return self._own.code is not None and (self._cancel is None or self._cancel.code is None)
+
+    def over(self, options: Any) -> Over:
+        """While inside, the limit and the caller's cancel reach `options`."""
+        return Over([self._own] if self._cancel is None else [self._cancel, self._own], options)
+
+    def __enter__(self) -> Within:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+
 # ---- the trial
 
 
 def _tried(model: OnnxModel, found: Batching, cancel: Cancel | None) -> Batching:
     reason = None
     sides = _SIDES if any(_open_sides(spec) for spec in model.inputs) else _SIDES[:1]
-    for side in sides:
-        reason = too_large(model, side, 4)  # each row once alone and once joined
-        if reason is not None:
-            continue
-        try:
-            return _compared(model, found, side, cancel)
-        except OperationError as error:
-            if error.code in ("cancelled", "timeout", "device_lost"):
-                raise
+    with Within(TRIAL_SECONDS, cancel) as limit:
+        for side in sides:
+            reason = too_large(model, side, 4)  # each row once alone and once joined
+            if reason is not None:
+                continue
+            try:
+                return _compared(model, found, side, limit)
+            except OperationError as error:
+                if limit.expired:
+                    return replace(found, trial=f"stopped after {TRIAL_SECONDS:g} s")
+                if error.code in ("cancelled", "timeout", "device_lost"):
+                    raise
     return replace(found, trial=f"not tried: {reason}" if reason else "the model does not run on made-up rows")
 
 
-def _compared(model: OnnxModel, found: Batching, side: int, cancel: Cancel | None) -> Batching:
+def _compared(model: OnnxModel, found: Batching, side: int, cancel: Any) -> Batching:
     first, second = ({spec.name: _made_up(spec, side, row) for spec in model.inputs if spec.shape} for row in (0, 1))
     scalars = {spec.name: _made_up(spec, side, 0) for spec in model.inputs if not spec.shape}
     alone = [model.run({**rows, **scalars}, cancel=cancel) for rows in (first, second)]

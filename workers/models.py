@@ -6,7 +6,6 @@ Everything here runs on the device's thread.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -117,19 +116,15 @@ def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mappin
         return "done"
     if str(earlier.get("warmup", "")).startswith("failed"):
         return str(earlier["warmup"])
-    limited = Cancel()
-    timer = threading.Timer(WARMUP_AGAIN_SECONDS, limited.trip, ("timeout",))
-    timer.daemon = True
-    timer.start()
-    try:
-        onnx.run(_zeros(onnx), cancel=limited)
-    except OperationError as error:
-        if error.code == "device_lost":
-            raise
-        log.warning("a model came back without its warm-up", error=error.message)
-        return f"failed at a restart: {error.message}"
-    finally:
-        timer.cancel()
+    limit: Any
+    with batching.Within(WARMUP_AGAIN_SECONDS, cancel) as limit:
+        try:
+            onnx.run(_zeros(onnx), cancel=limit)
+        except OperationError as error:
+            if error.code == "device_lost":
+                raise
+            log.warning("a model came back without its warm-up", error=error.message)
+            return f"failed at a restart: {error.message}"
     return "done"
 
 

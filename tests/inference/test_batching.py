@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from pathlib import Path
@@ -15,11 +14,14 @@ import pytest
 
 from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
+from tests.rows.graphs import Case, reported, siblings
 from tests.support.stack import eventually
-from workers.batching import find_out
+from workers.batching import TOLERANCE, decide, find_out
 from workers.devices import open_device
 from workers.devices.onnx import OnnxModel
 from workers.devices.values import ModelOptions
+from workers.resident import ResidentModel
+from workers.rows.proof import Proof, Verdict
 
 
 def blocked(api: Api) -> tuple[str, Any]:
@@ -146,28 +148,83 @@ def test_something_urgent_ends_the_wait_for_company(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "enabled", "reason"),
+    ("graph", "proof", "reason"),
     [
-        (graphs.affine(), True, "as they are alone|what they are alone"),
-        (graphs.renamed(), True, "what they are alone"),
-        (graphs.mixing(), False, "change each other"),
-        (graphs.fixed(), False, "no open first axis"),
-        (graphs.counter(), False, "no open first axis"),
-        (graphs.scaled(), True, "what they are alone"),
-        (graphs.open_state(), False, "row for each row"),
-        (graphs.everything(), True, "what they are alone"),
-        (graphs.picky(), True, "what they are alone"),
+        (graphs.affine(), "proven", "no operator lets rows touch"),
+        (graphs.renamed(), "proven", "no operator lets rows touch"),
+        (graphs.mixing(), "disproven", "ReduceMean 'm': it works along the rows"),
+        (graphs.fixed(), "disproven", "no open first axis"),
+        (graphs.counter(), "disproven", "no open first axis"),
+        (graphs.scaled(), "proven", "no operator lets rows touch"),
+        (graphs.open_state(), "disproven", "Concat 'all'"),
+        (graphs.everything(), "proven", "no operator lets rows touch"),
+        (graphs.picky(), "proven", "no operator lets rows touch"),
     ],
     ids=["rows apart", "two names", "rows mix", "two rows", "one row", "scalar", "concatenated", "text", "table"],
 )
-def test_a_model_is_asked_whether_its_runs_may_be_joined(
-    tmp_path: Path, graph: bytes, enabled: bool, reason: str
+def test_a_models_runs_are_joined_by_default_where_that_is_proven(
+    tmp_path: Path, graph: bytes, proof: str, reason: str
 ) -> None:
+    found = find_out(opened(tmp_path, graph), None)
+    assert (found.enabled, found.proof) == (proof == "proven", proof), found
+    assert reason in found.reason, found
+    assert found.trial == ("joined rows are what they are alone" if proof == "proven" else None)
+
+
+def opened(tmp_path: Path, graph: bytes) -> OnnxModel:
+    """A model on the CPU device."""
     path = tmp_path / "model.onnx"
     path.write_bytes(graph)
-    told = find_out(OnnxModel(open_device("cpu", 0), path, ModelOptions()), 8)
-    assert told.enabled is enabled, told
-    assert re.search(reason, told.reason), told
+    return OnnxModel(open_device("cpu", 0), path, ModelOptions())
+
+
+@pytest.mark.parametrize(
+    ("proof", "asked", "rows"),
+    [
+        ("proven", None, 8), ("proven", 1, 1), ("proven", 32, 32), ("unknown", None, 1), ("unknown", 32, 32),
+        ("disproven", None, 1), ("disproven", 32, 1),
+    ],
+)  # fmt: skip
+def test_the_proof_and_the_callers_limit_decide_together(proof: str, asked: int | None, rows: int) -> None:
+    assert decide(Verdict(Proof(proof), ""), asked) == rows
+
+
+CASES = [case for case in [*reported(), *siblings()] if case.operator != "Mystery"]  # which nothing here can run
+
+
+@pytest.mark.parametrize("asked", [None, 6], ids=["by default", "with a limit"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_callers_at_once_each_get_their_own_answer(api: Api, case: Case, asked: int | None) -> None:
+    if "RandomNormalLike" in case.operator:
+        pytest.skip("its answers are drawn anew each time")
+    case.model.producer_name = str(asked)  # other bytes are another model
+    content = case.model.SerializeToString()
+    loaded = api.load(content, options={} if asked is None else {"max_batch_size": asked})
+    assert loaded["batching"]["proof"] == case.proof
+    if case.operator:
+        assert loaded["batching"]["decided_by"]["operator"] == case.operator
+    random = np.random.default_rng(14)
+    callers = [case.rows(random) for _ in range(6)]
+    _, block = blocked(api)
+    block()
+    jobs = submit_all(api, [request(loaded["model_id"], **rows) for rows in callers])
+    session = ort.InferenceSession(content)
+    joins = case.proof == "proven" or (case.proof == "unknown" and asked is not None)
+    for job, rows in zip(jobs, callers, strict=True):
+        assert (job["result"]["batch_size"] > 1) is joins
+        for output, value in zip(session.get_outputs(), session.run(None, rows), strict=True):
+            given = api.arrays(job)[output.name]
+            assert given.shape == value.shape
+            largest = max(float(np.abs(value).max(initial=0)), 1e-9)
+            assert np.abs(given - value).max(initial=0) <= (TOLERANCE if case.proof == "unknown" else 1e-5) * largest
+
+
+def test_an_input_that_only_some_runs_give_is_not_joined(tmp_path: Path) -> None:
+    model = opened(tmp_path, graphs.affine())
+    resident = ResidentModel("m", "m", model, max_batch_size=8, batching=find_out(model, 8))
+    row = {"dtype": "float32", "shape": [1, 4]}
+    assert resident.batch_of({"x": row}, None) is not None
+    assert resident.batch_of({"x": row, "s": row}, None) is None
 
 
 def test_a_model_with_rows_that_mix_runs_alone(api: Api) -> None:

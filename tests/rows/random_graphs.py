@@ -241,6 +241,49 @@ def _loop(made: Made) -> None:
     made.node("Loop", [often, made.constant(True, np.bool_), a], rank, body=body)
 
 
+def _growing_loop(made: Made) -> None:
+    """What is carried grows along an axis."""
+    a, rank = made.pick(1)
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["on"], ["still"]),
+            helper.make_node("Concat", ["state", a], ["next"], axis=made.axis(rank)),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            _declared("state"),
+        ],
+        [helper.make_tensor_value_info("still", TensorProto.BOOL, []), _declared("next")],
+    )
+    made.node("Loop", [made.constant(2, np.int64), made.constant(True, np.bool_), a], rank, body=body)
+
+
+def _einsum(made: Made) -> None:
+    a, rank = made.pick(1)
+    b, other = made.pick(1)
+    letters = made.draw(st.lists(st.sampled_from("abc"), min_size=rank + other, max_size=rank + other))
+    left, right = "".join(letters[:rank]), "".join(letters[rank:])
+    out = made.draw(st.permutations(sorted({*letters})))[: made.draw(st.integers(0, 3))]  # type: ignore[misc]
+    made.node("Einsum", [a, b], len(out), equation=f"{left},{right}->{''.join(out)}")
+
+
+def _where(made: Made) -> None:
+    a, rank = made.pick()
+    b, other = made.pick()
+    condition = made.name()
+    made.nodes.append(helper.make_node("Less", [a, made.constant(0, np.float32)], [condition]))
+    made.node("Where", [condition, a, b], max(rank, other))
+
+
+def _picked(made: Made) -> None:
+    a, rank = made.pick(1)
+    axis, index = made.axis(rank), made.name()
+    made.nodes.append(helper.make_node("ArgMax", [a], [index], axis=axis, keepdims=1))
+    made.node("GatherElements", [made.pick(1)[0], index], rank, axis=axis)
+
+
 def _declared(name: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
@@ -271,6 +314,19 @@ def _shape_arithmetic(made: Made) -> None:
     shape, length = made.draw(st.sampled_from(made.shapes))  # type: ignore[misc]
     operator = made.draw(st.sampled_from(["Mul", "Div", "Add", "Sub"]))
     made.whole(operator, [shape, made.constant([made.draw(st.integers(1, 3))], np.int64)], length)  # type: ignore[arg-type]
+
+
+def _shape_scaled(made: Made) -> None:
+    """A size as exporters compute it for a resize: in floating point, and rounded."""
+    shape, length = made.draw(st.sampled_from(made.shapes))  # type: ignore[misc]
+    real, scaled, rounded = made.name(), made.name(), made.name()
+    factor = made.constant(made.draw(st.sampled_from([0.5, 1.0, 2.0, 0.7])), np.float32)
+    made.nodes += [
+        helper.make_node("Cast", [shape], [real], to=TensorProto.FLOAT),
+        helper.make_node(made.draw(st.sampled_from(["Mul", "Div"])), [real, factor], [scaled]),
+        helper.make_node(made.draw(st.sampled_from(["Floor", "Ceil"])), [scaled], [rounded]),
+    ]
+    made.whole("Cast", [rounded], length, to=TensorProto.INT64)
 
 
 def _reshape_by(made: Made) -> None:
@@ -315,10 +371,20 @@ STEPS: list[Callable[[Made], None]] = [
     _reduce, _reduce, _reduce_all, _along, _along, _cumulate, _transpose, _transpose, _matmul, _own_products, _gather,
     _slice, _concat, _concat, _split, _tile, _pad, _unsqueeze, _unsqueeze, _squeeze, _top_k, _flatten, _flatten,
     _reshape, _reshape, _layer_norm, _lookup, _branch, _loop, _shape_part, _shape_part, _shape_arithmetic, _expand,
-    _expand, _filled, _as_values, _counted,
+    _expand, _filled, _as_values, _counted, _growing_loop, _einsum, _einsum, _where, _picked, _shape_scaled,
 ]  # fmt: skip
 
-_OF_SHAPES = {_shape_part, _shape_joined, _shape_arithmetic, _reshape_by, _expand, _filled, _as_values, _counted}
+_OF_SHAPES = {
+    _shape_scaled,
+    _shape_part,
+    _shape_joined,
+    _shape_arithmetic,
+    _reshape_by,
+    _expand,
+    _filled,
+    _as_values,
+    _counted,
+}
 
 
 @st.composite

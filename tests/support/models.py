@@ -23,6 +23,18 @@ PACKAGES = {
             "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
         ),
     },
+    "magika==1.0.3": {
+        "magika/models/standard_v3_3/model.onnx": (
+            "magika/model.onnx",
+            "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
+        ),
+    },
+    "silero-vad==6.2.3": {
+        "silero_vad/data/silero_vad.onnx": (
+            "silero/silero_vad.onnx",
+            "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3",
+        ),
+    },
     "rapidocr-onnxruntime==1.4.4": {
         "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx": (
             "rapidocr/ch_PP-OCRv4_det_infer.onnx",

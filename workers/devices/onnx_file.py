@@ -32,6 +32,10 @@ INSIDE: dict[str, dict[int, str]] = {
 _EXTERNAL_DATA = 13  # of TensorProto
 _DEEPEST = 100
 
+#: Of most nodes, one search through their few bytes tells that no tensor inside has external data: each such tensor
+#: names its file by this key. Larger ones are walked, so that weights are not touched.
+_LOCATION, _SMALL_NODE = b"location", 1 << 14
+
 
 #: A file's bytes, where they lie.
 Content = mmap.mmap | bytes
@@ -108,6 +112,8 @@ class _MalformedError(Exception):
 def _walk(content: Content, span: tuple[int, int], message: str, found: OnnxFile, depth: int) -> None:
     if depth > _DEEPEST:
         raise _MalformedError("its graphs nest too deeply")
+    if message == "node" and span[1] - span[0] < _SMALL_NODE and content.find(_LOCATION, *span) < 0:
+        return
     if message == "opset":
         texts, numbers = _flat(content, span)
         found.opsets[texts.get(1, "")] = numbers.get(2, 0)
@@ -154,17 +160,24 @@ def fields(content: Content, start: int, end: int) -> Iterator[tuple[int, int, i
     """Each field of a message: number, wire type, and where its value begins and ends."""
     at = start
     while at < end:
-        key, at = _varint(content, at, end)
+        # Most keys and lengths are one byte, and most of the time that reading takes is spent here.
+        key = content[at]
+        at += 1
+        if key >= 0x80:
+            key, at = _varint(content, at - 1, end)
         number, kind = key >> 3, key & 7
-        if kind == 0:
+        if kind == 2:
+            length = content[at] if at < end else 0x80
+            at += 1
+            if length >= 0x80:
+                length, at = _varint(content, at - 1, end)
+            stop = at + length
+        elif kind == 0:
             stop = _varint(content, at, end)[1]
         elif kind == 1:
             stop = at + 8
         elif kind == 5:
             stop = at + 4
-        elif kind == 2:
-            length, at = _varint(content, at, end)
-            stop = at + length
         else:
             raise _MalformedError(f"byte {at} begins no field that ONNX has")
         if stop > end or number == 0:

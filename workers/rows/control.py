@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from workers.rows.broadcasting import merged, with_doubt
 from workers.rows.node import Answer, Node, rule
-from workers.rows.sizes import opaque, opaque_side
+from workers.rows.sizes import Dim, opaque, opaque_side
 from workers.rows.values import FREE, MIXED, POSITIONS, ROWS, SIZE, UNKNOWN, Value, items_of
 
 #: How often a loop's body is followed before it is given up. What is known of a tensor only ever shrinks.
@@ -53,6 +53,7 @@ def _loop(node: Node) -> Answer:
         if ruled is not None:
             return [ruled] * count
     carried = [value for value in node.inputs[2:] if value is not None]
+    own: set[Dim] = set()
     for _ in range(_ROUNDS):
         after = _graph(node, "body", [_SCALAR, _SCALAR, *carried])
         if len(after) < len(carried) + 1:
@@ -60,7 +61,7 @@ def _loop(node: Node) -> Answer:
         ruled = _ruled(node, after[0], "its condition")
         if ruled is not None:
             return [ruled] * count
-        joined = [_widened(node, a, b) for a, b in zip(carried, after[1 : len(carried) + 1], strict=True)]
+        joined = [_widened(node, a, b, own) for a, b in zip(carried, after[1 : len(carried) + 1], strict=True)]
         if joined == carried:
             doubt = after[0].because
             scanned = [_stacked(node, value, 0) for value in after[len(carried) + 1 :]]
@@ -69,23 +70,19 @@ def _loop(node: Node) -> Answer:
     return [node.unknown("what it carries does not come to rest")] * count
 
 
-def _widened(node: Node, before: Value, after: Value) -> Value:
-    """What is known of a tensor before a round and after it, whichever round it is: numbers and sides change."""
+def _widened(node: Node, before: Value, after: Value, own: set[Dim]) -> Value:
+    """What is known of a tensor before a round and after it, whichever round it is: numbers and sides change.
+
+    `own` are the sides that stand for any: symbols of this loop's, which no other tensor has. New ones are added.
+    """
     if before == after:
         return before
     found = merged(node, before, after)
-    if before.kind is found.kind and _alike(before, found):
-        return before
-    return found
-
-
-def _alike(before: Value, found: Value) -> bool:
-    """Whether widening found nothing new: sides that are symbols of no other tensor already stand for any."""
-    if before.shape is None or found.shape is None:
-        return before.shape is None and before.items is None
-    sides = zip(before.shape, found.shape, strict=False)
-    same = len(before.shape) == len(found.shape) and all(a == b or str(a).startswith("side") for a, b in sides)
-    return same and before.items is None and before.tensor is None
+    if before.shape is None or found.shape is None or len(before.shape) != len(found.shape):
+        return found
+    sides = tuple([a if a == b or a in own else b for a, b in zip(before.shape, found.shape, strict=True)])
+    own.update(side for side in sides if side not in before.shape)
+    return found._replace(shape=sides)
 
 
 def _stacked(node: Node, value: Value, axis: int) -> Value:
@@ -110,6 +107,7 @@ def _scan(node: Node) -> Answer:
     scanned = node.number("num_scan_inputs", 1)
     carried, inputs = given[: len(given) - scanned], given[len(given) - scanned :]
     axes = node.numbers("scan_input_axes") or [0] * scanned
+    own: set[Dim] = set()
     slices = [_sliced(node, value, axis) for value, axis in zip(inputs, axes, strict=False)]
     for value in slices:
         if value.kind in (UNKNOWN, MIXED):
@@ -118,7 +116,7 @@ def _scan(node: Node) -> Answer:
         after = _graph(node, "body", [*carried, *slices])
         if len(after) < len(carried):
             break
-        joined = [_widened(node, a, b) for a, b in zip(carried, after, strict=False)]
+        joined = [_widened(node, a, b, own) for a, b in zip(carried, after, strict=False)]
         if joined == carried:
             stacks = after[len(carried) :]
             places = node.numbers("scan_output_axes") or [0] * len(stacks)

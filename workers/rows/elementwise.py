@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from workers.rows.broadcasting import broadcast
 from workers.rows.node import Node, rule
 from workers.rows.sizes import Dim, Size, named, not_negative, of_rows, opaque, over, plus, times
-from workers.rows.values import FREE, MOST_ITEMS, POSITIONS, SIZE, Item, Value, items_of, numbers
+from workers.rows.values import FREE, MOST_ITEMS, POSITIONS, ROWS, SIZE, Item, Value, items_of, numbers
 
 Arithmetic = Callable[[Node, Sequence[Item]], Item]
 
@@ -67,6 +67,42 @@ def _followed_numbers(node: Node) -> Value:
 @rule("Identity", "OptionalGetElement", all_kinds=True)
 def _same(node: Node) -> Value:
     return node.first
+
+
+#: The operators that most nodes have, all of which `unchanged` speaks for.
+PASSING = frozenset({
+    "Add", "Clip", "Div", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mul", "Pow", "PRelu",
+    "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh", "Where",
+})  # fmt: skip
+
+
+def unchanged(inputs: Sequence[Value | None]) -> Value | None:
+    """The result of an element-by-element operator where it is, for all that is known, one of its inputs.
+
+    That is the most frequent case by far, and is told at once: all inputs that carry rows are alike, and all others
+    fit into them. None otherwise.
+    """
+    rows: Value | None = None
+    for value in inputs:
+        if value is not None and value.kind is not FREE:
+            if rows is None:
+                rows = value
+            elif value.shape != rows.shape or value.axis != rows.axis or value.outer != rows.outer:
+                return None
+    if rows is None or rows.kind is not ROWS or rows.shape is None or rows.component is not None:
+        return None
+    shape, rank, axis = rows.shape, len(rows.shape), rows.axis
+    for value in inputs:
+        if value is None or value.kind is not FREE:
+            continue
+        if value.shape is None or len(value.shape) > rank:
+            return None
+        at = rank - len(value.shape)
+        for side in value.shape:
+            if side != 1 and (at == axis or side != shape[at]):
+                return None
+            at += 1
+    return rows
 
 
 def _present(node: Node) -> list[Value]:
@@ -176,16 +212,25 @@ def _clipped(node: Node, items: Sequence[Item]) -> Item:
 def _rounded(to: Callable[[float], int]) -> Arithmetic:
     def one(node: Node, items: Sequence[Item]) -> Item:
         item = items[0]
+        if isinstance(item, Size):
+            return _without_fraction(item, node.operator)
         return float(to(item)) if isinstance(item, float) and math.isfinite(item) else item
 
     return one
+
+
+def _without_fraction(item: Size, how: str) -> Size:
+    """A number rounded in some way; sides have no fraction, other symbols may."""
+    return item if not_negative(item) else named(f"{how}({item})", of_rows(item))
 
 
 def _cast(node: Node, items: Sequence[Item]) -> Item:
     """To whole numbers, fractions go; to truth values, all but 0 is true; what may not hold the number loses it."""
     item, to = items[0], node.number("to", 0)
     if isinstance(item, Size):
-        return item if to in _WHOLE or to in _REAL else opaque(of_rows(item))
+        if to in _WHOLE:
+            return _without_fraction(item, "Whole")
+        return item if to in _REAL else opaque(of_rows(item))
     if to == _BOOL:
         return bool(item)
     if to in _WHOLE and math.isfinite(item):

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from time import sleep
+from typing import TYPE_CHECKING, NamedTuple
 
-from workers.rows import control, elementwise, images, learners, microsoft, products, selecting  # noqa: F401
+from workers.rows import (  # noqa: F401 - these enter their rules into the table
+    control,
+    elementwise,
+    filling,
+    gathering,
+    images,
+    learners,
+    microsoft,
+    products,
+    selecting,
+)  # fmt: skip
+from workers.rows.elementwise import PASSING, unchanged
 from workers.rows.node import ALL_KINDS, RULES, Attributes, Node
 from workers.rows.values import FREE, MIXED, POSITIONS, ROWS, SIZE, UNKNOWN, Because, Value
 
@@ -17,6 +29,9 @@ MOST_NODES = 200_000
 
 #: How deep graphs and functions may lie inside each other.
 DEEPEST = 40
+
+#: After so many nodes other threads have their turn: ONNX Runtime loads the model meanwhile, and must not wait.
+TURN = 64
 
 #: The default domain's first operator set whose operators the table describes.
 OLDEST = 7
@@ -55,6 +70,23 @@ class Scope:
         return None
 
 
+class Subgraph(NamedTuple):
+    """Follows the rows through a graph inside a node; what is known around the node is known there."""
+
+    walk: Walk
+    scope: Scope
+    versions: Mapping[str, int]
+    environment: Attributes
+    depth: int
+
+    def __call__(self, graph: GraphProto, given: Sequence[Value]) -> list[Value]:
+        """What is known of the graph's outputs, its inputs being `given`."""
+        inside = Scope(self.scope)
+        for declared, value in zip(graph.input, given, strict=False):
+            inside[declared.name] = value
+        return self.walk.graph(graph, inside, self.versions, self.environment, self.depth + 1)
+
+
 class Walk:
     """One walk through a model."""
 
@@ -72,13 +104,14 @@ class Walk:
         scope = Scope()
         for name, value in inputs.items():
             scope[name] = value
-        found = self._graph(graph, scope, self._versions, {}, 0)
-        self.largest_elements = max([_elements(value) for value in scope.values()], default=0)
+        found = self.graph(graph, scope, self._versions, {}, 0)
+        self.largest_elements = _largest(scope.values())
         return dict(zip([out.name for out in graph.output], found, strict=True))
 
-    def _graph(
+    def graph(
         self, graph: GraphProto, scope: Scope, versions: Mapping[str, int], environment: Attributes, depth: int
     ) -> list[Value]:
+        """What is known of the outputs of a graph whose inputs stand in `scope`."""
         for tensor in graph.initializer:
             scope[tensor.name] = constant(tensor)
         for sparse in graph.sparse_initializer:
@@ -99,8 +132,10 @@ class Walk:
         self._left -= len(nodes)
         if self._left < 0:
             raise TooLargeError("it has more nodes than are followed")
-        get = scope.get
-        for proto in nodes:
+        get, functions = scope.get, self._functions
+        for index, proto in enumerate(nodes):
+            if index % TURN == 0:
+                sleep(0)
             if proto.op_type == "Constant" and not proto.domain:
                 scope[proto.output[0]] = _constant_node(proto, environment)
                 continue
@@ -117,14 +152,13 @@ class Walk:
                     worst = value.kind
                 if value.because is not None and value.kind is not MIXED and doubt is None:
                     doubt = value.because
-
-            def subgraph(graph: GraphProto, given: Sequence[Value]) -> list[Value]:
-                inside = Scope(scope)
-                for declared, value in zip(graph.input, given, strict=False):
-                    inside[declared.name] = value
-                return self._graph(graph, inside, versions, environment, depth + 1)
-
+            if worst is ROWS and doubt is None and proto.op_type in PASSING and not proto.domain and not functions:
+                same = unchanged(inputs)
+                if same is not None:
+                    scope[proto.output[0]] = same
+                    continue
             domain = "" if proto.domain in _DEFAULT else proto.domain
+            subgraph = Subgraph(self, scope, versions, environment, depth)
             node = Node(proto, versions.get(domain, 1), inputs, doubt, environment, subgraph)
             for name, value in zip(proto.output, self._answers(node, domain, worst, depth), strict=False):
                 if name:
@@ -203,13 +237,17 @@ def _not_in_table(node: Node, domain: str, worst: int) -> Value:
     return node.unknown(f"the table does not have {name}")
 
 
-def _elements(value: Value) -> int:
-    if value.tensor is not None or not value.shape:
-        return 0
-    elements = 1
-    for side in value.shape:
-        elements *= abs(side) if isinstance(side, int) else abs(side.factor)
-    return elements
+def _largest(values: Iterable[Value]) -> int:
+    """The most elements that any of the tensors has, constants left out, each open side counting as 1."""
+    # An operator that leaves a shape as it is hands on the same tuple.
+    shapes = {id(value.shape): value.shape for value in values if value.shape and value.tensor is None}
+    most = 0
+    for shape in shapes.values():
+        elements = 1
+        for side in shape:
+            elements *= abs(side if isinstance(side, int) else side.factor)
+        most = max(most, elements)
+    return most
 
 
 def constant(tensor: TensorProto) -> Value:
