@@ -24,6 +24,7 @@ from api_gateway.submission import (
     read_row,
     wait_for,
 )
+from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
@@ -129,7 +130,7 @@ def _planned(context: Any, index: int, entry: Any) -> Plan:
         kind = Kind(str(entry.get("kind")))
     except ValueError:
         raise failure(
-            "validation_failed", f"jobs.{index}: no kind {entry.get('kind')!r}; there are: {', '.join(Kind)}"
+            "validation_failed", f"jobs.{index}: no kind {str(entry.get('kind'))[:100]!r}; there are: {', '.join(Kind)}"
         ) from None
     try:
         return plan(context, kind, parse(kind, entry["request"]), new_id())
@@ -223,9 +224,12 @@ def _cursor(sequence: int) -> str:
 
 def _sequence(cursor: str) -> int:
     try:
-        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        found = whole_number(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except ValueError:
-        raise failure("validation_failed", f"cursor {cursor!r} is none that was given out") from None
+        found = None
+    if found is None:
+        raise failure("validation_failed", f"cursor {cursor[:100]!r} is none that was given out")
+    return found
 
 
 def _label(label: str) -> tuple[str, str]:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import orjson
 
+from device_operations.bounds import load_json
 from device_operations.errors import failure
-from device_operations.tensors import FIXED_DTYPES, from_numbers, to_bytes
+from device_operations.tensors import FIXED_DTYPES, check_shape, from_numbers, to_bytes
 from device_operations.texts import pack_texts, unpack_texts
 from tasks.transients import TRANSIENT_BYTES, Transients
 
@@ -164,6 +165,10 @@ def _given(entry: dict[str, Any], view: memoryview, at: int) -> tuple[str, Given
     if not isinstance(shape, list) or not all(isinstance(side, int) and side >= 0 for side in shape) or len(shape) > 32:
         raise failure("input_mismatch", f"{what}: shape is not a list of whole numbers, 0 or more")
     dtype = _dtype(entry.get("datatype"), what)
+    try:
+        check_shape(shape, dtype)
+    except ValueError as error:
+        raise failure("input_mismatch", f"{what}: {error}") from error
     parameters = _object(entry.get("parameters", {}), f"parameters of {what}")
     if "shared_memory_region" in parameters:
         raise failure("validation_failed", f"{what}: shared memory is not supported; send the elements")
@@ -214,10 +219,7 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
 
 
 def _json(text: memoryview) -> dict[str, Any]:
-    try:
-        return _object(orjson.loads(text), "the body")
-    except orjson.JSONDecodeError as error:
-        raise failure("malformed_request", f"the request is not JSON: {error}") from error
+    return _object(load_json(text, "the request"), "the body")
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

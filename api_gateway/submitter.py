@@ -20,12 +20,13 @@ import structlog
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from tasks import submit
 from tasks.database import unavailable
 from tasks.publish import Publisher
-from tasks.store import jobs as store
-from tasks.store.connection import Relaxed, Row
+from tasks.store import queue_limit
+from tasks.store.connection import Relaxed, Row, execute, transaction
+from tasks.store.jobs import NewJob
 from tasks.submit import Plan, Promise
 
 log = structlog.get_logger(__name__)
@@ -123,29 +124,43 @@ class Submitter:
                 together.append(more)
                 count += len(more.plans)
             try:
-                answers: list[Any] = self._record(together)
+                answers: list[list[Row] | OperationError] | list[Exception] = self._record(together)
             except Exception as error:  # noqa: BLE001 - handed to each of the requests that wait
                 answers = [unavailable(error)] * len(together)
             _answer(together, answers)
 
-    def _record(self, together: list[_Waiting]) -> list[list[Row]]:
+    def _record(self, together: list[_Waiting]) -> list[list[Row] | OperationError]:
         plans = [plan for waiting in together for plan in waiting.plans]
         relaxed = all(waiting.awaited for waiting in together)
-        rows = self._insert([plan.job for plan in plans], relaxed) if plans else []
-        submit.publish(self._publisher, plans, rows)
-        by_id = {row["id"]: row for row in rows}
-        if len(by_id) != len(plans):
-            raise failure("internal_error", "a new job's id was taken")
-        return [[by_id[plan.job.id] for plan in waiting.plans] for waiting in together]
+        groups = [[plan.job for plan in waiting.plans] for waiting in together]
+        recorded = self._insert(groups, relaxed) if plans else [[] for _ in groups]
+        submit.publish(self._publisher, plans, [row for rows in recorded if isinstance(rows, list) for row in rows])
+        answers: list[list[Row] | OperationError] = []
+        for waiting, rows in zip(together, recorded, strict=True):
+            if isinstance(rows, OperationError):
+                answers.append(rows)
+                continue
+            by_id = {row["id"]: row for row in rows}
+            if len(by_id) != len(waiting.plans):
+                raise failure("internal_error", "a new job's id was taken")
+            answers.append([by_id[plan.job.id] for plan in waiting.plans])
+        return answers
 
-    def _insert(self, jobs: list[store.NewJob], relaxed: bool) -> list[Row]:
+    def _insert(self, groups: list[list[NewJob]], relaxed: bool) -> list[list[Row] | OperationError]:
         """One INSERT, once more after a broken connection. A 202 never comes from a relaxed one."""
         for attempt in (1, 2):
             try:
                 if relaxed:
-                    return self._relaxed.run(lambda connection: store.insert(connection, jobs))
-                with self._engine.connect() as connection:
-                    return store.insert(connection, jobs)
+                    far = self._relaxed.run(lambda connection: queue_limit.insert_far(connection, groups))
+                else:
+                    with self._engine.connect() as connection:
+                        far = queue_limit.insert_far(connection, groups)
+                if far is not None:
+                    return list(far)
+                with transaction(self._engine) as connection:
+                    if relaxed:
+                        execute(connection, "SET LOCAL synchronous_commit = off")
+                    return queue_limit.insert_near(connection, groups)
             except Exception as error:
                 if attempt == 2 or unavailable(error) is error:
                     raise
@@ -156,7 +171,7 @@ def _is_simple(plan: Plan) -> bool:
     return plan.record is None and not plan.exclusive and not plan.job.after
 
 
-def _answer(together: list[_Waiting], answers: list[Any]) -> None:
+def _answer(together: list[_Waiting], answers: Sequence[list[Row] | Exception]) -> None:
     """Hands each request its rows or its error, with one wake-up of the event loop; none where nobody wants one."""
     told = [
         (waiting, answer)

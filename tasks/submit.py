@@ -18,7 +18,7 @@ from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
 from tasks.publish import Publisher
 from tasks.store import jobs as store
-from tasks.store import order
+from tasks.store import order, queue_limit
 from tasks.store.connection import Row, execute, transaction
 from tasks.store.jobs import NewJob
 
@@ -78,7 +78,7 @@ def submit(
     """Records all of `plans` or none, publishes them, and gives their rows in order.
 
     `relaxed` does not wait for the disk: only where the caller is promised nothing before the job has ended. Raises
-    `job_not_found` for a predecessor that does not exist, and whatever a plan's `record` refuses with.
+    `job_not_found` for a predecessor that does not exist, `queue_full`, and whatever a plan's `record` refuses with.
     """
     with transaction(engine) as connection:
         if relaxed:
@@ -102,7 +102,7 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
     for plan in new:
         if plan.record is not None:
             plan.record(connection)
-    rows = store.insert(connection, ordered) if ordered else []
+    rows = queue_limit.insert(connection, ordered) if ordered else []
     if len(rows) != len(ordered):
         taken = sorted({job.id for job in ordered} - {row["id"] for row in rows})
         raise failure("idempotency_conflict", f"job ids are taken: {', '.join(taken)}")

@@ -51,6 +51,8 @@ class NewJob:
     wants_result: bool = False
     webhook_url: str | None = None
     error: dict[str, Any] | None = None
+    #: Jobs that may wait for the device, this one included; None where it is recorded however many do.
+    queue_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,18 @@ def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
 
     Only what the database adds comes back from it: reading thirty columns takes both sides as long as writing them.
     """
-    stamped = _INSERT.rows(connection, {"jobs": dumps(list(jobs))})
+    return insert_where(connection, jobs, {})
+
+
+def insert_where(
+    connection: Connection, jobs: Sequence[NewJob], room: Mapping[str, int], before: str = "", **parameters: Any
+) -> list[Row]:
+    """The same, if no device of `room` has more jobs waiting than it says; else nothing is recorded.
+
+    Statements `before`, with their `parameters`, run first in the same transaction.
+    """
+    told = {"jobs": dumps(list(jobs)), "devices": list(room), "rooms": list(room.values())}
+    stamped = _INSERT.rows(connection, told | parameters, before=before)
     by_id = {job.id: job for job in jobs}
     return [_row(by_id[one["id"]]) | one for one in stamped]
 
@@ -89,10 +102,13 @@ _INSERT = Prepared(
             priority smallint, max_attempts int, request jsonb, resource_type text, resource_id text, needs text[],
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
             timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
+        WHERE NOT EXISTS (SELECT 1 FROM unnest(%(devices)s, %(rooms)s) AS queue (device_id, room) WHERE room < (
+            SELECT count(*) FROM (SELECT 1 FROM jobs AS waiting WHERE waiting.device_id = queue.device_id
+                AND waiting.finished_at IS NULL AND waiting.state <> 'running' LIMIT queue.room + 1) AS counted))
         ON CONFLICT (id) DO NOTHING
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
     """,
-    {"jobs": "jsonb"},
+    {"jobs": "jsonb", "devices": "text[]", "rooms": "bigint[]"},
 )
 
 #: What a job that was just recorded has in the columns that nobody gives.
@@ -438,6 +454,20 @@ def counts(connection: Connection) -> dict[str, dict[str, int]]:
         """,
     )
     return {entry["device_id"]: {"queued": entry["queued"], "running": entry["running"]} for entry in found}
+
+
+def waiting_counts(connection: Connection, limits: Mapping[str, int]) -> dict[str, int]:
+    """How many jobs wait for each device of `limits`, counted up to its limit."""
+    found = rows(
+        connection,
+        """
+        SELECT queue.device_id, (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE jobs.device_id = queue.device_id
+            AND finished_at IS NULL AND state <> 'running' LIMIT queue.room) AS counted) AS waiting
+        FROM unnest(%(devices)s::text[], %(limits)s::bigint[]) AS queue (device_id, room)
+        """,
+        {"devices": list(limits), "limits": list(limits.values())},
+    )
+    return {entry["device_id"]: entry["waiting"] for entry in found}
 
 
 def totals(connection: Connection) -> list[Row]:
