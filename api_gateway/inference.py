@@ -74,6 +74,7 @@ async def open_session(request: Request, caller: Known) -> Response:
     """Opens a conversation with a model, whose state tensors stay on the device between runs."""
     parsed = _parse_session(await read_body(request))
     gateway = of(request)
+    gateway.rates.spend(caller.owner)
     try:
         row = await run_in_threadpool(sessions.open_session, gateway.context(caller), parsed)
     except Exception as error:

@@ -113,6 +113,7 @@ async def submit_many(request: Request, caller: Known) -> Response:
     entries = body.get("jobs")
     if set(body) != {"jobs"} or not isinstance(entries, list) or not 1 <= len(entries) <= BULK_LIMIT:
         raise failure("validation_failed", f"the body is {{'jobs': [1 to {BULK_LIMIT} of {{'kind', 'request'}}]}}")
+    gateway.rates.spend(caller.owner, len(entries))
     context = gateway.context(caller)
 
     def plan_all() -> list[Plan]:

@@ -165,6 +165,7 @@ async def _planned(
     gateway: Gateway, caller: Caller, asked: Asked, name: str, version: str | None, job_id: str, *, heavy: bool
 ) -> tuple[Plan, Row]:
     """The run's plan and its model: on the event loop where nothing is read, written or long."""
+    gateway.rates.spend(caller.owner)
     light = (
         not heavy
         and "sequence_id" not in asked.parameters

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api_gateway import answers
 from device_operations.errors import CODES, OperationError, failure
 from tasks.database import unavailable
 
@@ -71,8 +72,10 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         code = _BY_STATUS.get(error.status_code, "internal_error")
         response = shape(request, failure(code, f"{request.method} {request.url.path}: {error.detail}"))
-        # The methods that are allowed, of a 405.
         response.headers.update(error.headers or {})
+        allowed = answers.methods_at(request.url.path) if error.status_code == 405 else []
+        if allowed:
+            response.headers["Allow"] = ", ".join(allowed)
         return response
 
     @app.exception_handler(DataError)

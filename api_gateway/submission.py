@@ -119,6 +119,7 @@ async def make_plan(
     gateway: Gateway, caller: Caller, kind: Kind, parsed: JobRequest, job_id: str, *, heavy: bool = True
 ) -> Plan:
     """Plans on the event loop where that reads no database and moves no bytes, else on a thread."""
+    gateway.rates.spend(caller.owner)
     context = gateway.context(caller)
     light = not heavy and gateway.directory.is_fresh() and _touches_nothing(gateway, kind, parsed)
     try:
