@@ -53,6 +53,7 @@ _JOBS = _object(jobs={"type": "array", "items": _JOB})
 _JOB_PAGE = _object(jobs={"type": "array", "items": _JOB}, next_cursor={"type": ["string", "null"]})
 _METADATA = _object("name", "versions", "inputs", "outputs")
 _STATISTICS = _list("model_stats", "name", "version", "inference_count", "inference_stats")
+_CONFIG = _object("name", "platform", "max_batch_size")
 _READY = _object("status", "postgresql", "redis", "devices")
 
 Answer = tuple[dict[int, tuple[str, Schema] | None], tuple[int, ...]]
@@ -64,6 +65,11 @@ def _json(status: int, schema: Schema, *refusals: int) -> Answer:
 
 _SUBMITTED: Answer = ({200: ("application/json", _JOB), 202: ("application/json", _JOB)}, SUBMISSION)
 _DONE = _json(200, {"type": "object"}, *SUBMISSION, *RUN)
+
+_READY_OR_NOT: Answer = ({200: ("application/json", {}), 503: ("application/json", {})}, (404,))
+_INFERRED: Answer = (
+    {200: ("application/json", _object("model_name", "outputs")), 499: None}, (*SUBMISSION, *RUN, 415)
+)  # fmt: skip
 
 #: For each route what it answers when all is well (None: no body), and the refusals beside those of every route.
 ANSWERS: dict[str, Answer] = {
@@ -124,19 +130,16 @@ ANSWERS: dict[str, Answer] = {
     "POST /v2/repository/index": _json(200, {"type": "array", "items": _object("name", "state")}, 413),
     "POST /v2/repository/models/{model_name}/load": _DONE,
     "POST /v2/repository/models/{model_name}/unload": _DONE,
-    **{
-        route: answer
-        for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}")
-        for route, answer in {
-            f"GET {path}": _json(200, _METADATA, 404),
-            f"GET {path}/ready": ({200: ("application/json", {}), 503: ("application/json", {})}, (404,)),
-            f"GET {path}/config": _json(200, _object("name", "platform", "max_batch_size"), 404),
-            f"GET {path}/stats": _json(200, _STATISTICS, 404),
-            f"POST {path}/infer": (
-                {200: ("application/json", _object("model_name", "outputs")), 499: None}, (*SUBMISSION, *RUN, 415)
-            ),
-        }.items()
-    },
+    "GET /v2/models/{model_name}": _json(200, _METADATA, 404),
+    "GET /v2/models/{model_name}/ready": _READY_OR_NOT,
+    "GET /v2/models/{model_name}/config": _json(200, _CONFIG, 404),
+    "GET /v2/models/{model_name}/stats": _json(200, _STATISTICS, 404),
+    "POST /v2/models/{model_name}/infer": _INFERRED,
+    "GET /v2/models/{model_name}/versions/{model_version}": _json(200, _METADATA, 404),
+    "GET /v2/models/{model_name}/versions/{model_version}/ready": _READY_OR_NOT,
+    "GET /v2/models/{model_name}/versions/{model_version}/config": _json(200, _CONFIG, 404),
+    "GET /v2/models/{model_name}/versions/{model_version}/stats": _json(200, _STATISTICS, 404),
+    "POST /v2/models/{model_name}/versions/{model_version}/infer": _INFERRED,
 }  # fmt: skip
 
 #: Routes that anybody may ask.
@@ -191,7 +194,9 @@ def describe(method: str, path: str, operation: Schema) -> None:
             media_type, schema = content
             responses[str(status)]["content"] = {media_type: {"schema": schema}}
             if status == 503:
-                responses["503"]["content"] |= _refusal(503, path)["content"]
+                refused = _refusal(503, path)["content"]
+                same = refused.pop(media_type, {"schema": schema})["schema"]
+                responses["503"]["content"] = {media_type: {"schema": {"anyOf": [schema, same]}}, **refused}
     operation["responses"] = dict(sorted(responses.items()))
     if path not in OPEN_TO_ALL:
         operation["security"] = [{name: []} for name in SECURITY_SCHEMES]

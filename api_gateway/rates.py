@@ -33,7 +33,7 @@ class Rates:
             self._buckets[owner] = tokens, now
             raise failure(
                 "rate_limited",
-                f"{owner!r} may submit {self._per_second:g} jobs a second to this gateway (HTTP__RATE_LIMIT_PER_SECOND)",
+                f"{owner!r} may submit {self._per_second:g} jobs a second here (HTTP__RATE_LIMIT_PER_SECOND)",
                 retry_after_seconds=math.ceil(missing / self._per_second),
             )
         self._buckets[owner] = tokens - jobs, now

@@ -11,11 +11,12 @@ import random
 import zlib
 from typing import Any
 
+import httpx
 import schemathesis
 
 ODD = [
     "\x00", "a\x00b", "9" * 5000, "-" + "9" * 5000, "²", "9223372036854775808", "1e999", "nan", "\ud7ff", "\U0010ffff",
-    "n" * 900, "%00", "[::1", " ", "'\"--", "0" * 5000 + "1",
+    "n" * 900, "%00", "[::1", " ", "'\"--",
 ]  # fmt: skip
 ODD_NUMBERS = [2**63, -(2**63) - 1, 2**64, 10**300, 1e308, -1, 10**400]
 
@@ -31,6 +32,14 @@ class Key:
     def set(self, case: Any, data: str, context: Any) -> None:
         """Puts it into the case's headers."""
         case.headers["X-API-Key"] = data
+
+
+@schemathesis.hook
+def after_call(context: Any, case: Any, response: Any) -> None:
+    """Lets a device that was drained take jobs again, so that the cases after it reach one."""
+    if case.path.endswith("/drain") and response.status_code == 200:
+        address = response.request.url.replace("/drain", "/resume")
+        httpx.post(address, headers={"X-API-Key": os.environ["TEST_API_KEY"]}, trust_env=False).raise_for_status()
 
 
 @schemathesis.hook

@@ -90,9 +90,9 @@ def test_the_limit_is_exact_for_many_writers_at_once(engine: Engine, redis_url: 
                     assert [row["id"] for row in answer] == [one.id for one in group]
                     recorded += len(group)
 
-    with watched(str(engine.url.render_as_string(hide_password=False)).replace("+psycopg2", "")) as seen:
-        with ThreadPoolExecutor(16) as threads:
-            total = sum(threads.map(write, range(16)))
+    url = engine.url.render_as_string(hide_password=False).replace("+psycopg2", "")
+    with watched(url) as seen, ThreadPoolExecutor(16) as threads:
+        total = sum(threads.map(write, range(16)))
     # Each writer stopped when there was no place for a single job.
     assert total == limit
     assert seen[0] <= limit
