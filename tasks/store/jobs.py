@@ -71,25 +71,26 @@ def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
 
     Only what the database adds comes back from it: reading thirty columns takes both sides as long as writing them.
     """
-    return insert_where(connection, jobs, {})
+    return _inserted(jobs, _INSERT.rows(connection, {"jobs": dumps(list(jobs))}))
 
 
 def insert_where(
-    connection: Connection, jobs: Sequence[NewJob], room: Mapping[str, int], before: str = "", **parameters: Any
+    connection: Connection, jobs: Sequence[NewJob], room: Mapping[str, int], before: str = ""
 ) -> list[Row]:
     """The same, if no device of `room` has more jobs waiting than it says; else nothing is recorded.
 
-    Statements `before`, with their `parameters`, run first in the same transaction.
+    Statements `before` run first in the same transaction.
     """
     told = {"jobs": dumps(list(jobs)), "devices": list(room), "rooms": list(room.values())}
-    stamped = _INSERT.rows(connection, told | parameters, before=before)
+    return _inserted(jobs, _INSERT_WHERE.rows(connection, told, before=before))
+
+
+def _inserted(jobs: Sequence[NewJob], stamped: list[Row]) -> list[Row]:
     by_id = {job.id: job for job in jobs}
     return [_row(by_id[one["id"]]) | one for one in stamped]
 
 
-_INSERT = Prepared(
-    "insert_jobs",
-    """
+_INSERT_JOBS = """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
             resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
             webhook_url, error, finished_at)
@@ -102,12 +103,24 @@ _INSERT = Prepared(
             priority smallint, max_attempts int, request jsonb, resource_type text, resource_id text, needs text[],
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
             timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb)
+"""
+
+_STAMPED = """
+        ON CONFLICT (id) DO NOTHING
+        RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
+"""
+
+_INSERT = Prepared("insert_jobs", _INSERT_JOBS + _STAMPED, {"jobs": "jsonb"})
+
+_INSERT_WHERE = Prepared(
+    "insert_jobs_where",
+    _INSERT_JOBS
+    + """
         WHERE NOT EXISTS (SELECT 1 FROM unnest(%(devices)s, %(rooms)s) AS queue (device_id, room) WHERE room < (
             SELECT count(*) FROM (SELECT 1 FROM jobs AS waiting WHERE waiting.device_id = queue.device_id
                 AND waiting.finished_at IS NULL AND waiting.state <> 'running' LIMIT queue.room + 1) AS counted))
-        ON CONFLICT (id) DO NOTHING
-        RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
-    """,
+    """
+    + _STAMPED,
     {"jobs": "jsonb", "devices": "text[]", "rooms": "bigint[]"},
 )
 

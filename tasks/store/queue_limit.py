@@ -29,7 +29,6 @@ RESERVE = SLOTS * SLOT_JOBS
 #: Seconds after which a caller whose job found no place is asked to come again.
 RETRY_AFTER_SECONDS = 5
 
-_ONE_SLOT = "SELECT pg_advisory_xact_lock(key, mod(pg_backend_pid(), {slots})) FROM unnest(%(keys)s::int[]) AS key; "
 _ALL_SLOTS = """
     SELECT pg_advisory_xact_lock(key, slot) FROM (
         SELECT key, slot FROM unnest(%(keys)s::int[]) AS key, generate_series(0, {slots} - 1) AS slot
@@ -60,12 +59,17 @@ def insert_far(
     limits = _limits(jobs)
     if not limits:
         return _grouped(groups, store.insert(connection, jobs))
-    wanted = Counter(job.device_id for job in jobs if job.device_id in limits)
+    if len(jobs) == 1:
+        wanted = dict.fromkeys(limits, 1)
+    else:
+        wanted = Counter(job.device_id for job in jobs if job.device_id in limits)
     room = {device_id: limit - RESERVE - wanted[device_id] for device_id, limit in limits.items()}
     if min(room.values()) < 0 or max(wanted.values()) > SLOT_JOBS:
         return None
-    before = ("SAVEPOINT queue_slot; " if savepoint else "") + _ONE_SLOT.format(slots=SLOTS)
-    recorded = store.insert_where(connection, jobs, room, before, keys=_keys(limits))
+    # Evaluated from left to right: in the order in which everybody takes slots.
+    locks = ", ".join(f"pg_advisory_xact_lock({key}, mod(pg_backend_pid(), {SLOTS}))" for key in _keys(limits))
+    before = f"{'SAVEPOINT queue_slot; ' if savepoint else ''}SELECT {locks}; "
+    recorded = store.insert_where(connection, jobs, room, before)
     if recorded:
         return _grouped(groups, recorded)
     if savepoint:
