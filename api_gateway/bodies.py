@@ -50,10 +50,10 @@ class Bodies:
         try:
             await asyncio.wait_for(turn, WAIT_SECONDS)
         except TimeoutError:
+            self.give_back(0)  # for those behind, who may need less
             raise self._full() from None
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back(size)
+            self.give_back(size if turn.done() and not turn.cancelled() else 0)
             raise
 
     def grow(self, size: int) -> bool:

@@ -218,7 +218,10 @@ def test_numbers_in_bodies_beyond_what_can_be_stored(stack: RunningStack, model:
         ("/api/training/step", '{"session_id": "a", "sequence": %s, "mode": "apply"}'),
         ("/api/training/step", '{"session_id": "a", "learning_rate": %s, "mode": "apply"}'),
         ("/api/training/checkpoint", '{"session_id": "a", "keep_last": %s}'),
-        ("/v2/models/tiny/infer", '{"parameters": {"timeout": %s}, "inputs": []}'),
+        (
+            "/v2/models/tiny/infer",
+            '{"parameters": {"timeout": %s}, "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}',
+        ),
         ("/v2/models/tiny/infer", '{"parameters": {"priority": %s}, "inputs": []}'),
         ("/v2/models/tiny/infer", '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [%s], "data": []}]}'),
         (
