@@ -48,12 +48,16 @@ class Bodies:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((size, turn))
         try:
-            await asyncio.wait_for(turn, WAIT_SECONDS)
-        except TimeoutError:
-            self.give_back(0)  # for those behind, who may need less
-            raise self._full() from None
-        except asyncio.CancelledError:
-            self.give_back(size if turn.done() and not turn.cancelled() else 0)
+            # Not `wait_for`, which in Python 3.11 forgets a cancellation that comes together with the turn.
+            async with asyncio.timeout(WAIT_SECONDS):
+                await turn
+        except (TimeoutError, asyncio.CancelledError) as error:
+            given = turn.done() and not turn.cancelled()
+            turn.cancel()
+            # Also for those behind, who may need less.
+            self.give_back(size if given else 0)
+            if isinstance(error, TimeoutError):
+                raise self._full() from None
             raise
 
     def grow(self, size: int) -> bool:
