@@ -10,6 +10,7 @@ import structlog
 import uvicorn
 
 from api_gateway.app import create_app
+from api_gateway.guard import Guard
 from api_gateway.oip_infer import InferLane
 from api_gateway.wire import Protocol
 from device_operations.folders import keep_private
@@ -17,6 +18,9 @@ from device_operations.settings import Settings, SettingsError, load
 from tasks.logs import configure
 
 log = structlog.get_logger(__name__)
+
+#: Files that a gateway has open beside its callers' connections: the database's, Redis's, blobs on their way.
+OTHER_FILES = 500
 
 
 def main() -> int:
@@ -40,11 +44,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 3
+    _allow_open_files(settings.http.max_connections)
     uvicorn.run(
-        InferLane(app),
+        Guard(InferLane(app), settings),
         host=settings.http.host,
         port=settings.http.port,
-        http=Protocol,
+        http=Protocol.limited_to(settings.http.max_connections),
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
@@ -66,6 +72,22 @@ def _require_keys_beyond_loopback(settings: Settings) -> None:
             "DEVICE_OPERATIONS_API_KEYS are set; set keys (owner:key, …), or listen on 127.0.0.1"
         )
     log.warning("no API keys are set: whoever reaches this machine's loopback may submit and cancel jobs")
+
+
+def _allow_open_files(connections: int) -> None:
+    """Raises the process's own limit on open files, where it is below what so many connections need."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        log.warning("fewer open files are allowed than HTTP__MAX_CONNECTIONS needs", allowed=hard, needed=wanted)
+        wanted = hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,6 +16,9 @@ from device_operations.errors import failure
 #: Whoever asks where no keys are set, which is allowed on loopback only.
 ANYONE = Caller("default", admin=True)
 
+#: No name of a host, with its port and scheme, is longer.
+MAX_NAME = 300
+
 
 def authenticate(request: Request) -> Caller:
     """The caller of a request; `unauthorized` where keys are set and none of them came along."""
@@ -41,7 +44,10 @@ def refuse_other_sites(request: Request) -> None:
     Browsers say where a request comes from; a name that was made to point here shows in `Host`.
     """
     headers = request.headers
-    refused = _refused(headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site", "none"))
+    host, origin, site = headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site", "none")
+    if max(len(host), len(origin or ""), len(site)) > MAX_NAME:
+        raise failure("forbidden", f"Host, Origin or Sec-Fetch-Site has more than {MAX_NAME} characters")
+    refused = _refused(host, origin, site)
     if refused:
         raise failure("forbidden", refused)
 
@@ -49,13 +55,21 @@ def refuse_other_sites(request: Request) -> None:
 @lru_cache(1024)
 def _refused(host: str, origin: str | None, fetch_site: str) -> str | None:
     """Why a request with these headers is refused. Asked once for each client, not for each of its requests."""
-    name = urlsplit(f"//{host}").hostname or ""
+    name = _name_of(host)
     if not (name == "localhost" or name.endswith(".localhost") or _is_loopback(name)):
-        return f"Host is {name!r}; without API keys only this machine itself is served"
-    elsewhere = origin is not None and urlsplit(origin).netloc != host
+        return f"Host is {name[:255]!r}; without API keys only this machine itself is served"
+    elsewhere = origin is not None and origin not in (f"http://{host}", f"https://{host}")
     if elsewhere or fetch_site not in ("none", "same-origin"):
         return "a page of another site asked for this; set API_KEYS to let other sites in"
     return None
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a `Host` header; empty where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

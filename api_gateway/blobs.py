@@ -11,10 +11,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from api_gateway.auth import Known
+from api_gateway.bodies import room_of
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission import json_response
+from device_operations.bounds import is_number_above, whole_number
 from device_operations.errors import failure
-from tasks.blobs import Stored
+from tasks.blobs import BLOCK_BYTES, Stored
 from tasks.owners import found
 from tasks.store import blobs as store
 from tasks.store.connection import Row
@@ -42,12 +44,14 @@ async def receive(
     """
     gateway = of(request)
     limit = gateway.settings.blobs.max_bytes
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
+    announced = request.headers.get("content-length")
+    if is_number_above(announced or "", limit):
         raise failure("payload_too_large", f"a {what} may have {limit} bytes (BLOBS__MAX_BYTES)")
     # Only what nobody reads as a blob is written over an old file: after a power cut, that might show instead.
-    expected = int(announced) if passing and announced.isdigit() else 0
+    expected = (whole_number(announced) or 0) if passing else 0
     wanted = wanted_hash(request, sha256)
+    # Blocks are written as they come: no more than these are held at once.
+    await room_of(request).announced(announced, 3 * BLOCK_BYTES)
     try:
         stored = await gateway.blobs.put_stream(request.stream(), limit, wanted, expected)
     except ClientDisconnect:
@@ -143,12 +147,16 @@ def _headers(blob: Row) -> dict[str, str]:
 
 def _range(header: str | None, size: int) -> tuple[int, int]:
     """The half-open byte range that one `Range` header asks for; the whole blob without one."""
-    asked = re.fullmatch(r"\s*bytes=(\d*)-(\d*)\s*", header or "")
+    asked = re.fullmatch(r"\s*bytes=([0-9]*)-([0-9]*)\s*", header or "")
     if asked is None or asked.groups() == ("", ""):
         return 0, size
-    first, last = asked.groups()
-    start, end = (size - int(last), size) if not first else (int(first), int(last) + 1 if last else size)
+    # A number of too many digits lies beyond the end, as any other that does.
+    first, last = ((whole_number(text, most=size) if text else None) for text in asked.groups())
+    if not asked[1]:
+        start, end = (size - last if last is not None else 0), size
+    else:
+        start, end = (size if first is None else first), (size if last is None else last + 1)
     start, end = max(0, start), min(end, size)
     if start >= end:
-        raise failure("range_not_satisfiable", f"the blob has {size} bytes; {header!r} lies outside")
+        raise failure("range_not_satisfiable", f"the blob has {size} bytes; {str(header)[:100]!r} lies outside")
     return start, end

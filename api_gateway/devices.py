@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import BeforeValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -20,6 +22,16 @@ router = APIRouter(tags=["devices"])
 
 #: Samples in one answer at most: a day's worth at one each five seconds.
 SAMPLES_LIMIT = 17_280
+
+
+def _is_written_out(value: object) -> object:
+    """Refuses a number, which pydantic would read as seconds since 1970."""
+    if isinstance(value, str) and not re.match(r"[0-9]{4}-", value):
+        raise ValueError("a time is written as RFC 3339 has it: 2026-01-31T12:00:00Z")
+    return value
+
+
+Since = Annotated[datetime | None, BeforeValidator(_is_written_out)]
 
 
 @router.get("/api/devices")
@@ -51,7 +63,7 @@ async def resume(request: Request, caller: Known, device_id: str) -> Response:
 
 
 @router.get("/api/devices/{device_id}/samples")
-async def read_samples(request: Request, caller: Known, device_id: str, since: datetime | None = None) -> Response:
+async def read_samples(request: Request, caller: Known, device_id: str, since: Since = None) -> Response:
     """The device's history after `since`, oldest first; the SQL view `device_monitor` holds the same."""
     gateway = of(request)
 

@@ -1,4 +1,4 @@
-"""What `/openapi.json` says of bodies: schemas of the requests themselves, with an example that works."""
+"""What `/openapi.json` says: the requests' own schemas with an example that works, and each route's `answers`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from api_gateway import answers
 from device_operations.requests import inference, memory, training
+from device_operations.requests.kinds import REQUESTS
 
 _TENSOR = {"dtype": "float32", "shape": [1, 2], "data": [[1.0, 2.0]]}
 
@@ -54,7 +56,7 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     ),
 }
 
-_BULK_SCHEMA = {
+_BULK_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["jobs"],
     "properties": {
@@ -63,9 +65,18 @@ _BULK_SCHEMA = {
             "minItems": 1,
             "maxItems": 1000,
             "items": {
-                "type": "object",
-                "required": ["kind", "request"],
-                "properties": {"kind": {"type": "string"}, "request": {"type": "object"}},
+                "anyOf": [
+                    {
+                        "type": "object",
+                        "required": ["kind", "request"],
+                        "properties": {
+                            "kind": {"const": kind.value},
+                            "request": {"$ref": f"#/components/schemas/{model.__name__}"},
+                        },
+                        "additionalProperties": False,
+                    }
+                    for kind, model in REQUESTS.items()
+                ],
             },
         }
     },
@@ -104,10 +115,15 @@ def install(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = made()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model, _ in BODIES.values():
+            for model in (*(model for model, _ in BODIES.values()), *REQUESTS.values()):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
+            schemas["Problem"] = answers.PROBLEM_SCHEMA
+            document["components"]["securitySchemes"] = answers.SECURITY_SCHEMES
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    answers.describe(method, path, operation)
             app.openapi_schema = document
         return app.openapi_schema
 

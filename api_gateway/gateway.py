@@ -9,6 +9,7 @@ import redis
 from fastapi import Request
 from sqlalchemy import Engine
 
+from api_gateway.rates import Rates
 from api_gateway.rings import Rings
 from api_gateway.submitter import Submitter
 from api_gateway.waiting import Waiters
@@ -43,6 +44,7 @@ class Gateway:
     waiters: Waiters
     submitter: Submitter
     rings: Rings
+    rates: Rates
 
     def context(self, caller: Caller) -> Context:
         """What planners need to know of the caller and the world."""
@@ -67,6 +69,7 @@ def build(settings: Settings) -> Gateway:
         waiters=Waiters(settings.require_redis_url(), engine, directory.expire),
         submitter=Submitter(engine, publisher),
         rings=Rings(settings.require_database_url()),
+        rates=Rates(settings.http.rate_limit_per_second),
     )
 
 

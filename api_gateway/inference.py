@@ -87,6 +87,7 @@ async def open_session(request: Request, caller: Known) -> Response:
     parsed = _parse_session(body)
     gateway = of(request)
     promise = promise_of(request, caller, body)
+    gateway.rates.spend(caller.owner)
     try:
         row = await run_in_threadpool(sessions.open_session, gateway.context(caller), parsed, promise)
     except Exception as error:

@@ -28,6 +28,7 @@ from api_gateway.submission import (
     submit_parsed,
     wait_for,
 )
+from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
@@ -134,6 +135,7 @@ async def submit_many(request: Request, caller: Known) -> Response:
     entries = body.get("jobs")
     if set(body) != {"jobs"} or not isinstance(entries, list) or not 1 <= len(entries) <= BULK_LIMIT:
         raise failure("validation_failed", f"the body is {{'jobs': [1 to {BULK_LIMIT} of {{'kind', 'request'}}]}}")
+    gateway.rates.spend(caller.owner, len(entries))
     earlier = Earlier()
     context = replace(gateway.context(caller), earlier=earlier)
 
@@ -162,7 +164,7 @@ def _planned(context: Context, index: int, entry: Any, earlier: Earlier) -> Plan
         kind = Kind(str(entry.get("kind")))
     except ValueError:
         raise failure(
-            "validation_failed", f"jobs.{index}: no kind {entry.get('kind')!r}; there are: {', '.join(Kind)}"
+            "validation_failed", f"jobs.{index}: no kind {str(entry.get('kind'))[:100]!r}; there are: {', '.join(Kind)}"
         ) from None
     try:
         return plan(context, kind, parse(kind, earlier.resolved(entry["request"])), new_id())
@@ -298,9 +300,12 @@ def _cursor(sequence: int) -> str:
 
 def _sequence(cursor: str) -> int:
     try:
-        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        found = whole_number(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except ValueError:
-        raise failure("validation_failed", f"cursor {cursor!r} is none that was given out") from None
+        found = None
+    if found is None:
+        raise failure("validation_failed", f"cursor {cursor[:100]!r} is none that was given out")
+    return found
 
 
 def _label(label: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -26,6 +27,7 @@ from api_gateway.submission import (
     submit_job,
     submit_parsed,
 )
+from device_operations.bounds import is_storable, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
 from device_operations.requests.kinds import invalid, parse
@@ -181,12 +183,12 @@ async def write_data(
 ) -> Response:
     """Streams the raw body into the allocation; a digest in query or header is checked before anything is written."""
     gateway = of(request)
-    announced = request.headers.get("content-length", "")
+    size = whole_number(request.headers.get("content-length")) or 0
     wanted = wanted_hash(request, sha256)
 
     def check() -> None:
         there = plans.find(gateway.context(caller), allocation_id)
-        plans.check_range(there, plans.Range(allocation_id, offset, int(announced) if announced.isdigit() else 0))
+        plans.check_range(there, plans.Range(allocation_id, offset, size))
 
     # Before the body is taken in: what cannot be written need not be sent. Only under a key that was used before, the
     # body says whether this is the first submission again.
@@ -264,9 +266,11 @@ def _cursor(row: Row) -> str:
 
 def _place(cursor: str) -> tuple[str, str]:
     try:
-        at, _, allocation_id = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().partition(" ")
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        at, _, allocation_id = text.partition(" ")
+        known = datetime.fromisoformat(at).tzinfo is not None and bool(allocation_id) and is_storable(text)
     except ValueError:
-        at = allocation_id = ""
-    if not at or not allocation_id:
-        raise failure("validation_failed", f"cursor {cursor!r} is none that was given out")
+        known = False
+    if not known:
+        raise failure("validation_failed", f"cursor {cursor[:100]!r} is none that was given out")
     return at, allocation_id

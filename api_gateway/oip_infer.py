@@ -24,11 +24,13 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway import jobs, problems
 from api_gateway.auth import authenticate
+from api_gateway.bodies import room_of
 from api_gateway.compression import ENCODINGS, decompressed, too_large
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip_raw import only_input
 from api_gateway.oip_tensors import Asked, Raw, answer, read, stash, stashed
-from api_gateway.wire import WHOLE_BODY
+from api_gateway.wire import WHOLE_BODY, take_whole
+from device_operations.bounds import is_number_above, whole_number
 from device_operations.errors import OperationError, failure, from_job_error
 from device_operations.jobs import State, new_id
 from device_operations.requests.base import JobOptions
@@ -44,6 +46,9 @@ ON_THE_LOOP_BYTES = 65_536
 
 #: The same for raw bytes, which are only copied; going to a thread and back costs about as much as copying this.
 RAW_ON_THE_LOOP_BYTES = 2 << 20
+
+#: The longest time limit of a job, in the protocol's unit.
+MAX_TIMEOUT_MICROSECONDS = 30 * 86400 * 10**6
 
 #: Seconds for which nobody looks whether the client is still there.
 UNWATCHED_SECONDS = 0.05
@@ -175,6 +180,7 @@ async def _planned(
     gateway: Gateway, caller: Caller, asked: Asked, name: str, version: str | None, job_id: str, *, heavy: bool
 ) -> tuple[Plan, Row]:
     """The run's plan and its model: on the event loop where nothing is read, written or long."""
+    gateway.rates.spend(caller.owner)
     light = (
         not heavy
         and "sequence_id" not in asked.parameters
@@ -239,8 +245,10 @@ def _patience(asked: Asked) -> float | None:
     timeout = asked.parameters.get("timeout")
     if timeout is None or timeout == 0:
         return None
-    if not isinstance(timeout, int) or timeout < 0:
-        raise failure("validation_failed", "timeout is a whole number of microseconds")
+    if not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT_MICROSECONDS:
+        raise failure(
+            "validation_failed", f"timeout is a whole number of microseconds, at most {MAX_TIMEOUT_MICROSECONDS}"
+        )
     return timeout / 1e6
 
 
@@ -331,9 +339,12 @@ def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None)
 
 async def _body(request: Request, limit: int) -> Raw:
     """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
+    announced = request.headers.get("content-length")
+    if is_number_above(announced or "", limit):
         raise too_large(limit)
+    room = room_of(request)
+    await room.announced(announced, limit)
+    take_whole(request.scope)
     chunks: list[bytes] = []
     size = 0
     more = True
@@ -345,6 +356,7 @@ async def _body(request: Request, limit: int) -> Raw:
         size += len(chunks[-1])
         if size > limit:
             raise too_large(limit)
+        room.came(size)
         more = message.get("more_body", False)
     body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
@@ -378,6 +390,7 @@ def _header_length(request: Request) -> int | None:
     given = request.headers.get("inference-header-content-length")
     if given is None:
         return None
-    if not given.isdigit():
+    length = whole_number(given)
+    if length is None:
         raise failure("malformed_request", "Inference-Header-Content-Length is not a number of bytes")
-    return int(given)
+    return length

@@ -17,6 +17,7 @@ from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.inference import until_recorded
 from api_gateway.submission import json_response, make_plan, read_body
+from device_operations.bounds import load_json, whole_number
 from device_operations.errors import failure, from_job_error
 from device_operations.jobs import Kind, State, new_id
 from device_operations.requests.base import JobRequest
@@ -24,6 +25,7 @@ from device_operations.requests.inference import LoadModel, UnloadModel
 from device_operations.requests.kinds import invalid
 from tasks.owners import may_see
 from tasks.plans.base import keep_bytes
+from tasks.plans.models import MAX_NAME_BYTES
 from tasks.plans.residents import nothing_named
 from tasks.store.connection import Row
 
@@ -100,14 +102,15 @@ def _load_request(gateway: Gateway, caller: Caller, name: str, parameters: dict[
     if files:
         blobs = {path: _stored(gateway, caller, path, content) for path, content in files.items()}
         source: dict[str, Any] = {"blobs": blobs}
-        version = next(iter(sorted(path.split("/")[0] for path in files if path.split("/")[0].isdigit())), "1")
+        version = next(iter(sorted(path.split("/")[0] for path in files if whole_number(path.split("/")[0]))), "1")
     else:
         path, version = _found(gateway.settings.model_cache_path, name)
         source = {"path": path}
     options: dict[str, Any] = {}
     if isinstance(config.get("max_batch_size"), int):
         options["max_batch_size"] = max(1, config["max_batch_size"])
-    delay = (config.get("dynamic_batching") or {}).get("max_queue_delay_microseconds")
+    batching = config.get("dynamic_batching")
+    delay = batching.get("max_queue_delay_microseconds") if isinstance(batching, dict) else None
     if isinstance(delay, int):
         options["max_delay_ms"] = delay / 1000
     try:
@@ -132,8 +135,11 @@ def _found(folder: Path, name: str) -> tuple[str, str]:
     base = folder / name
     # What leaves the folder is refused by whoever loads it; here it only is not looked at.
     inside = name not in ("", ".", "..") and "/" not in name and "\\" not in name
+    inside = inside and len(f"{name}.onnx".encode()) <= MAX_NAME_BYTES
     if inside and base.is_dir():
-        numbered = sorted(int(entry.name) for entry in base.iterdir() if entry.is_dir() and entry.name.isdigit())
+        numbered = sorted(
+            whole_number(entry.name) or 0 for entry in base.iterdir() if entry.is_dir() and whole_number(entry.name)
+        )
         return (f"{name}/{numbered[-1]}", str(numbered[-1])) if numbered else (name, "1")
     if inside and (folder / f"{name}.onnx").is_file():
         return f"{name}.onnx", "1"
@@ -177,10 +183,9 @@ def _parameters(body: dict[str, Any]) -> dict[str, Any]:
 def _config(text: Any) -> dict[str, Any]:
     if text is None:
         return {}
-    try:
-        config = orjson.loads(text)
-    except (orjson.JSONDecodeError, TypeError) as error:
-        raise failure("malformed_request", f"config is not JSON: {error}") from error
+    if not isinstance(text, str):
+        raise failure("malformed_request", "config is not a string that holds JSON")
+    config = load_json(text.encode(), "config")
     if not isinstance(config, dict):
         raise failure("malformed_request", "config is not a JSON object")
     return config

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import orjson
 
+from device_operations.bounds import parse_json
 from device_operations.errors import failure
-from device_operations.json_text import loads
 from device_operations.tensors import (
     EIGHT_BIT_FLOATS,
     FIXED_DTYPES,
     TEXT_DTYPES,
+    check_shape,
     from_numbers,
     numpy_dtype,
     to_bytes,
@@ -199,6 +200,10 @@ def _given(entry: dict[str, Any], view: memoryview, at: int) -> tuple[str, Given
     if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
         raise failure("input_mismatch", f"{what}: shape is not a list of whole numbers, 0 or more")
     dtype = _dtype(entry.get("datatype"), what)
+    try:
+        check_shape(shape, dtype)
+    except ValueError as error:
+        raise failure("input_mismatch", f"{what}: {error}") from error
     parameters = _parameters(entry, f"parameters of {what}")
     if "shared_memory_region" in parameters:
         raise failure("validation_failed", f"{what}: shared memory is not supported; send the elements")
@@ -249,14 +254,8 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
 
 def _json(text: memoryview) -> tuple[dict[str, Any], bool]:
     """The object, and whether it is JSON but for NaN or an infinity."""
-    try:
-        return _object(orjson.loads(text), "the body"), False
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return _object(loads(text), "the body"), True
-    except ValueError as error:
-        raise failure("malformed_request", f"the request is not JSON: {error}") from error
+    value, strict = parse_json(text, "the request")
+    return _object(value, "the body"), not strict
 
 
 def _parameters(holder: dict[str, Any], what: str) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import orjson
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api_gateway import answers
 from device_operations.errors import CODES, OperationError, failure
 from tasks.database import unavailable
 
@@ -44,6 +45,9 @@ def answer(error: OperationError, instance: str) -> Response:
         headers["Retry-After"] = str(error.retry_after_seconds or 1)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.code == "internal_error":
+        # Starlette raises the fault again behind the answer, for which the server closes the connection.
+        headers["Connection"] = "close"
     return Response(orjson.dumps(body, default=str), error.status, headers, media_type=PROBLEM)
 
 
@@ -67,7 +71,19 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         code = _BY_STATUS.get(error.status_code, "internal_error")
-        return shape(request, failure(code, f"{request.method} {request.url.path}: {error.detail}"))
+        response = shape(request, failure(code, f"{request.method} {request.url.path}: {error.detail}"))
+        response.headers.update(error.headers or {})
+        allowed = answers.methods_at(request.url.path) if error.status_code == 405 else []
+        if allowed:
+            response.headers["Allow"] = ", ".join(allowed)
+        return response
+
+    @app.exception_handler(DataError)
+    async def _out_of_bounds(request: Request, error: DataError) -> Response:
+        """The net below every check: the database did not take a value that came from the request."""
+        log.error("a value of a request reached the database that it does not take", exc_info=error)
+        reason = str(error.orig).strip().partition("\n")[0][:200]
+        return shape(request, failure("validation_failed", f"a value in the request cannot be stored: {reason}"))
 
     @app.exception_handler(DBAPIError)
     async def _database(request: Request, error: DBAPIError) -> Response:
@@ -91,5 +107,7 @@ def shape(request: Request, error: OperationError) -> Response:
     """The answer to a request that failed with `error`: a problem, or the Open Inference Protocol's form below /v2."""
     if request.url.path.startswith("/v2"):
         headers = {"Retry-After": str(error.retry_after_seconds or 1)} if error.status in (429, 503) else {}
+        if error.code == "internal_error":
+            headers["Connection"] = "close"
         return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")
     return answer(error, request.url.path)

@@ -12,13 +12,15 @@ from urllib.parse import quote
 import orjson
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from api_gateway.bodies import room_of
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.waiting import lost
+from device_operations.bounds import is_number_above, load_json, whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
-from device_operations.json_text import loads
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
@@ -48,43 +50,43 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 async def read_body(request: Request, *, empty_is: Any = None) -> Any:
     """The JSON body; `payload_too_large` over the limit, `malformed_request` for what is not JSON."""
     limit = of(request).settings.http.max_body_bytes
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
+    if is_number_above(request.headers.get("content-length", ""), limit):
         raise _too_large(limit)
+    room = room_of(request)
+    await room.announced(request.headers.get("content-length"), limit)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise _too_large(limit)
+            room.came(len(body))
+    except ClientDisconnect:
+        raise failure("malformed_request", "the body was cut off") from None
     if not body:
         if empty_is is not None:
             return empty_is
         raise failure("malformed_request", "the body is empty; send a JSON object")
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        value = await run_in_threadpool(_tolerant, body)
+    value = load_json(body) if len(body) <= INLINE_BYTES else await run_in_threadpool(load_json, body)
     if not isinstance(value, dict):
         raise failure("malformed_request", "the body is not a JSON object")
     return value
 
 
-def _tolerant(body: bytearray) -> Any:
-    """What the strict parser refused: NaN and infinities among a tensor's elements are taken."""
-    try:
-        return loads(body)
-    except ValueError as error:
-        raise failure("malformed_request", f"the body is not JSON: {error}") from error
-
-
 async def submit_job(request: Request, caller: Caller, kind: Kind, body: dict[str, Any]) -> Response:
     """Takes one job: 202 with the job, or 200 with the finished job where `Prefer: wait=S` saw its end."""
     gateway = of(request)
-    heavy = int(request.headers.get("content-length") or INLINE_BYTES) > INLINE_BYTES
+    heavy = is_heavy(request)
     parsed = await run_in_threadpool(parse, kind, body) if heavy else parse(kind, body)
     promise = promise_of(request, caller, body)
     wait_seconds = preferred_wait(request)
     return await submit_parsed(gateway, caller, kind, parsed, promise, wait_seconds, heavy=heavy)
+
+
+def is_heavy(request: Request) -> bool:
+    """Whether the request's body is large, or of unknown length: it is checked on a thread then."""
+    size = whole_number(request.headers.get("content-length"))
+    return size is None or size > INLINE_BYTES
 
 
 async def submit_parsed(
@@ -136,6 +138,7 @@ async def make_plan(
     gateway: Gateway, caller: Caller, kind: Kind, parsed: JobRequest, job_id: str, *, heavy: bool = True
 ) -> Plan:
     """Plans on the event loop where that reads no database and moves no bytes, else on a thread."""
+    gateway.rates.spend(caller.owner)
     context = gateway.context(caller)
     light = not heavy and gateway.directory.is_fresh() and _touches_nothing(gateway, caller, kind, parsed)
     try:
@@ -269,8 +272,12 @@ def preferred_wait(request: Request) -> float:
     preferred = request.headers.get("prefer")
     if preferred is None:
         return 0.0
-    found = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+(?:\.\d+)?)", preferred)
+    found = _WAIT.search(preferred)
     return min(float(found.group(1)), MAX_WAIT_SECONDS) if found else 0.0
+
+
+#: More digits than these are refused nothing: so many seconds are the longest wait anyway.
+_WAIT = re.compile(r"(?:^|[,;\s])wait[ \t]{0,9}=[ \t]{0,9}\"?([0-9]{1,20}(?:\.[0-9]{1,20})?)", re.ASCII)
 
 
 def _touches_nothing(gateway: Gateway, caller: Caller, kind: Kind, parsed: Any) -> bool:

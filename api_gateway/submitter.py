@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
 from api_gateway.waiting import Awaited
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from tasks import submit
 from tasks.database import unavailable
 from tasks.publish import Publisher
 from tasks.store import jobs as store
-from tasks.store.connection import Relaxed, Row
+from tasks.store import queue_limit
+from tasks.store.connection import Relaxed, Row, execute, transaction
+from tasks.store.jobs import NewJob
 from tasks.submit import Plan, Promise
 
 log = structlog.get_logger(__name__)
@@ -125,52 +127,68 @@ class Submitter:
                 together.append(more)
                 count += len(more.plans)
             try:
-                answers: list[Any] = self._record(together)
+                answers: list[list[Row] | OperationError] | list[Exception] = self._record(together)
             except Exception as error:  # noqa: BLE001 - handed to each of the requests that wait
                 answers = [unavailable(error)] * len(together)
             _answer(together, answers)
 
-    def _record(self, together: list[_Waiting]) -> list[list[Row]]:
+    def _record(self, together: list[_Waiting]) -> list[list[Row] | OperationError]:
         plans = [plan for waiting in together for plan in waiting.plans]
         relaxed = all(waiting.awaited for waiting in together)
-        rows = self._insert([plan.job for plan in plans], relaxed) if plans else []
-        submit.publish(self._publisher, plans, rows)
-        by_id = {row["id"]: row for row in rows}
-        if len(by_id) != len(plans):
-            raise failure("internal_error", "a new job's id was taken")
-        for waiting in together:
+        groups = [[plan.job for plan in waiting.plans] for waiting in together]
+        recorded = self._insert(groups, relaxed) if plans else [[] for _ in groups]
+        submit.publish(self._publisher, plans, [row for rows in recorded if isinstance(rows, list) for row in rows])
+        answers: list[list[Row] | OperationError] = []
+        for waiting, rows in zip(together, recorded, strict=True):
+            if isinstance(rows, OperationError):
+                answers.append(rows)
+                continue
+            by_id = {row["id"]: row for row in rows}
+            if len(by_id) != len(waiting.plans):
+                raise failure("internal_error", "a new job's id was taken")
             if isinstance(waiting.future, Awaited):
                 waiting.future.recorded = True
-        return [[by_id[plan.job.id] for plan in waiting.plans] for waiting in together]
+            answers.append([by_id[plan.job.id] for plan in waiting.plans])
+        return answers
 
-    def _insert(self, jobs: list[store.NewJob], relaxed: bool) -> list[Row]:
+    def _insert(self, groups: list[list[NewJob]], relaxed: bool) -> list[list[Row] | OperationError]:
         """One INSERT, once more after a broken connection. A 202 never comes from a relaxed one."""
-
-        def insert(connection: Connection) -> list[Row]:
-            rows = store.insert(connection, jobs)
-            if attempt == 2:
-                # What the first attempt recorded before its connection broke. The ids are ours alone.
-                missing = {job.id for job in jobs} - {row["id"] for row in rows}
-                rows += store.get_many(connection, missing).values() if missing else ()
-            return rows
-
         for attempt in (1, 2):
             try:
                 if relaxed:
-                    return self._relaxed.run(insert)
-                with self._engine.connect() as connection:
-                    return insert(connection)
+                    found = self._relaxed.run(lambda connection: queue_limit.insert_far(connection, groups))
+                else:
+                    with self._engine.connect() as connection:
+                        found = queue_limit.insert_far(connection, groups)
+                answers: list[list[Row] | OperationError] = [] if found is None else list(found)
+                if found is None:
+                    with transaction(self._engine) as connection:
+                        if relaxed:
+                            execute(connection, "SET LOCAL synchronous_commit = off")
+                        answers = queue_limit.insert_near(connection, groups)
+                return answers if attempt == 1 else self._completed(groups, answers)
             except Exception as error:
                 if attempt == 2 or unavailable(error) is error:
                     raise
         raise AssertionError("unreachable")
+
+    def _completed(
+        self, groups: list[list[NewJob]], answers: list[list[Row] | OperationError]
+    ) -> list[list[Row] | OperationError]:
+        """The answers, with what an earlier attempt recorded before its connection broke. The ids are ours alone."""
+        with self._engine.connect() as connection:
+            known = store.get_many(connection, [job.id for group in groups for job in group])
+        return [
+            [known[job.id] for job in group] if all(job.id in known for job in group) else answer
+            for group, answer in zip(groups, answers, strict=True)
+        ]
 
 
 def _is_simple(plan: Plan) -> bool:
     return plan.record is None and plan.together is None and not plan.exclusive and not plan.job.after
 
 
-def _answer(together: list[_Waiting], answers: list[Any]) -> None:
+def _answer(together: list[_Waiting], answers: Sequence[list[Row] | Exception]) -> None:
     """Hands each request its rows or its error, with one wake-up of the event loop; none where nobody wants one."""
     told = [
         (waiting, answer)

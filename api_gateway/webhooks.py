@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -18,7 +17,8 @@ import orjson
 import structlog
 from sqlalchemy import Engine
 
-from device_operations.errors import failure
+from device_operations.addresses import is_public, split_url
+from device_operations.errors import OperationError, failure
 from device_operations.settings import Settings
 from tasks.store import jobs as store
 from tasks.store import webhooks as webhook_store
@@ -62,7 +62,9 @@ class Webhooks:
         try:
             self._post(job)
         except Exception as error:  # noqa: BLE001 - whatever a stranger's server does, the job is tried again or given up
-            given_up = attempt >= ATTEMPTS
+            # An address that may not be called stays so: calling again would only look for one that changes.
+            refused = isinstance(error, OperationError) and not error.retryable
+            given_up = refused or attempt >= ATTEMPTS
             retry = None if given_up else BACKOFF_SECONDS * 2 ** (attempt - 1)
             log.warning("webhook not delivered", job_id=job["id"], attempt=attempt, error=str(error), given_up=given_up)
         else:
@@ -100,21 +102,22 @@ def sign(secret: str, body: bytes) -> str:
 def pinned(url: str, *, allow_private: bool) -> tuple[str, str]:
     """The URL with its host replaced by the address that was checked, and the `Host` header to send with it.
 
-    Raises `validation_failed` for another scheme, for user info, and for an address that is not public.
+    Raises `validation_failed` for a URL that cannot be called and for an address that is not public; retryable where
+    the name does not resolve.
     """
-    parts = urlsplit(url)
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        parts = split_url(url)
     except ValueError as error:
         raise failure("validation_failed", f"webhook_url: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-        raise failure("validation_failed", "webhook_url is an http or https address without user and password")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-    except OSError as error:
-        raise failure("validation_failed", f"webhook_url: {parts.hostname} cannot be resolved: {error}") from error
+    except (OSError, UnicodeError) as error:
+        raise failure(
+            "validation_failed", f"webhook_url: {parts.hostname} cannot be resolved: {error}", retryable=True
+        ) from error
     for address in found:
-        if not allow_private and not _is_public(str(address)):
+        if not allow_private and not is_public(str(address)):
             raise failure(
                 "validation_failed",
                 f"webhook_url: {parts.hostname} is {address}, which is not public; "
@@ -123,9 +126,3 @@ def pinned(url: str, *, allow_private: bool) -> tuple[str, str]:
     address = min(map(str, found))
     place = f"[{address}]" if ":" in address else address
     return parts._replace(netloc=f"{place}:{port}").geturl(), parts.netloc
-
-
-def _is_public(address: str) -> bool:
-    found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_global and not (mapped or found).is_multicast

@@ -8,16 +8,18 @@ where it stays: uvicorn copies it three times, and pauses the connection after e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httptools
 import numpy as np
 
+from api_gateway.bounded import Bounded
+from device_operations.bounds import whole_number
+
 if TYPE_CHECKING:
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as AutoHTTPProtocol
-else:
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 #: What is held back for the rest of a turn has fewer bytes than this.
 HELD_BYTES = 65_536
@@ -30,12 +32,30 @@ WHOLE_REST_BYTES, WHOLE_BYTES = 65_536, 16 << 20
 #: The key of such a body in the request's scope, a memoryview; there once `receive` has told of the end.
 WHOLE_BODY = "device_operations.whole_body"
 
+#: The key of what `take_whole` calls.
+_TAKE_WHOLE = "device_operations.take_whole"
+
+
+def take_whole(scope: Any) -> None:
+    """Lets the rest of a request's body be read past uvicorn, where it is large and wanted whole.
+
+    For a request whose caller is known: the memory for all of it is taken at once.
+    """
+    take = scope.pop(_TAKE_WHOLE, None)
+    if take is not None:
+        take()
+
 
 class Held:
     """A connection whose small writes wait for the end of the event loop's turn; all else is the transport's own."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, lingers: Callable[[asyncio.Transport], bool] | None = None
+    ) -> None:
         self._transport = transport
+        #: Asked before the connection closes: whether it is to be read for a while yet.
+        self._lingers = lingers
+        self._is_lingering = False
         self._loop = asyncio.get_running_loop()
         self._parts: list[bytes] = []
         self._size = 0
@@ -64,9 +84,15 @@ class Held:
         self._transport.write_eof()
 
     def close(self) -> None:
-        """Sends what is held, then closes."""
+        """Sends what is held, then closes; for writing only, where the client is still sending."""
         self._send()
-        self._transport.close()
+        self._is_lingering = self._lingers is not None and self._lingers(self._transport)
+        if not self._is_lingering:
+            self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._is_lingering or self._transport.is_closing()
 
     def _send(self, *more: bytes | bytearray | memoryview) -> None:
         parts, self._parts, self._size = self._parts, [], 0
@@ -76,37 +102,36 @@ class Held:
             self._transport.write(b"".join(parts))
 
 
-class Protocol(AutoHTTPProtocol):
-    """uvicorn's HTTP over such connections."""
+class Protocol(Bounded):
+    """uvicorn's HTTP, with bounds, over such connections."""
 
-    _begins = False
+    @classmethod
+    def limited_to(cls, max_connections: int) -> type[Protocol]:
+        """The same for a gateway that takes so many connections at once."""
+        return type("Protocol", (cls,), {"max_connections": max_connections})
 
     def connection_made(self, transport: Any) -> None:
         """A client has connected."""
-        super().connection_made(Held(transport))  # type: ignore[arg-type]
-
-    def on_headers_complete(self) -> None:
-        """A request has begun, whose body may follow."""
-        super().on_headers_complete()
-        self._begins = True
+        super().connection_made(Held(transport, self.linger))  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests have come."""
         super().data_received(data)
         if self._begins:
             self._begins = False
-            if self.cycle is not None and self.cycle.more_body:
-                self._take_whole()
+            # Asked for by whoever reads the body, and before anything of the request is carried out.
+            size = next((whole_number(value) for name, value in self.headers if name == b"content-length"), None)
+            self.drains(size)
+            if size is not None and not self.pipeline and self.scope["path"].endswith(WHOLE_ADDRESS):
+                self.scope[_TAKE_WHOLE] = partial(self._take_whole, self.cycle, size)  # type: ignore[literal-required]
 
-    def _take_whole(self) -> None:
+    def _take_whole(self, cycle: RequestResponseCycle, size: int) -> None:
         """Reads what is missing of a body past uvicorn and its parser, where it is large and wanted whole."""
-        cycle = self.cycle
         # What waits behind another request is not read at all: uvicorn holds the connection.
-        if self.pipeline or not self.scope["path"].endswith(WHOLE_ADDRESS):
+        if cycle is not self.cycle or self.pipeline or self.transport.is_closing() or not cycle.more_body:
             return
-        size = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         came = len(cycle.body)
-        if size > WHOLE_BYTES or size - came < WHOLE_REST_BYTES:
+        if size > WHOLE_BYTES or size - came < WHOLE_REST_BYTES or self._body_came != came:
             return
         room = np.empty(size, np.uint8).data
         room[:came] = cycle.body
@@ -122,8 +147,9 @@ class Protocol(AutoHTTPProtocol):
         self.scope[WHOLE_BODY] = body  # type: ignore[literal-required]
         self.on_message_complete()
 
-    def hears_of_body(self) -> None:
-        """Some of the body has come: the connection is not idle."""
+    def hears_of_body(self, size: int) -> None:
+        """So many bytes of the body have come: the connection is not idle."""
+        self._body_came += size
         self._unset_keepalive_if_required()
 
 
@@ -140,7 +166,7 @@ class _Body(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._came += nbytes
-        self._http.hears_of_body()
+        self._http.hears_of_body(nbytes)
         if self._came == len(self._room):
             self._http.whole_came(self._room)
 

@@ -32,6 +32,8 @@ class Code:
 #: Every code of the contract, section 8. Codes of jobs only carry the status that a waiting caller (OIP) is given.
 CODES: dict[str, Code] = {
     "malformed_request": Code(400, "The request cannot be read"),
+    "request_timeout": Code(408, "The request did not come in time", retryable=True),
+    "header_too_large": Code(431, "The request's head is too large"),
     "unauthorized": Code(401, "No valid API key"),
     "forbidden": Code(403, "Not allowed for this owner"),
     "not_found": Code(404, "No such address"),
@@ -73,6 +75,7 @@ CODES: dict[str, Code] = {
     "queue_full": Code(429, "The queue is full", retryable=True),
     "too_many_sessions": Code(429, "Too many sessions are open", retryable=True),
     "rate_limited": Code(429, "Too many requests", retryable=True),
+    "overloaded": Code(503, "The gateway is at its limit", retryable=True),
     "device_unavailable": Code(503, "The device is offline", retryable=True),
     "database_unavailable": Code(503, "The database does not answer", retryable=True),
     "storage_unavailable": Code(503, "The blob store does not answer", retryable=True),
@@ -169,8 +172,8 @@ class ExecutionFailed(OperationError):
 
 #: The exception class for each HTTP status; statuses not listed are failures of a running job.
 _CLASSES: dict[int, type[OperationError]] = {
-    400: Refused, 401: Refused, 403: Refused, 404: NotFound, 405: Refused, 409: Conflict, 410: Gone,
-    413: Refused, 415: Refused, 416: Invalid, 422: Invalid, 429: Overloaded, 503: Unavailable,
+    400: Refused, 401: Refused, 403: Refused, 404: NotFound, 405: Refused, 408: Refused, 409: Conflict, 410: Gone,
+    413: Refused, 415: Refused, 416: Invalid, 422: Invalid, 429: Overloaded, 431: Refused, 503: Unavailable,
 }  # fmt: skip
 
 #: Codes that only a running job has, whatever status a waiting caller is shown.

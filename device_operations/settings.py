@@ -118,6 +118,13 @@ class Http(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
     port: int = Field(8000, ge=0, le=65535, description="0 (any free port) to 65535")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest JSON body in bytes, 1024 or more")
+    max_body_bytes_in_flight: int = Field(
+        512 * 2**20, ge=2**20, description="bytes of bodies that one gateway holds at once, 1048576 or more"
+    )
+    max_connections: int = Field(1000, ge=1, description="connections to one gateway at once, 1 or more")
+    rate_limit_per_second: float | None = Field(
+        None, gt=0, description="submissions of one owner to one gateway, a second; above 0, or null for no limit"
+    )
 
 
 class Flower(_Section):

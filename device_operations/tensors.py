@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from device_operations.errors import failure
 from device_operations.json_text import NON_FINITE
-from device_operations.requests.base import Identifier, Offset, Request
+from device_operations.requests.base import Identifier, Offset, Request, Side
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ class Tensor(Request):
     """A tensor as it is sent: where its elements are, and how to read them."""
 
     dtype: Dtype
-    shape: list[int] = Field(max_length=32)
+    shape: list[Side] = Field(max_length=32)
     data: Any = None
     base64: str | None = None
     blob_id: Identifier | None = None
@@ -76,12 +76,9 @@ class Tensor(Request):
 
     @model_validator(mode="after")
     def _shape_and_dtype(self) -> Tensor:
-        if any(side < 0 for side in self.shape):
-            raise ValueError("a side of shape is negative")
         if self.dtype in TEXT_DTYPES and self.data is None:
             raise ValueError(f"tensors of dtype {self.dtype} are given as data")
-        if self.dtype not in TEXT_DTYPES and self.count * FIXED_DTYPES[self.dtype] >= 2**63:
-            raise ValueError("the tensor exceeds 2**63 - 1 bytes")
+        check_shape(self.shape, self.dtype)
         return self
 
     @property
@@ -98,6 +95,18 @@ class Tensor(Request):
 def carries(dtype: str, wanted: str) -> bool:
     """Whether a tensor of `dtype` may stand for one of `wanted`: JSON values as text, floats of eight bits as bytes."""
     return (wanted == "json" and dtype == "string") or (wanted in EIGHT_BIT_FLOATS and dtype == "uint8")
+
+
+def check_shape(shape: list[int], dtype: str) -> None:
+    """Raises `ValueError` for a shape that no array has.
+
+    The sides other than 0 are multiplied, as NumPy does: `[0, 2**62, 2**62]` is refused although it has no elements.
+    """
+    spanned = FIXED_DTYPES.get(dtype, 8)
+    for side in shape:
+        spanned *= side or 1
+        if side < 0 or spanned >= 2**63:
+            raise ValueError("a side of shape is negative, or the tensor exceeds 2**63 - 1 bytes")
 
 
 class IntoAllocation(Request):

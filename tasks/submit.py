@@ -20,7 +20,7 @@ from tasks import lifecycle
 from tasks.owners import Owner, may_see
 from tasks.publish import Publisher
 from tasks.store import jobs as store
-from tasks.store import order
+from tasks.store import order, queue_limit
 from tasks.store.connection import Row, execute, transaction
 from tasks.store.jobs import NewJob
 
@@ -80,8 +80,8 @@ def submit(
     """Records all of `plans` or none, publishes them, and gives their rows in order.
 
     `relaxed` does not wait for the disk: only where the caller is promised nothing before the job has ended, or is
-    written there (`ends.on_disk`). Raises `job_not_found` for a predecessor that does not exist, and whatever a plan's
-    `record` refuses with.
+    written there (`ends.on_disk`). Raises `job_not_found` for a predecessor that does not exist, `queue_full`, and
+    whatever a plan's `record` refuses with.
     """
     with transaction(engine) as connection:
         if relaxed:
@@ -105,7 +105,7 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
     for plan in new:
         if plan.record is not None:
             plan.record(connection)
-    rows = store.insert(connection, ordered) if ordered else []
+    rows = queue_limit.insert(connection, ordered) if ordered else []
     if len(rows) != len(ordered):
         taken = sorted({job.id for job in ordered} - {row["id"] for row in rows})
         raise failure("idempotency_conflict", f"job ids are taken: {', '.join(taken)}")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from device_operations.addresses import check_webhook_url
 from device_operations.ids import job_id
 
 #: Identifiers that a caller may choose.
@@ -13,12 +14,25 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"
 Identifier = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")]
 Label = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00]*$")]
 JobId = Annotated[str, AfterValidator(job_id)]
+LabelName = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
+LabelValue = Annotated[str, StringConstraints(max_length=1024, pattern=r"^[^\x00]*$")]
+#: The name of a tensor, dimension or output in a model's file.
+TensorName = Annotated[str, StringConstraints(max_length=1024)]
+#: A file's path relative to some folder.
+RelativePath = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+#: An http or https URL without user and password.
+WebhookUrl = Annotated[str, StringConstraints(max_length=2000), AfterValidator(check_webhook_url)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 #: Offsets and sizes are bytes in a signed 64-bit integer.
 MAX_BYTES = 2**63 - 1
+#: One side of a tensor's shape; 0 is an empty tensor's.
+Side = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 Offset = Annotated[int, Field(ge=0, le=MAX_BYTES, strict=True)]
 Size = Annotated[int, Field(gt=0, le=MAX_BYTES, strict=True)]
+
+#: Predecessors that one job may name.
+MAX_AFTER = 100
 
 
 class Request(BaseModel):
@@ -35,13 +49,15 @@ class JobOptions(Request):
     delay_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not before this many seconds from now")
     expires_in_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="not started by then: expired")
     max_attempts: int = Field(1, ge=1, le=100, strict=True, description="runs of a job that fails retryably")
-    after: list[JobId] = Field(default_factory=list, max_length=1000, description="jobs that must end first")
+    after: list[JobId] = Field(
+        default_factory=list, max_length=MAX_AFTER, description="jobs that must end first; at most 100"
+    )
     after_success: bool = Field(
         False, strict=True, description="cancelled with predecessor_failed unless all jobs in `after` succeed"
     )
-    webhook_url: str | None = Field(None, max_length=2000)
+    webhook_url: WebhookUrl | None = None
     owner: Name | None = None
-    labels: dict[Label, Label] = Field(default_factory=dict, max_length=32)
+    labels: dict[LabelName, LabelValue] = Field(default_factory=dict, max_length=64)
 
 
 class JobRequest(Request):

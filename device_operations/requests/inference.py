@@ -6,16 +6,25 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from device_operations.requests.base import Identifier, JobRequest, Name, Request, Sha256
+from device_operations.requests.base import (
+    Identifier,
+    JobRequest,
+    Name,
+    RelativePath,
+    Request,
+    Sha256,
+    Side,
+    TensorName,
+)
 from device_operations.tensors import Form, IntoAllocation, Tensor
 
 
 class ModelSource(Request):
     """Where a model's files are: a path below the model folder, one blob, or blobs by their relative path."""
 
-    path: str | None = Field(None, min_length=1, max_length=1000)
+    path: RelativePath | None = None
     blob_id: Identifier | None = None
-    blobs: dict[str, Identifier] | None = Field(None, min_length=1, max_length=1000)
+    blobs: dict[RelativePath, Identifier] | None = Field(None, min_length=1, max_length=1000)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelSource:
@@ -30,7 +39,7 @@ class ModelOptions(Request):
     max_batch_size: int | None = Field(None, ge=1, le=65536, strict=True)
     max_delay_ms: float = Field(0, ge=0, le=60_000)
     warmup: bool = False
-    free_dimensions: dict[str, int] = Field(default_factory=dict)
+    free_dimensions: dict[TensorName, Side] = Field(default_factory=dict, max_length=1000)
     graph_optimization: Literal["disable", "basic", "extended", "all", "rewrite"] = "all"
     intra_op_threads: int | None = Field(None, ge=1, le=1024, strict=True)
 
@@ -72,10 +81,10 @@ class Run(JobRequest):
     model_id: Identifier | None = None
     model_name: Name | None = None
     session_id: Identifier | None = None
-    inputs: dict[str, Tensor] = Field(min_length=0, max_length=1000)
-    outputs: list[str] | None = Field(None, min_length=1, max_length=1000)
+    inputs: dict[TensorName, Tensor] = Field(min_length=0, max_length=1000)
+    outputs: list[TensorName] | None = Field(None, min_length=1, max_length=1000)
     form: Form = "auto"
-    into: dict[str, IntoAllocation] | None = None
+    into: dict[TensorName, IntoAllocation] | None = Field(None, max_length=1000)
 
     @model_validator(mode="after")
     def _names_a_model(self) -> Run:
@@ -100,8 +109,12 @@ class OpenSession(Request):
 
     model_id: Identifier | None = None
     model_name: Name | None = None
-    state: dict[str, str] = Field(default_factory=dict, description="output name: the input that it feeds next")
-    initial: dict[str, Tensor] = Field(default_factory=dict, description="the state inputs of the first run")
+    state: dict[TensorName, TensorName] = Field(
+        default_factory=dict, max_length=1000, description="output name: the input that it feeds next"
+    )
+    initial: dict[TensorName, Tensor] = Field(
+        default_factory=dict, max_length=1000, description="the state inputs of the first run"
+    )
     owner: Name | None = None
 
     @model_validator(mode="after")

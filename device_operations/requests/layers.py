@@ -58,7 +58,9 @@ def _check_layer(layer: Any, where: str, depth: int) -> dict[str, Any]:
     spelled = layer["type"]
     name = _SPELLINGS.get(spelled.replace("_", "").lower())
     if name is None:
-        raise ValueError(f"{where}: unknown layer {spelled!r}{_near(spelled, LAYERS)}; known are {', '.join(LAYERS)}")
+        raise ValueError(
+            f"{where}: unknown layer {spelled[:100]!r}{_near(spelled[:100], LAYERS)}; known are {', '.join(LAYERS)}"
+        )
     kind = LAYERS[name]
     checked: dict[str, Any] = {"type": name}
     if layer.get("name") is not None:
@@ -68,13 +70,13 @@ def _check_layer(layer: Any, where: str, depth: int) -> dict[str, Any]:
     for argument, value in given.items():
         if argument not in known:
             allowed = ", ".join(known) or "none"
-            hint = _near(argument, known)
-            raise ValueError(f"{where} ({name}): unknown argument {argument!r}{hint}; it takes {allowed}")
+            hint = _near(argument[:100], known)
+            raise ValueError(f"{where} ({name}): unknown argument {argument[:100]!r}{hint}; it takes {allowed}")
         if value is None and argument in kind.optional:
             continue
         problem = known[argument](value)
         if problem:
-            raise ValueError(f"{where} ({name}): {argument} must be {problem}, not {value!r}")
+            raise ValueError(f"{where} ({name}): {argument} must be {problem}, not {repr(value)[:200]}")
         checked[argument] = value
     missing = [argument for argument in kind.required if argument not in checked]
     if missing:
@@ -116,7 +118,7 @@ def _check_together(layer: dict[str, Any], where: str) -> None:
 
 def _layer_name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value or len(value) > 200 or "." in value or not value.isprintable():
-        raise ValueError(f"{where}: a name is 1 to 200 printable characters without '.', not {value!r}")
+        raise ValueError(f"{where}: a name is 1 to 200 printable characters without '.', not {repr(value)[:200]}")
     return value
 
 

@@ -16,6 +16,7 @@ from device_operations.requests.base import (
     Offset,
     Request,
     Sha256,
+    Side,
     Size,
 )
 from device_operations.tensors import FIXED_DTYPES, Dtype
@@ -26,7 +27,7 @@ class Allocate(JobRequest):
 
     device_id: Name | None = None
     size_bytes: Size | None = None
-    shape: list[int] | None = Field(None, max_length=32)
+    shape: list[Side] | None = Field(None, max_length=32)
     dtype: Dtype | None = None
     fill: int = Field(0, ge=0, le=255, strict=True)
     label: Label | None = None

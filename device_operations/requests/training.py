@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from device_operations.requests.base import Identifier, JobRequest, Name, Request, Sha256
-from device_operations.requests.layers import canonical
+from device_operations.requests.base import Identifier, JobRequest, Name, RelativePath, Request, Sha256, TensorName
+from device_operations.requests.layers import MAX_LAYERS, canonical
 from device_operations.tensors import Tensor
 
 Loss = Literal["mse", "cross_entropy", "bce_with_logits", "l1", "smooth_l1", "nll"]
@@ -23,7 +23,7 @@ class LayersModel(Request):
     """A model described by its layers, which run in order on the input named `input`; the output is `output`."""
 
     kind: Literal["layers"]
-    layers: list[dict[str, Any]] = Field(min_length=1)
+    layers: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_LAYERS)
 
     @field_validator("layers")
     @classmethod
@@ -36,7 +36,7 @@ class OnnxModel(Request):
 
     kind: Literal["onnx"]
     blob_id: Identifier | None = None
-    path: str | None = Field(None, min_length=1, max_length=1000)
+    path: RelativePath | None = None
     sha256: Sha256 | None = None
     output: Name | None = Field(None, description="the output that the loss is taken of; the first where not said")
 
@@ -181,7 +181,7 @@ class Dataset(Request):
     and one named `targets`. The first axis counts the samples.
     """
 
-    inputs: dict[str, Tensor] | None = Field(None, min_length=1, max_length=1000)
+    inputs: dict[TensorName, Tensor] | None = Field(None, min_length=1, max_length=1000)
     targets: Tensor | None = None
     blob_id: Identifier | None = None
     batch_size: int = Field(ge=1, le=2**31, strict=True)
@@ -208,7 +208,7 @@ class Step(JobRequest):
     session_id: Identifier
     sequence: int | None = Field(None, ge=1, lt=2**63, strict=True)
     mode: Mode = "train"
-    inputs: dict[str, Tensor] | None = Field(None, min_length=1, max_length=1000)
+    inputs: dict[TensorName, Tensor] | None = Field(None, min_length=1, max_length=1000)
     targets: Tensor | None = None
     dataset: Dataset | None = None
     learning_rate: LearningRate | None = None
@@ -269,7 +269,7 @@ class Validate(JobRequest):
 
     session_id: Identifier | None = None
     checkpoint_id: Identifier | None = None
-    inputs: dict[str, Tensor] = Field(min_length=1, max_length=1000)
+    inputs: dict[TensorName, Tensor] = Field(min_length=1, max_length=1000)
     targets: Tensor
 
     @model_validator(mode="after")

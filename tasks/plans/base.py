@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from device_operations.addresses import refuse_private
 from device_operations.errors import failure
 from device_operations.jobs import Kind, State
 from device_operations.requests.base import JobOptions, JobRequest
@@ -69,7 +70,7 @@ def new_job(
     payload: dict[str, Any] | None = None,
     **more: Any,
 ) -> NewJob:
-    """The job of a request on a device, with the options that came with it. `queue_full` where too many wait there."""
+    """The job of a request on a device, with the options that came with it."""
     stored = request.payload() if payload is None else payload
     return new_stored_job(context, kind, request.job, job_id, device, stored, asked=asked_of(kind, request), **more)
 
@@ -79,17 +80,9 @@ def new_stored_job(
 ) -> NewJob:
     """The same for a request that is stored as `payload` already."""
     device_id = device["device_id"]
-    if options.webhook_url is not None and not options.webhook_url.startswith(("http://", "https://")):
-        raise failure("validation_failed", "job.webhook_url is an http or https address")
-    snapshot = context.directory.snapshot()
-    snapshot.placed[device_id] += 1
-    waiting = snapshot.queued(device_id)
-    if waiting >= context.settings.queue.max_length and context.device_id is None:
-        raise failure(
-            "queue_full",
-            f"{waiting} jobs wait for {device_id}, and QUEUE__MAX_LENGTH is {context.settings.queue.max_length}",
-            retry_after_seconds=5,
-        )
+    if options.webhook_url is not None and not context.settings.webhook.allow_private:
+        refuse_private(options.webhook_url)
+    context.directory.snapshot().placed[device_id] += 1
     return NewJob(
         id=job_id,
         kind=kind.value,
@@ -109,6 +102,8 @@ def new_stored_job(
         timeout_seconds=options.timeout_seconds,
         webhook_url=options.webhook_url,
         wants_result=context.wants_result,
+        # A direct message waits already, in Redis: refusing its record would not make the queue shorter.
+        queue_limit=context.settings.queue.max_length if context.device_id is None else None,
         **more,
     )
 

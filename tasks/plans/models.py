@@ -20,6 +20,8 @@ ESTIMATE_BYTES = 4 * 2**20
 
 #: The options that shape ONNX Runtime's session: models that differ in others only share a graph.
 SHAPING_OPTIONS = ("free_dimensions", "graph_optimization", "intra_op_threads")
+#: What file systems take as one name.
+MAX_NAME_BYTES = 255
 
 
 def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
@@ -65,10 +67,14 @@ def model_file(folder: Path, path: str) -> Path:
     root = folder.resolve()
     if pure.is_absolute() or ".." in pure.parts or "\x00" in path or ":" in path:
         raise failure("path_not_allowed", f"path {path!r} must be relative and stay below the model folder")
-    resolved = (root / pure).resolve()
+    try:
+        resolved = (root / pure).resolve()
+        there = resolved.exists()
+    except (OSError, RuntimeError) as error:  # a name that no file system takes, a loop of links
+        raise failure("path_not_allowed", f"path {path!r} cannot be followed: {error}") from error
     if not resolved.is_relative_to(root):
         raise failure("path_not_allowed", f"path {path!r} leads out of the model folder")
-    if not resolved.exists():
+    if not there:
         raise failure("model_invalid", f"there is no {path!r} in the model folder (MODEL_CACHE_PATH)")
     return resolved
 
@@ -117,6 +123,8 @@ def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], int]:
         pure = PurePosixPath(relative.replace("\\", "/"))
         if pure.is_absolute() or ".." in pure.parts or not pure.name or ":" in relative or "\x00" in relative:
             raise failure("path_not_allowed", f"blobs: {relative!r} must be a relative path without '..'")
+        if any(len(part.encode()) > MAX_NAME_BYTES for part in pure.parts):
+            raise failure("path_not_allowed", f"blobs: a file's name may have {MAX_NAME_BYTES} bytes")
     ids = [blob_id for blob_id in named.values() if blob_id is not None]
     known = check_blobs(context, ids)
     ordered = sorted(named.items(), key=lambda item: (not item[0].endswith(".onnx"), item[0]))

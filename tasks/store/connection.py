@@ -53,15 +53,16 @@ class Prepared:
     sql: str
     types: Mapping[str, str]
 
-    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> list[Row]:
-        """Runs the statement and gives its rows."""
+    def rows(self, connection: Connection, parameters: Mapping[str, Any], *, before: str = "") -> list[Row]:
+        """Runs the statement and gives its rows. Statements `before` it go along, in the same transaction."""
         prepared = connection.connection.info
         if self.name not in prepared:
             numbers = {name: f"${number}" for number, name in enumerate(self.types, start=1)}
             sql = _PARAMETER.sub(lambda found: numbers[found[1]], self.sql)
             execute(connection, f"PREPARE {self.name} ({', '.join(self.types.values())}) AS {sql}")
             prepared[self.name] = True
-        return rows(connection, f"EXECUTE {self.name} ({', '.join(f'%({name})s' for name in self.types)})", parameters)
+        execution = f"EXECUTE {self.name} ({', '.join(f'%({name})s' for name in self.types)})"
+        return rows(connection, before + execution, parameters)
 
 
 def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> int:

@@ -59,6 +59,8 @@ class NewJob:
     #: What the caller gave, as far as `request` does not say it.
     asked: dict[str, Any] | None = None
     retried_from: str | None = None
+    #: Jobs that may wait for the device, this one included; None where it is recorded however many do.
+    queue_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +81,26 @@ def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
 
     Only what the database adds comes back from it: reading thirty columns takes both sides as long as writing them.
     """
-    stamped = _INSERT.rows(connection, {"jobs": dumps(list(jobs))})
+    return _inserted(jobs, _INSERT.rows(connection, {"jobs": dumps(list(jobs))}))
+
+
+def insert_where(
+    connection: Connection, jobs: Sequence[NewJob], room: Mapping[str, int], before: str = ""
+) -> list[Row]:
+    """The same, if no device of `room` has more jobs waiting than it says; else nothing is recorded.
+
+    Statements `before` run first in the same transaction.
+    """
+    told = {"jobs": dumps(list(jobs)), "devices": list(room), "rooms": list(room.values())}
+    return _inserted(jobs, _INSERT_WHERE.rows(connection, told, before=before))
+
+
+def _inserted(jobs: Sequence[NewJob], stamped: list[Row]) -> list[Row]:
     by_id = {job.id: job for job in jobs}
     return [_row(by_id[one["id"]]) | one for one in stamped]
 
 
-_INSERT = Prepared(
-    "insert_jobs",
-    """
+_INSERT_JOBS = """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
             resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
             webhook_url, error, requires, asked, retried_from, finished_at)
@@ -100,10 +114,25 @@ _INSERT = Prepared(
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
             timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb, requires text[], asked jsonb,
             retried_from text)
+    """
+
+_STAMPED = """
         ON CONFLICT (id) DO NOTHING
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
-    """,
-    {"jobs": "jsonb"},
+"""
+
+_INSERT = Prepared("insert_jobs", _INSERT_JOBS + _STAMPED, {"jobs": "jsonb"})
+
+_INSERT_WHERE = Prepared(
+    "insert_jobs_where",
+    _INSERT_JOBS
+    + """
+        WHERE NOT EXISTS (SELECT 1 FROM unnest(%(devices)s, %(rooms)s) AS queue (device_id, room) WHERE room < (
+            SELECT count(*) FROM (SELECT 1 FROM jobs AS waiting WHERE waiting.device_id = queue.device_id
+                AND waiting.finished_at IS NULL AND waiting.state <> 'running' LIMIT queue.room + 1) AS counted))
+    """
+    + _STAMPED,
+    {"jobs": "jsonb", "devices": "text[]", "rooms": "bigint[]"},
 )
 
 #: What a job that was just recorded has in the columns that nobody gives.
@@ -528,6 +557,20 @@ def counts(connection: Connection) -> dict[str, dict[str, int]]:
         """,
     )
     return {entry["device_id"]: {"queued": entry["queued"], "running": entry["running"]} for entry in found}
+
+
+def waiting_counts(connection: Connection, limits: Mapping[str, int]) -> dict[str, int]:
+    """How many jobs wait for each device of `limits`, counted up to its limit."""
+    found = rows(
+        connection,
+        """
+        SELECT queue.device_id, (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE jobs.device_id = queue.device_id
+            AND finished_at IS NULL AND state <> 'running' LIMIT queue.room) AS counted) AS waiting
+        FROM unnest(%(devices)s::text[], %(limits)s::bigint[]) AS queue (device_id, room)
+        """,
+        {"devices": list(limits), "limits": list(limits.values())},
+    )
+    return {entry["device_id"]: entry["waiting"] for entry in found}
 
 
 def totals(connection: Connection) -> list[Row]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import psycopg2
 import pytest
 
 from api_gateway.webhooks import pinned
@@ -73,9 +74,29 @@ def test_a_private_address_is_not_called_unless_the_operator_allows_it(
 ) -> None:
     stack = start_stack()
     with receiver(failures=0) as (url, got):
-        run_with_webhook(stack, url)
+        refused = stack.client.post("/api/memory/allocate", json={"size_bytes": 1, "job": {"webhook_url": url}})
+        assert refused.status_code == 422
+        assert "WEBHOOK__ALLOW_PRIVATE" in refused.json()["detail"]
+        # What a name turns into is seen when it is called: once, since such an address stays what it is.
+        options = {"webhook_url": "http://example.com/", "delay_seconds": 1}
+        body = {"size_bytes": 1, "job": options}
+        job_id = stack.client.post("/api/memory/allocate", json=body).json()["job_id"]
+        with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+            cursor.execute("UPDATE jobs SET webhook_url = %s WHERE id = %s", [url, job_id])
         eventually(lambda: "webhook not delivered" in stack.log("gateway"), 15)
+        assert stack.log("gateway").count("webhook not delivered") == 1
+        assert '"given_up": true' in stack.log("gateway").replace('":true', '": true')
         assert got == []
+
+
+@pytest.mark.parametrize("address", ["64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "::ffff:10.0.0.1", "fec0::1"])
+def test_an_address_within_an_address_is_seen(address: str) -> None:
+    with pytest.raises(OperationError, match="not public"):
+        pinned(f"http://[{address}]/", allow_private=False)
+    assert pinned("http://[64:ff9b::808:808]:81/x", allow_private=False) == (
+        "http://[64:ff9b::808:808]:81/x",
+        "[64:ff9b::808:808]:81",
+    )
 
 
 @pytest.mark.parametrize(

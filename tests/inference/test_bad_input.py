@@ -49,7 +49,7 @@ def _the_next_run_succeeds(api: Api, model_id: str) -> Any:
         ({"x": tensor(data=None)}, "validation_failed", "exactly one of"),
         ({"x": tensor(dtype="bfloat16")}, "input_mismatch", "is bfloat16, the model takes float32"),
         ({"x": tensor(dtype="float31")}, "validation_failed", "dtype"),
-        ({"x": tensor(shape=[1, -4])}, "validation_failed", "negative"),
+        ({"x": tensor(shape=[1, -4])}, "validation_failed", "greater than or equal to 0"),
         ({"x": tensor(data=None, blob_id="nobody")}, "blob_not_found", "nobody"),
         ({"x": tensor(data=None, allocation_id="nobody")}, "allocation_not_found", "nobody"),
         ({"x": tensor(transient_id="mine")}, "validation_failed", "transient_id"),

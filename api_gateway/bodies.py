@@ -1,0 +1,131 @@
+"""How many bytes of request bodies a gateway holds at once, and who waits for room.
+
+A body of known length waits for room before it is read (the client is held back by its connection); one of unknown
+length takes room as it comes, and is refused where there is none. Small bodies are not counted: the connection has
+them in its buffer already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from fastapi import Request
+
+from device_operations.bounds import whole_number
+from device_operations.errors import failure
+
+#: Bodies of at most so many bytes are not counted.
+SMALL_BYTES = 65_536
+
+#: Room that a body of unknown length takes at a time.
+STEP_BYTES = 1 << 20
+
+#: Seconds that a body waits for room before it is refused.
+WAIT_SECONDS = 10.0
+
+#: The key of a request's `Room` in its scope.
+ROOM = "device_operations.room"
+
+
+class Bodies:
+    """The room for bodies in one gateway process; used on its event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are taken now."""
+        return self._held
+
+    async def take(self, size: int) -> None:
+        """Takes room, after those who asked before. `overloaded` where there is none in time."""
+        if not self._waiting and self.grow(size):
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
+        try:
+            # Not `wait_for`, which in Python 3.11 forgets a cancellation that comes together with the turn.
+            async with asyncio.timeout(WAIT_SECONDS):
+                await turn
+        except (TimeoutError, asyncio.CancelledError) as error:
+            given = turn.done() and not turn.cancelled()
+            turn.cancel()
+            # Also for those behind, who may need less.
+            self.give_back(size if given else 0)
+            if isinstance(error, TimeoutError):
+                raise self._full() from None
+            raise
+
+    def grow(self, size: int) -> bool:
+        """Takes room if there is some now."""
+        if self._held + size > self._limit:
+            return False
+        self._held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Gives room back, to those who wait in their order."""
+        self._held -= size
+        while self._waiting:
+            wanted, turn = self._waiting[0]
+            if not turn.done():
+                if not self.grow(wanted):
+                    return
+                turn.set_result(None)
+            self._waiting.popleft()
+
+    def clip(self, size: int) -> int:
+        """No more than all the room there is: a larger body waits until it is the only one."""
+        return min(size, self._limit)
+
+    def _full(self) -> Exception:
+        return failure(
+            "overloaded",
+            f"the gateway holds {self._held} bytes of requests' bodies (HTTP__MAX_BODY_BYTES_IN_FLIGHT is "
+            f"{self._limit}); try again later",
+            retry_after_seconds=1,
+        )
+
+
+class Room:
+    """What one request's body takes of it."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._taken = 0
+
+    async def announced(self, content_length: str | None, most: int) -> None:
+        """Waits for room for a body, at most `most` bytes of which are held; none is taken for an unknown length."""
+        size = min(whole_number(content_length) or 0, most)
+        if size > SMALL_BYTES:
+            size = self._bodies.clip(size)
+            await self._bodies.take(size)
+            self._taken += size
+
+    def came(self, size: int) -> None:
+        """So many bytes of the body are held now. `overloaded` where that is more than there is room for."""
+        if size <= SMALL_BYTES or size <= self._taken:
+            return
+        step = max(size - self._taken, STEP_BYTES)
+        if not self._bodies.grow(step):
+            if self._taken == self._bodies.clip(size):
+                return
+            raise self._bodies._full()
+        self._taken += step
+
+    def close(self) -> None:
+        """The request is over."""
+        if self._taken:
+            self._bodies.give_back(self._taken)
+            self._taken = 0
+
+
+def room_of(request: Request) -> Room:
+    """The room of a request's body."""
+    room = request.scope[ROOM]
+    assert isinstance(room, Room)
+    return room

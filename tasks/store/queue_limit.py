@@ -1,0 +1,124 @@
+"""The limit on jobs that wait for a device, exact for any number of gateways and not in the way far from it.
+
+    far     under one of the device's slots, a few jobs at a time: the INSERT counts what waits, and records nothing
+            where fewer than `RESERVE` places are left
+    near    under all of the device's slots: what waits is counted, then what fits is recorded
+
+Slots are advisory locks that end with their transaction. Each transaction that counted under a slot may have at most
+`SLOT_JOBS` jobs of a device that others do not see yet, and there are `SLOTS` of them, so `RESERVE` places are enough
+for all. Who counts under all slots sees everything, and nobody else counts meanwhile.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+
+from device_operations.errors import OperationError, failure
+from tasks.store import jobs as store
+from tasks.store.connection import Row, execute, rows
+from tasks.store.jobs import NewJob
+
+#: Transactions that may count one device's queue at once, and the jobs for it that each may record.
+SLOTS, SLOT_JOBS = 8, 100
+RESERVE = SLOTS * SLOT_JOBS
+
+#: Seconds after which a caller whose job found no place is asked to come again.
+RETRY_AFTER_SECONDS = 5
+
+_ALL_SLOTS = """
+    SELECT pg_advisory_xact_lock(key, slot) FROM (
+        SELECT key, slot FROM unnest(%(keys)s::int[]) AS key, generate_series(0, {slots} - 1) AS slot
+        ORDER BY key, slot) AS ordered
+"""
+
+
+def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
+    """Records jobs in their order, all or none, inside a transaction. `queue_full` where a queue has no place for them.
+
+    Ids that exist are left as they are and not returned.
+    """
+    found = insert_far(connection, [jobs], savepoint=True)
+    recorded = found[0] if found is not None else insert_near(connection, [jobs])[0]
+    if isinstance(recorded, OperationError):
+        raise recorded
+    return recorded
+
+
+def insert_far(
+    connection: Connection, groups: Sequence[Sequence[NewJob]], *, savepoint: bool = False
+) -> list[list[Row]] | None:
+    """Records all jobs of all groups if every queue is far from its limit; else None, and nothing is recorded.
+
+    With `savepoint`, for a connection inside a transaction, the slot is given up where nothing is recorded.
+    """
+    jobs = [job for group in groups for job in group]
+    limits = _limits(jobs)
+    if not limits:
+        return _grouped(groups, store.insert(connection, jobs))
+    if len(jobs) == 1:
+        wanted = dict.fromkeys(limits, 1)
+    else:
+        wanted = Counter(job.device_id for job in jobs if job.device_id in limits)
+    room = {device_id: limit - RESERVE - wanted[device_id] for device_id, limit in limits.items()}
+    if min(room.values()) < 0 or max(wanted.values()) > SLOT_JOBS:
+        return None
+    # Evaluated from left to right: in the order in which everybody takes slots.
+    locks = ", ".join(f"pg_advisory_xact_lock({key}, mod(pg_backend_pid(), {SLOTS}))" for key in _keys(limits))
+    before = f"{'SAVEPOINT queue_slot; ' if savepoint else ''}SELECT {locks}; "
+    recorded = store.insert_where(connection, jobs, room, before)
+    if recorded:
+        return _grouped(groups, recorded)
+    if savepoint:
+        execute(connection, "ROLLBACK TO SAVEPOINT queue_slot")
+    return None
+
+
+def insert_near(connection: Connection, groups: Sequence[Sequence[NewJob]]) -> list[list[Row] | OperationError]:
+    """Records, in a transaction, each group that finds a place for all of its jobs; `queue_full` for each other."""
+    limits = _limits([job for group in groups for job in group])
+    waiting: Counter[str | None] = Counter()
+    if limits:
+        rows(connection, _ALL_SLOTS.format(slots=SLOTS), {"keys": _keys(limits)})
+        waiting.update(store.waiting_counts(connection, limits))
+    answers: list[list[Row] | OperationError] = []
+    admitted: list[Sequence[NewJob]] = []
+    for group in groups:
+        wanted = Counter(job.device_id for job in group if job.queue_limit is not None)
+        full = next((one for one, count in wanted.items() if waiting[one] + count > limits[str(one)]), None)
+        if full is not None:
+            answers.append(_full(str(full), waiting[full], limits[str(full)], wanted[full]))
+            continue
+        waiting.update(wanted)
+        admitted.append(group)
+        answers.append([])
+    recorded = store.insert(connection, [job for group in admitted for job in group]) if admitted else []
+    by_group = iter(_grouped(admitted, recorded))
+    return [answer if isinstance(answer, OperationError) else next(by_group) for answer in answers]
+
+
+def _limits(jobs: Sequence[NewJob]) -> dict[str, int]:
+    """The limit of each device whose queue is counted."""
+    return {job.device_id: job.queue_limit for job in jobs if job.device_id and job.queue_limit is not None}
+
+
+def _keys(limits: dict[str, int]) -> list[int]:
+    """The numbers of the devices' slots, in the order in which everybody takes them."""
+    return sorted({zlib.crc32(device_id.encode()) - 2**31 for device_id in limits})
+
+
+def _grouped(groups: Sequence[Sequence[NewJob]], recorded: Sequence[Row]) -> list[list[Row]]:
+    by_id = {row["id"]: row for row in recorded}
+    return [[by_id[job.id] for job in group if job.id in by_id] for group in groups]
+
+
+def _full(device_id: str, waiting: int, limit: int, wanted: int) -> OperationError:
+    return failure(
+        "queue_full",
+        f"QUEUE__MAX_LENGTH is {limit}: {max(0, limit - waiting)} more jobs may wait for {device_id}, and {wanted} "
+        "were sent",
+        retry_after_seconds=RETRY_AFTER_SECONDS,
+    )

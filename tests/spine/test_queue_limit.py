@@ -1,0 +1,166 @@
+"""`QUEUE__MAX_LENGTH`: never exceeded, and nothing is refused while there is a place, whoever submits at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event, Thread
+
+import httpx
+import psycopg2
+import pytest
+from sqlalchemy import Engine
+
+from api_gateway.submitter import Submitter
+from device_operations.errors import OperationError
+from device_operations.jobs import new_id
+from tasks.database import open_engine
+from tasks.publish import Publisher, connect
+from tasks.store import queue_limit
+from tasks.store.connection import rows, transaction
+from tasks.store.jobs import NewJob
+from tests.support.stack import RunningStack, eventually
+
+DEVICE = "cpu_0"
+
+
+def job(limit: int | None) -> NewJob:
+    return NewJob(new_id(), "inference.run", DEVICE, f"device.{DEVICE}", {}, "default", queue_limit=limit)
+
+
+@contextmanager
+def watched(database_url: str) -> Iterator[list[int]]:
+    """The largest number of waiting jobs that was ever seen, as a list of one."""
+    seen, stop = [0], Event()
+
+    def look() -> None:
+        connection = psycopg2.connect(database_url)
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            while not stop.is_set():
+                cursor.execute("SELECT count(*) FROM jobs WHERE finished_at IS NULL AND state <> 'running'")
+                seen[0] = max(seen[0], cursor.fetchone()[0])
+        connection.close()
+
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def engine(databases) -> Iterator[Engine]:
+    with databases.migrated() as url:
+        opened = open_engine(url, pool_size=20, max_overflow=20)
+        yield opened
+        opened.dispose()
+
+
+@pytest.mark.parametrize("limit", [60, queue_limit.RESERVE + 700])
+def test_the_limit_is_exact_for_many_writers_at_once(engine: Engine, redis_url: str, limit: int) -> None:
+    """Transactions as a submission makes them, and the submitter's batches, all for one device."""
+    submitters = [Submitter(engine, Publisher(connect(redis_url))) for _ in range(4)]
+
+    def write(seed: int) -> int:
+        numbers = random.Random(seed)
+        recorded = 0
+        while True:
+            sizes = [numbers.choice([1, 1, 2, 7, 40]) for _ in range(numbers.randrange(1, 4))]
+            groups = [[job(limit) for _ in range(size)] for size in sizes]
+            if seed % 2:
+                answers = submitters[seed % 4]._insert(groups, relaxed=seed % 4 == 1)
+            else:
+                groups = groups[:1]
+                try:
+                    with transaction(engine) as connection:
+                        answers = [queue_limit.insert(connection, groups[0])]
+                except OperationError as error:
+                    answers = [error]
+            for group, answer in zip(groups, answers, strict=True):
+                if isinstance(answer, OperationError):
+                    assert answer.code == "queue_full"
+                    if len(group) == 1:
+                        return recorded
+                else:
+                    assert [row["id"] for row in answer] == [one.id for one in group]
+                    recorded += len(group)
+
+    url = engine.url.render_as_string(hide_password=False).replace("+psycopg2", "")
+    with watched(url) as seen, ThreadPoolExecutor(16) as threads:
+        total = sum(threads.map(write, range(16)))
+    # Each writer stopped when there was no place for a single job.
+    assert total == limit
+    assert seen[0] <= limit
+
+
+def test_who_counts_exactly_waits_for_what_others_have_not_committed(engine: Engine) -> None:
+    limit = queue_limit.RESERVE + 200
+
+    def fill() -> int:
+        with transaction(engine) as connection:
+            answers = queue_limit.insert_near(connection, [[job(limit)] for _ in range(limit + 50)])
+        return sum(isinstance(answer, list) for answer in answers)
+
+    def waits() -> bool:
+        with engine.connect() as connection:
+            query = "SELECT count(*) AS n FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            return bool(rows(connection, query)[0]["n"])
+
+    with ThreadPoolExecutor(1) as threads:
+        with transaction(engine) as connection:
+            assert queue_limit.insert_far(connection, [[job(limit) for _ in range(100)]]) is not None
+            filling = threads.submit(fill)
+            eventually(lambda: waits() or filling.done())
+        assert filling.result() == limit - 100
+
+
+def test_direct_messages_are_recorded_beyond_the_limit(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        assert len(queue_limit.insert(connection, [job(2), job(2)])) == 2
+    with transaction(engine) as connection:
+        assert len(queue_limit.insert(connection, [job(None)])) == 1
+    with (
+        pytest.raises(OperationError, match="0 more jobs may wait for cpu_0, and 1 were sent") as raised,
+        transaction(engine) as again,
+    ):
+        queue_limit.insert(again, [job(2)])
+    assert raised.value.retry_after_seconds
+
+
+def test_two_gateways_share_one_limit_and_bulk_is_all_or_none(start_stack: Callable[..., RunningStack]) -> None:
+    stack = start_stack(gateways=2, QUEUE__MAX_LENGTH=150)
+    later = {"size_bytes": 16, "job": {"delay_seconds": 3600}}
+
+    def submit(number: int) -> int:
+        with httpx.Client(base_url=stack.gateway_urls[number % 2], timeout=60, trust_env=False) as client:
+            recorded = 0
+            for round_ in range(40):
+                many = 1 if (round_ + number) % 3 else 9
+                if many == 1:
+                    answer = client.post("/api/memory/allocate", json=later)
+                else:
+                    entry = {"kind": "memory.allocate", "request": later}
+                    answer = client.post("/api/jobs", json={"jobs": [entry] * many})
+                assert answer.status_code in (202, 429), answer.text
+                if answer.status_code == 202:
+                    recorded += many
+                else:
+                    assert answer.json()["code"] == "queue_full"
+                    assert int(answer.headers["Retry-After"]) > 0
+            return recorded
+
+    with watched(stack.database_url) as seen, ThreadPoolExecutor(8) as threads:
+        total = sum(threads.map(submit, range(8)))
+    assert total == 150
+    assert seen[0] == 150
+    # A place that becomes free can be taken at once, whatever was known half a second ago.
+    job_id = stack.client.get("/api/jobs?state=scheduled&limit=1").json()["jobs"][0]["job_id"]
+    assert stack.client.post("/api/memory/allocate", json=later).status_code == 429
+    assert stack.client.delete(f"/api/jobs/{job_id}").status_code == 202
+    assert stack.client.post("/api/memory/allocate", json=later).status_code == 202
+    assert stack.client.post("/api/memory/allocate", json=later).status_code == 429
