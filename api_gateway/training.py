@@ -124,7 +124,7 @@ def view(session: Row) -> dict[str, Any]:
         for name in (
             "session_id", "device_id", "state", "step", "applied_sequence", "submitted_sequence", "loss",
             "gradient_norm", "learning_rate", "steps_per_second", "samples_seen", "memory_bytes", "lease_expires_at",
-            "owner", "error", "opened_at", "last_used_at", "ended_at",
+            "owner", "error", "parameters", "opened_at", "last_used_at", "ended_at",
         )
     }  # fmt: skip
     operators = session["cpu_fallback_operators"]

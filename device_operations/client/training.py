@@ -20,7 +20,7 @@ class Training(Noun[Mode]):
         self,
         model: Mapping[str, Any],
         *,
-        loss: str,
+        loss: str | Mapping[str, Any],
         optimizer: Mapping[str, Any],
         more: Mapping[str, Any] | None = None,
         device_id: str | None = None,
@@ -30,11 +30,11 @@ class Training(Noun[Mode]):
     ) -> Flow[Job]:
         """Makes a training session, whose id is the job's `resource.id`, at once.
 
-        `more` holds the request's other fields: `weights`, `schedule`, `trainable`, `lora`, `checkpoint_every_steps`, …
+        `more` holds the request's other fields: `weights`, `schedule`, `trainable`, `lora`, `precision`, …
         """
         fields = said(
             model=dict(model),
-            loss=loss,
+            loss=loss if isinstance(loss, str) else dict(loss),
             optimizer=dict(optimizer),
             device_id=device_id,
             seed=seed,

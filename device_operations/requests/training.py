@@ -8,15 +8,14 @@ from pydantic import Field, field_validator, model_validator
 
 from device_operations.requests.base import Identifier, JobRequest, Name, RelativePath, Request, Sha256, TensorName
 from device_operations.requests.layers import MAX_LAYERS, canonical
+from device_operations.requests.losses import Loss
+from device_operations.requests.optimizers import LearningRate, Optimizer, Steps
+from device_operations.requests.schedules import ConstantSchedule, Schedule
 from device_operations.tensors import Tensor
 
-Loss = Literal["mse", "cross_entropy", "bce_with_logits", "l1", "smooth_l1", "nll"]
 Mode = Literal["train", "gradients", "apply", "evaluate"]
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]
-LearningRate = Annotated[float, Field(ge=0, le=1e6, strict=True)]
-Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
-NotNegative = Annotated[float, Field(ge=0, strict=True)]
-Steps = Annotated[int, Field(ge=1, le=2**53, strict=True)]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class LayersModel(Request):
@@ -65,68 +64,6 @@ class Weights(Request):
     sha256: Sha256 | None = None
 
 
-class Sgd(Request):
-    """torch.optim.SGD's arguments by their own names."""
-
-    type: Literal["sgd"]
-    learning_rate: LearningRate
-    momentum: Share = 0.0
-    dampening: NotNegative = 0.0
-    weight_decay: NotNegative = 0.0
-    nesterov: Annotated[bool, Field(strict=True)] = False
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Sgd:
-        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise ValueError("nesterov needs a momentum above 0 and no dampening")
-        return self
-
-
-class Adam(Request):
-    """torch.optim.Adam's arguments by their own names; `weight_decay` adds to the gradient."""
-
-    type: Literal["adam"]
-    learning_rate: LearningRate
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0, strict=True)] = 1e-8
-    weight_decay: NotNegative = 0.0
-
-
-class AdamW(Request):
-    """torch.optim.AdamW's arguments by their own names; `weight_decay` shrinks the weights."""
-
-    type: Literal["adamw"]
-    learning_rate: LearningRate
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0, strict=True)] = 1e-8
-    weight_decay: NotNegative = 0.01
-
-
-Optimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="type")]
-
-
-class Schedule(Request):
-    """How the learning rate goes on with the steps, from the optimizer's `learning_rate` down.
-
-    `warmup_steps` climb linearly to it. Then `constant` stays, `cosine` and `linear` fall to
-    `min_learning_rate` at `total_steps` (warm-up included) and stay there.
-    """
-
-    type: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0, le=2**53, strict=True)] = 0
-    total_steps: Steps | None = None
-    min_learning_rate: LearningRate = 0.0
-
-    @model_validator(mode="after")
-    def _end_is_known(self) -> Schedule:
-        if self.type == "constant":
-            if self.total_steps is not None or self.min_learning_rate:
-                raise ValueError("total_steps and min_learning_rate go with type cosine or linear")
-        elif self.total_steps is None or self.total_steps <= self.warmup_steps:
-            raise ValueError(f"a {self.type} schedule needs total_steps above warmup_steps")
-        return self
-
-
 class Lora(Request):
     """Low-rank adapters on linear layers: the base weights stay, `rank` columns and rows beside them are trained.
 
@@ -148,10 +85,16 @@ class Initialize(JobRequest):
     weights: Weights | None = None
     loss: Loss
     optimizer: Optimizer
-    schedule: Schedule = Field(default_factory=Schedule)
+    schedule: Schedule = Field(default_factory=ConstantSchedule)
     seed: int = Field(0, ge=0, lt=2**63, strict=True, description="of the initial weights, dropout and shuffling")
     trainable: list[Pattern] | None = Field(None, min_length=1, max_length=1000)
+    frozen_statistics: bool = Field(
+        False, strict=True, description="batch normalization uses its running statistics and leaves them as they are"
+    )
     lora: Lora | None = None
+    precision: Precision = Field(
+        "float32", description="what torch's autocast computes products in; parameters are float32 with each"
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a loss or gradient that is not finite: the step fails, or its batch is passed over"
     )
@@ -189,6 +132,9 @@ class Dataset(Request):
     epochs: Steps | None = None
     shuffle: bool = Field(True, strict=True)
     drop_last: bool = Field(False, strict=True, description="leave out the last batch of an epoch where it is smaller")
+    grad_accumulation: int | None = Field(
+        None, ge=1, le=2**31, strict=True, description="mode train: one update from the gradients of so many batches"
+    )
 
     @model_validator(mode="after")
     def _one_source_one_length(self) -> Dataset:
@@ -229,6 +175,8 @@ class Step(JobRequest):
             raise ValueError(f"mode {self.mode} needs inputs and targets, or a dataset")
         if self.mode != "gradients" and (self.form is not None or not self.accumulate):
             raise ValueError("form and accumulate go with mode gradients")
+        if self.mode != "train" and self.dataset is not None and self.dataset.grad_accumulation is not None:
+            raise ValueError("grad_accumulation goes with mode train")
         if self.form is not None and self.dataset is not None:
             raise ValueError("gradients are given back for one batch, not for a dataset")
         updating = self.learning_rate is not None or self.gradient_clip_norm is not None

@@ -37,6 +37,8 @@ training_sessions = Table(
     Column("steps_per_second", Float),
     # Operators of torch that the device's process runs on the CPU instead, as of the session's last step.
     Column("cpu_fallback_operators", Texts, nullable=False, server_default=text("'{}'")),
+    # Each tensor of the model, whether it is trained and why: [{name, shape, dtype, trained, reason}].
+    Column("parameters", Json, nullable=False, server_default=text("'[]'")),
     # Estimated until built, then measured; counted against the device's budget while the device holds it.
     Column("reserved_bytes", BigInteger, nullable=False, server_default=text("0")),
     # Null until it was built once.

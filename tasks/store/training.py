@@ -250,8 +250,10 @@ def history(connection: Connection, session_id: str, limit: int) -> list[Row]:
 def settle(connection: Connection, session_id: str, epoch: int, facts: dict[str, Any]) -> Row | None:
     """The session is in memory under `epoch`, as measured; what the history has beyond its step is gone.
 
-    Gives what it had reserved; None where it is not open any more, or the epoch no longer stands.
+    Its `parameters` are listed where `facts` has them. Gives what it had reserved; None where it is not open any more,
+    or the epoch no longer stands.
     """
+    listed = facts.get("parameters")
     return row(
         connection,
         f"""
@@ -261,6 +263,7 @@ def settle(connection: Connection, session_id: str, epoch: int, facts: dict[str,
         UPDATE training_sessions SET epoch = %(epoch)s, state = %(state)s, step = %(step)s,
             applied_sequence = %(sequence)s, samples_seen = %(samples_seen)s, learning_rate = %(learning_rate)s,
             memory_bytes = %(memory_bytes)s, reserved_bytes = %(memory_bytes)s, error = NULL,
+            parameters = coalesce(%(parameters)s::jsonb, training_sessions.parameters),
             last_used_at = clock_timestamp(),
             lease_expires_at = clock_timestamp() + make_interval(secs => lease_seconds)
         FROM old
@@ -268,7 +271,7 @@ def settle(connection: Connection, session_id: str, epoch: int, facts: dict[str,
           AND EXISTS (SELECT 1 FROM devices d WHERE d.device_id = training_sessions.device_id AND d.epoch = %(epoch)s)
         RETURNING device_id, before
         """,
-        {**facts, "id": session_id, "epoch": epoch},
+        {**facts, "id": session_id, "epoch": epoch, "parameters": dumps(listed) if listed is not None else None},
     )
 
 

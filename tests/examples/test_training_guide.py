@@ -32,5 +32,5 @@ def test_every_block_of_the_guide_runs(start_stack: Callable[..., RunningStack],
         assert '"failed"' not in done.stdout, done.stdout
         printed += done.stdout
         ran += 1
-    assert ran == 5
+    assert ran == 6
     assert '["succeeded",180,' in printed and '["ready",180,' in printed, printed

@@ -124,8 +124,56 @@ CASES: dict[str, tuple[str, Arrays, Arrays, dict[str, Any]]] = {
             "GlobalAveragePool",
             "GlobalMaxPool",
             "Dropout",
+            "Atan",
+            "Celu",
+            "Cosh",
+            "IsInf",
+            "Round",
+            "Selu",
+            "Shrink",
+            "Sign",
+            "Sinh",
+            "Tan",
+            "ThresholdedRelu",
+            "ReduceL1",
+            "ReduceLogSumExp",
+            "ReduceProd",
+            "ReduceSumSquare",
         ]
     },
+    **{name: (name, {"x": np.tanh(X)}, {}, {}) for name in ("Acos", "Asin")},
+    "IsInf upwards": (
+        "IsInf",
+        {"x": np.array([np.inf, -np.inf, 1, np.nan], np.float32)},
+        {},
+        {"detect_negative": 0},
+    ),
+    "Mod of integers": ("Mod", {"a": whole(7, -7, 9, -9), "b": whole(2, 2, -4, -4)}, {}, {}),
+    "Mod of floats": ("Mod", {"a": X, "b": np.full((4, 1), 0.3, np.float32)}, {}, {"fmod": 1}),
+    "Xor": ("Xor", {"a": X > 0, "b": X < 1}, {}, {}),
+    "Clip by what is computed": (
+        "Clip",
+        {"x": X, "low": np.array(-0.5, np.float32), "high": np.array(0.5, np.float32)},
+        {},
+        {},
+    ),
+    "Trilu": ("Trilu", {"x": X}, {}, {}),
+    "Trilu below": ("Trilu", {"x": X}, {"k": np.array(-1)}, {"upper": 0}),
+    "GatherElements": ("GatherElements", {"x": X}, {"i": np.array([[[0, -1, 2]]])}, {"axis": 2}),
+    "CumSum": ("CumSum", {"x": X}, {"axis": np.array(1)}, {}),
+    "ScatterND": (
+        "ScatterND",
+        {"x": X, "u": floats(2, 6, seed=5)},
+        {"i": np.array([[0, 1], [1, 3]])},
+        {"order": ["x", "i", "u"]},
+    ),
+    "ScatterND adding": (
+        "ScatterND",
+        {"x": X, "u": floats(2, 6, seed=5)},
+        {"i": np.array([[0, 1], [0, 1]])},
+        {"order": ["x", "i", "u"], "reduction": "add"},
+    ),
+    "Einsum": ("Einsum", {"a": X, "b": floats(2, 6, 3, seed=1)}, {}, {"equation": "bij, bjk -> bik"}),
     **{name: (name, {"x": np.abs(X) + 0.1}, {}, {}) for name in ("Log", "Reciprocal", "Sqrt")},
     **{
         name: (name, {"a": X, "b": floats(4, 1, seed=1)}, {}, {})
@@ -270,6 +318,41 @@ CASES: dict[str, tuple[str, Arrays, Arrays, dict[str, Any]]] = {
         {"sizes": whole(2, 4, 14, 5)},
         {"order": ["x", "", "", "sizes"], "mode": "linear", "coordinate_transformation_mode": "align_corners"},
     ),
+    **{
+        f"{kind} {direction}": (
+            kind,
+            {"x": floats(5, 2, 3)},
+            {
+                "w": floats(1 + (direction == "bidirectional"), gates * 4, 3, seed=1),
+                "r": floats(1 + (direction == "bidirectional"), gates * 4, 4, seed=2),
+                "b": floats(1 + (direction == "bidirectional"), 2 * gates * 4, seed=3),
+            },
+            {"hidden_size": 4, "direction": direction, "outputs": 3 if kind == "LSTM" else 2},
+        )
+        for kind, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1))
+        for direction in ("forward", "reverse", "bidirectional")
+    },
+    "GRU of torch": (
+        "GRU",
+        {"x": floats(5, 2, 3), "h": floats(1, 2, 4, seed=4)},
+        {"w": floats(1, 12, 3, seed=1), "r": floats(1, 12, 4, seed=2), "b": floats(1, 24, seed=3)},
+        {"hidden_size": 4, "linear_before_reset": 1, "outputs": 2, "order": ["x", "w", "r", "b", "", "h"]},
+    ),
+    "LSTM from a state": (
+        "LSTM",
+        {"x": floats(5, 2, 3), "h": floats(1, 2, 4, seed=4), "c": floats(1, 2, 4, seed=5)},
+        {"w": floats(1, 16, 3, seed=1), "r": floats(1, 16, 4, seed=2)},
+        {"hidden_size": 4, "outputs": 3, "order": ["x", "w", "r", "", "", "h", "c"]},
+    ),
+    "RNN with another activation": (
+        "RNN",
+        {"x": floats(5, 2, 3)},
+        {"w": floats(1, 4, 3, seed=1), "r": floats(1, 4, 4, seed=2)},
+        {"hidden_size": 4, "outputs": 2, "activations": ["Relu"]},
+    ),
+    "DepthToSpace": ("DepthToSpace", {"x": floats(2, 8, 3, 2)}, {}, {"blocksize": 2}),
+    "DepthToSpace of torch": ("DepthToSpace", {"x": floats(2, 8, 3, 2)}, {}, {"blocksize": 2, "mode": "CRD"}),
+    "SpaceToDepth": ("SpaceToDepth", {"x": floats(2, 3, 4, 6)}, {}, {"blocksize": 2}),
     "CastLike": ("CastLike", {"x": X, "like": whole(1)}, {}, {"opset": 19}),
     "ConstantOfShape": (
         "ConstantOfShape",
@@ -288,7 +371,31 @@ def test_an_operator_gives_what_onnx_runtime_gives(case: str, tmp_path: Path) ->
 
 
 def test_every_operator_of_the_table_is_compared() -> None:
-    assert {case[0] for case in CASES.values()} | {"Slice"} == set(OPERATORS)
+    elsewhere = {"Slice", "SequenceAt", "SplitToSequence"}
+    assert {case[0] for case in CASES.values()} | elsewhere == set(OPERATORS)
+
+
+@pytest.mark.parametrize("sizes", [np.array(2), whole(1, 3)])
+def test_a_part_of_a_sequence_is_onnx_runtimes(sizes: np.ndarray, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("SplitToSequence", ["x", "sizes"], ["parts"], axis=1),
+        helper.make_node("SequenceAt", ["parts", "last"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 4, 6])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    constants = [numpy_helper.from_array(sizes, "sizes"), numpy_helper.from_array(np.array(-1), "last")]
+    path = tmp_path / "m.onnx"
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", [x], [y], constants),
+            opset_imports=[helper.make_opsetid("", 17)],
+            ir_version=8,
+        ),
+        str(path),
+    )
+    (wanted,) = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": X})
+    (found,) = OnnxModule(read_graph(path)).eval()(torch.from_numpy(X))
+    np.testing.assert_array_equal(found.detach().numpy(), wanted)
 
 
 _bound = st.integers(-9, 9)
@@ -330,7 +437,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OperationError, match="Det") as caught:
         compare(tmp_path, "Det", {"x": floats(2, 2)})
     assert caught.value.code == "model_invalid"
-    assert caught.value.detail == {"operators": ["Det"]}
+    assert caught.value.detail == {"operators": ["Det"], "nodes": {"Det": "node"}}
 
 
 def test_an_operator_of_another_domain_is_refused_by_its_full_name(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from device_operations.requests.training import Optimizer, Schedule
+from device_operations.requests.optimizers import Optimizer
+from device_operations.requests.schedules import Schedule
 from tests.training.sessions import OPTIMIZERS, batch, describe, start, train
 from workers.training.optimizers import Lists, Updater, slots_of
 from workers.training.outcomes import StepOptions
@@ -94,7 +95,7 @@ def test_a_session_ends_where_a_bare_torch_loop_ends(case: str) -> None:
 
 def test_schedules_climb_fall_and_stay() -> None:
     def rates(**fields: Any) -> list[float]:
-        return [learning_rate_at(Schedule(**fields), 1.0, step) for step in range(12)]
+        return [learning_rate_at(TypeAdapter(Schedule).validate_python(fields), 1.0, step) for step in range(12)]
 
     np.testing.assert_allclose(rates(warmup_steps=4), [0.25, 0.5, 0.75] + [1] * 9)
     linear = rates(type="linear", warmup_steps=2, total_steps=10, min_learning_rate=0.2)

@@ -57,6 +57,32 @@ def test_layers_are_recorded_by_their_one_spelling_and_a_payload_reads_back_as_i
     assert Initialize.model_validate(request.payload()) == request
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "mse"},
+        {"loss": {"type": "cross_entropy", "ignore_index": -100, "weight": [1.0, 0.5], "label_smoothing": 0.1}},
+        {"loss": {"type": "bce_with_logits", "pos_weight": [2.0]}},
+        {"loss": {"type": "smooth_l1", "beta": 0.5}},
+        {"schedule": {"type": "plateau", "metric": "evaluate"}},
+        {"schedule": {"type": "one_cycle", "total_steps": 10}},
+        {"precision": "float16"},
+    ],
+)
+def test_a_recipe_is_recorded_as_it_was_said_and_reads_back(change: dict[str, Any]) -> None:
+    request = Initialize.model_validate(PLAIN | change)
+    (name, said), *_ = change.items()
+    payload = request.payload()
+    assert payload[name] == said or said.items() <= payload[name].items()
+    assert Initialize.model_validate(payload) == request
+
+
+def test_the_documents_schema_says_what_each_loss_and_schedule_takes() -> None:
+    definitions = Initialize.model_json_schema()["$defs"]
+    assert set(definitions["NllLoss"]["properties"]) == {"type", "ignore_index", "weight"}
+    assert "every_steps" in definitions["PlateauSchedule"]["properties"]
+
+
 def test_every_blob_that_a_step_reads_is_named() -> None:
     far = {"dtype": "float32", "shape": [2, 3]}
     step = Step.model_validate(BATCH | {"inputs": {"a": far | {"blob_id": "x"}}, "targets": far | {"blob_id": "y"}})
@@ -93,6 +119,31 @@ def test_every_blob_that_a_step_reads_is_named() -> None:
         ({"schedule": {"type": "cosine"}}, "needs total_steps"),
         ({"schedule": {"type": "linear", "warmup_steps": 5, "total_steps": 5}}, "above warmup_steps"),
         ({"schedule": {"total_steps": 5}}, "go with type cosine or linear"),
+        ({"schedule": {"type": "cyclic"}}, "'one_cycle' or 'plateau'"),
+        ({"schedule": {"type": "step"}}, "step_size"),
+        ({"schedule": {"type": "step", "step_size": 0}}, "greater than or equal to 1"),
+        ({"schedule": {"type": "exponential", "gamma": 0}}, "greater than 0"),
+        ({"schedule": {"type": "exponential", "gamma": 0.9, "step_size": 2}}, "Extra inputs"),
+        ({"schedule": {"type": "one_cycle"}}, "total_steps"),
+        ({"schedule": {"type": "one_cycle", "total_steps": 9, "pct_start": 1.1}}, "less than or equal to 1"),
+        ({"schedule": {"type": "one_cycle", "total_steps": 9, "warmup_steps": 1}}, "Extra inputs"),
+        ({"schedule": {"type": "plateau", "factor": 1.0}}, "less than 1"),
+        ({"schedule": {"type": "plateau", "metric": "accuracy"}}, "'train' or 'evaluate'"),
+        ({"schedule": {"type": "plateau", "metric": "evaluate", "every_steps": 2}}, "goes with metric train"),
+        ({"loss": {"type": "hinge"}}, "'mse', 'cross_entropy'"),
+        ({"loss": {"ignore_index": 1}}, "whose type is one of these"),
+        ({"loss": 1}, "whose type is one of these"),
+        ({"loss": {"type": "mse", "weight": [1.0]}}, "Extra inputs"),
+        ({"loss": {"type": "nll", "label_smoothing": 0.1}}, "Extra inputs"),
+        ({"loss": {"type": "bce_with_logits", "ignore_index": 1}}, "Extra inputs"),
+        ({"loss": {"type": "cross_entropy", "pos_weight": [1.0]}}, "Extra inputs"),
+        ({"loss": {"type": "cross_entropy", "beta": 1.0}}, "Extra inputs"),
+        ({"loss": {"type": "cross_entropy", "label_smoothing": 1.1}}, "less than or equal to 1"),
+        ({"loss": {"type": "cross_entropy", "weight": []}}, "at least 1"),
+        ({"loss": {"type": "cross_entropy", "weight": [-1.0]}}, "greater than or equal to 0"),
+        ({"loss": {"type": "cross_entropy", "ignore_index": 1.5}}, "valid integer"),
+        ({"loss": {"type": "smooth_l1", "beta": -1}}, "greater than or equal to 0"),
+        ({"precision": "float64"}, "'float32', 'bfloat16' or 'float16'"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"seed": 2**63}, "less than"),
         ({"seed": True}, "valid integer"),
@@ -130,6 +181,8 @@ def test_an_initialization_that_cannot_be_is_refused(change: dict[str, Any], wor
         ({"session_id": "s", "dataset": {"batch_size": 8, "epochs": 1}}, "inputs and targets, or a blob_id"),
         ({"session_id": "s", "dataset": DATASET | {"targets": LABELS}}, "either blob_id, or"),
         ({"session_id": "s", "dataset": DATASET, "mode": "gradients", "form": "blob"}, "for one batch"),
+        ({"session_id": "s", "dataset": DATASET | {"grad_accumulation": 0}}, "greater than or equal to 1"),
+        ({"session_id": "s", "dataset": DATASET | {"grad_accumulation": 2}, "mode": "evaluate"}, "with mode train"),
     ],
 )
 def test_a_step_that_cannot_be_is_refused(request_: dict[str, Any], words: str) -> None:

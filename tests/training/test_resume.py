@@ -23,6 +23,9 @@ SCHEDULES = [
     {},
     {"type": "cosine", "warmup_steps": 3, "total_steps": 20, "min_learning_rate": 1e-4},
     {"type": "linear", "total_steps": 9},
+    {"type": "one_cycle", "total_steps": 12},
+    {"type": "plateau", "patience": 0, "every_steps": 2},
+    {"type": "plateau", "patience": 0, "metric": "evaluate", "factor": 0.5},
 ]
 
 #: One job of each kind; its number is its place in the list.
@@ -35,6 +38,8 @@ JOBS: dict[str, Any] = {
     "evaluate": (StepOptions(mode="evaluate"), None),
     "epoch": (StepOptions(), Plan(batch_size=8, epochs=1)),
     "drawn": (StepOptions(), Plan(batch_size=7, steps=5, drop_last=True)),
+    "grouped": (StepOptions(gradient_clip_norm=0.5), Plan(batch_size=6, epochs=2, grad_accumulation=2)),
+    "judged": (StepOptions(mode="evaluate"), Plan(batch_size=8, epochs=1)),
     "gathered": (StepOptions(mode="gradients"), Plan(batch_size=8, steps=2, shuffle=False)),
 }
 
@@ -77,11 +82,12 @@ def advance(session: Any, jobs: list[str], *, stop_after: int | None = None) -> 
     jobs=st.lists(st.sampled_from(list(JOBS)), min_size=1, max_size=8),
     cuts=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     seed=st.integers(0, 2**63 - 1),
+    precision=st.sampled_from(["float32", "float16"]),
 )
 def test_a_session_carried_over_at_any_steps_ends_where_it_would_have_ended(
-    optimizer: str, schedule: dict[str, Any], jobs: list[str], cuts: list[int], seed: int
+    optimizer: str, schedule: dict[str, Any], jobs: list[str], cuts: list[int], seed: int, precision: str
 ) -> None:
-    fields = {"optimizer": OPTIMIZERS[optimizer], "schedule": schedule, "seed": seed}
+    fields = {"optimizer": OPTIMIZERS[optimizer], "schedule": schedule, "seed": seed, "precision": precision}
     whole = start(**fields)
     wanted = advance(whole, jobs)
 

@@ -37,6 +37,7 @@ from workers.tensors import host_array, staged_bytes
 from workers.training.checkpoints import Snapshot
 from workers.training.dataset import Dataset
 from workers.training.export import onnx_bytes
+from workers.training.listing import list_tensors
 from workers.training.outcomes import StepOutcome, summarize
 from workers.training.runs import DatasetRun
 from workers.training.validation import compare
@@ -69,7 +70,8 @@ def initialize(resident: Resident, work: Work) -> Outcome:
     export_in_spare_time(resident, held)
     made = facts(held)
     told = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
-    return work.succeeded(told, session=made)
+    listed = list_tensors(held.session.definition, held.spec, held.session.state.model)
+    return work.succeeded(told, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
 
 
 def step(resident: Resident, work: Work) -> Outcome | Passed | Steps:
@@ -188,7 +190,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
     except Exception as error:
         known = classified(resident, error)
         if sequence is None:
-            session.state.unfinished_run = None
+            session.abandon_run()
             raise known from error
         if not run.steps_done or not session.intact:
             # Nothing to keep, or nothing that could be: the record has the session as it was before the job.
@@ -202,7 +204,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
     }  # fmt: skip
     ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
     if sequence is None:
-        session.state.unfinished_run = None
+        session.abandon_run()
         return ended
     run.finish()
     ended.facts["applied"] = _applied(notes, sequence, run.steps_done, copies)
@@ -226,7 +228,7 @@ class _Notes:
             self._history.append(
                 {
                     "step": outcome.step,
-                    "loss": outcome.loss,
+                    "loss": outcome.loss if outcome.update_loss is None else outcome.update_loss,
                     "gradient_norm": outcome.gradient_norm,
                     "learning_rate": outcome.learning_rate,
                     "at": time.time(),

@@ -38,7 +38,7 @@ def plan_of(request: dict[str, Any]) -> Plan | None:
         return None
     return Plan(
         given["batch_size"], given.get("steps"), given.get("epochs"), given.get("shuffle", True),
-        given.get("drop_last", False),
+        given.get("drop_last", False), given.get("grad_accumulation") or 1,
     )  # fmt: skip
 
 

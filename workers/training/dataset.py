@@ -69,11 +69,20 @@ class Plan:
     epochs: int | None = None
     shuffle: bool = True
     drop_last: bool = False
+    #: Batches that one update is made of.
+    grad_accumulation: int = 1
 
     @classmethod
     def of(cls, request: requests.Dataset) -> Plan:
         """The plan that a request's `dataset` describes."""
-        return cls(request.batch_size, request.steps, request.epochs, request.shuffle, request.drop_last)
+        return cls(
+            request.batch_size,
+            request.steps,
+            request.epochs,
+            request.shuffle,
+            request.drop_last,
+            request.grad_accumulation or 1,
+        )
 
 
 class Order:
@@ -102,6 +111,11 @@ class Order:
         if epoch != self._epoch:
             self._permutation, self._epoch = self._permute(epoch), epoch
         return self._permutation[chosen]
+
+    def ends_group(self, batch: int) -> bool:
+        """Whether an update follows this batch: it completes a group, its epoch, or the job."""
+        position = batch % self._per_epoch + 1
+        return position % self._plan.grad_accumulation == 0 or position == self._per_epoch or batch + 1 == self.batches
 
     def _permute(self, epoch: int) -> Tensor:
         seed = derive_seed(self._seed, "order", self._sequence, epoch)

@@ -12,7 +12,7 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from device_operations.errors import failure
 from device_operations.requests.training import LayersModel, Model, OnnxModel
 from workers.training.determinism import derive_seed
-from workers.training.graph import Graph, read_graph
+from workers.training.graph import Graph, read_graph, set_inference_mode
 from workers.training.layers import build_layers, index_limit
 from workers.training.onnx_module import OnnxModule
 from workers.training.ports import Port
@@ -78,20 +78,36 @@ Networks = OrderedDict[str, Learned]
 _REMEMBERED = 64
 
 
-def define(model: Model, sources: Sources, *, trust_programs: bool, networks: Networks | None = None) -> Definition:
+def define(
+    model: Model,
+    sources: Sources,
+    *,
+    trust_programs: bool,
+    networks: Networks | None = None,
+    trainable: Sequence[str] | None = None,
+    frozen_statistics: bool = False,
+) -> Definition:
     """The definition for a request's `model`; it shares what is learned with those of its structure in `networks`.
+
+    `trainable` are the patterns of what is to be trained: they may name constants of
+    a graph that are not trained otherwise.
+    `frozen_statistics` takes graphs whose batch normalization was folded away.
 
     Raises `validation_failed`, `model_invalid`, `checksum_mismatch`, and `untrusted_program` for a program where
     programs are not trusted.
     """
-    made = _define(model, sources, trust_programs=trust_programs)
-    made.learned = Learned() if networks is None else networks.setdefault(made.structure, Learned())
+    made = _define(model, sources, trust_programs, trainable, frozen_statistics)
+    # With its statistics frozen, a network takes batches that it refuses otherwise: a single sample.
+    key = f"{made.structure} frozen" if frozen_statistics else made.structure
+    made.learned = Learned() if networks is None else networks.setdefault(key, Learned())
     while networks is not None and len(networks) > _REMEMBERED:
         networks.popitem(last=False)
     return made
 
 
-def _define(model: Model, sources: Sources, *, trust_programs: bool) -> Definition:
+def _define(
+    model: Model, sources: Sources, trust_programs: bool, trainable: Sequence[str] | None, frozen_statistics: bool
+) -> Definition:
     if isinstance(model, LayersModel):
         return LayersDefinition(model)
     if not isinstance(model, OnnxModel) and not trust_programs:
@@ -104,7 +120,9 @@ def _define(model: Model, sources: Sources, *, trust_programs: bool) -> Definiti
         raise failure("model_invalid", f"the file of the {model.kind} model was not found")
     if model.sha256 is not None:
         check_hash(sources.model, model.sha256, "the model file")
-    return OnnxDefinition(model, sources.model) if isinstance(model, OnnxModel) else ScriptDefinition(sources.model)
+    if isinstance(model, OnnxModel):
+        return OnnxDefinition(model, read_graph(sources.model, trainable, frozen_statistics=frozen_statistics))
+    return ScriptDefinition(sources.model)
 
 
 class LayersDefinition(Definition):
@@ -130,8 +148,8 @@ class LayersDefinition(Definition):
 class OnnxDefinition(Definition):
     """A graph from an ONNX file; parameters carry the names of the file's initializers and constants."""
 
-    def __init__(self, model: OnnxModel, path: Path) -> None:
-        self._graph: Graph = read_graph(path)
+    def __init__(self, model: OnnxModel, graph: Graph) -> None:
+        self._graph = graph
         rows = _rows_by_input(self._graph)
         self.inputs = tuple(Port(port.name, port.dtype, port.shape, rows.get(port.name)) for port in self._graph.inputs)
         self.output_names = tuple(port.name for port in self._graph.outputs)
@@ -141,7 +159,10 @@ class OnnxDefinition(Definition):
                     "model_invalid", f"the model has no output {model.output!r}; it has {', '.join(self.output_names)}"
                 )
             self.trained_output = self.output_names.index(model.output)
-        self._weights = {name: self._graph.tensors[name] for name in (*self._graph.parameters, *self._graph.statistics)}
+        self._weights = {
+            name: self._graph.tensors[name]
+            for name in (*self._graph.parameters, *self._graph.statistics, *self._graph.copies)
+        }
         self._released = False
         self.structure = _hash(self._without_weights().SerializeToString(deterministic=True))
 
@@ -164,11 +185,14 @@ class OnnxDefinition(Definition):
         return module
 
     def written_back(self, tensors: dict[str, Tensor]) -> onnx.ModelProto:
-        """The file's model with these weights where its own were; `tensors` are on the CPU, by name."""
+        """The file's model in inference mode, with these weights where its own were; `tensors` are on the CPU."""
         model = self._without_weights()
         places = _places(model)
         for name in self._weights:
-            places[name].raw_data = raw_bytes(tensors[name])
+            copy = self._graph.copies.get(name)
+            weight = tensors[name if copy is None else copy.of]
+            places[name].raw_data = raw_bytes(weight.t() if copy is not None and copy.transposed else weight)
+        set_inference_mode(model)
         return model
 
     def _without_weights(self) -> onnx.ModelProto:

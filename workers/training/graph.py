@@ -1,43 +1,29 @@
 """An ONNX file as training sees it: checked, its operators known, its constants sorted by their part in training.
 
-What trains: every float constant with more than one element, and single ones where an operator expects a weight, except
-those that an operator reads as a setting (a clip's bounds, a resize's scales). Means and variances of batch
-normalization are buffers. Parameters and buffers carry the names that the ONNX file gives them.
+Parameters and buffers carry the names that the ONNX file gives them. `roles` says which is which, `sharing` what
+becomes of constants that several nodes read.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import numpy_helper
 
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from workers.training.operators import OPERATORS
 from workers.training.operators.node import DTYPES
+from workers.training.origins import FOLDED_FROM, argument_of, called_with
 from workers.training.ports import Port
-
-#: Inputs by position that an operator reads as settings: never trained.
-_SETTINGS: dict[str, set[int]] = {
-    "Clip": {1, 2}, "Dropout": {1, 2}, "Expand": {1}, "Pad": {1, 2, 3}, "Pow": {1}, "Range": {0, 1, 2},
-    "Resize": {1, 2, 3}, "Where": {0},
-}  # fmt: skip
-
-#: Inputs by position that are weights even where they have a single element.
-_WEIGHTS: dict[str, set[int]] = {
-    "BatchNormalization": {1, 2}, "Conv": {1, 2}, "ConvTranspose": {1, 2}, "Gemm": {0, 1, 2},
-    "GroupNormalization": {1, 2}, "InstanceNormalization": {1, 2}, "LayerNormalization": {1, 2}, "MatMul": {0, 1},
-    "PRelu": {1},
-}  # fmt: skip
-
-#: Running statistics by position: saved and updated in training, not trained.
-_STATISTICS: dict[str, set[int]] = {"BatchNormalization": {3, 4}}
-
-#: Nodes that hand their first input on unchanged in value, so that what they feed still says what it is.
-_PASSING = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Cast"}
+from workers.training.roles import Role, find_roles
+from workers.training.sharing import Copy, bypass_identities, find_copies, split_merged
 
 
 @dataclass(frozen=True)
@@ -48,36 +34,73 @@ class Graph:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     opset: int
+    #: What each constant is in training, and why.
+    roles: tuple[Role, ...]
+    #: The names of the trained tensors, without copies, and of the running statistics.
     parameters: tuple[str, ...]
     statistics: tuple[str, ...]
+    #: Matrices that repeat a parameter's elements and follow it.
+    copies: Mapping[str, Copy]
     #: The tensors of initializers and Constant nodes, where they stand in the model.
     tensors: dict[str, onnx.TensorProto]
 
 
-def read_graph(path: Path) -> Graph:
-    """The model in the file at `path`.
+def read_graph(path: Path, trainable: Sequence[str] | None = None, *, frozen_statistics: bool = False) -> Graph:
+    """The model in the file at `path`, for sessions that train by default or what the patterns `trainable` name.
 
-    Raises `model_invalid` for a file that is no ONNX model, keeps its weights in other files, or has an operator that
-    the table does not know, which it names.
+    Raises `validation_failed` for a pattern that fits nothing, and `model_invalid` for a file that is no ONNX model,
+    keeps its weights in other files, or has an operator that the table does not know, which it names.
     """
     try:
         model = onnx.load_model(str(path), load_external_data=False)
     except Exception as error:
         raise failure("model_invalid", f"the file is no valid ONNX model: {str(error)[:500]}") from error
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
     opset = _check_operators(model)
     _check_names(model)
+    if not frozen_statistics:
+        _check_folded(model)
+    _find_tensors(model)
+    split_merged(model, bypass_identities(model))
     tensors = _find_tensors(model)
-    statistics, parameters = _classify(model, tensors)
+    roles = find_roles(model, tensors, trainable)
+    statistics = tuple(role.name for role in roles if role.part == "statistic")
+    trained = [role.name for role in roles if role.part == "parameter"]
+    copies = find_copies(tensors, trained, _readers(model))
+    parameters = tuple(name for name in trained if name not in copies)
     given = set(tensors)
     return Graph(
         model,
         tuple(_port(value) for value in model.graph.input if value.name not in given),
         tuple(Port(value.name) for value in model.graph.output),
         opset,
+        tuple(roles),
         parameters,
         statistics,
+        copies,
         tensors,
     )
+
+
+def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def set_inference_mode(model: onnx.ModelProto) -> None:
+    """Makes batch normalization use its running statistics and dropout pass everything, as in inference."""
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            kept = [attribute for attribute in node.attribute if attribute.name != "training_mode"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            del node.output[1:]
+        elif node.op_type == "Dropout":
+            del node.input[2:]
 
 
 def _check_operators(model: onnx.ModelProto) -> int:
@@ -86,16 +109,77 @@ def _check_operators(model: onnx.ModelProto) -> int:
         raise failure(
             "model_invalid", f"ONNX opset {opset} is too old to train; convert the model to opset 13 or later"
         )
-    names = {f"{n.domain}.{n.op_type}" if n.domain not in ("", "ai.onnx") else n.op_type for n in model.graph.node}
-    unknown = sorted(names - OPERATORS.keys() - {"Constant"})
+    unknown: dict[str, str] = {}
+    for node in model.graph.node:
+        kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        if kind not in OPERATORS and kind != "Constant":
+            unknown.setdefault(kind, node.name or node.output[0])
     if unknown:
+        places = ", ".join(f"{kind} (node {name!r})" for kind, name in sorted(unknown.items()))
         raise failure(
             "model_invalid",
-            f"ONNX operators that cannot be trained here: {', '.join(unknown)}; "
+            f"ONNX operators that cannot be trained here: {places}. Export the model by torch's other exporter "
+            "(torch.onnx.export with dynamo=False or dynamo=True), or describe it as layers; "
             f"known are {', '.join(sorted(OPERATORS))}",
-            detail={"operators": unknown},
+            detail={"operators": sorted(unknown), "nodes": unknown},
         )
     return opset
+
+
+def _check_folded(model: onnx.ModelProto) -> None:
+    """Refuses a file that lacks what torch would train: normalization folded into weights, biases left out.
+
+    torch's tracing exporter shows the first by the names of weights; its newer one notes on each node what it came
+    from.
+    """
+    arguments = called_with(model)
+    made = {
+        entry_of.name: re.findall(r"'([^']*)'", entry.value)
+        for entry_of in (*model.graph.value_info, *model.graph.initializer)
+        for entry in entry_of.metadata_props
+        if entry.key == FOLDED_FROM
+    }
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        traced = model.producer_name == "pytorch" and any(_FOLDED_WEIGHT.fullmatch(name) for name in node.input[1:2])
+        if traced or _NORMALIZATION.search(notes.get("pkg.torch.onnx.fx_node", "")):
+            what = "folded batch normalization (or another computation of its weight) into"
+            raise _unfaithful(node, what, "trains the folded weights as they are")
+        if any(_is_computed(made.get(name, []), arguments) for name in node.input):
+            raise _unfaithful(node, "computed from other parameters a weight of", "trains the weight as it is")
+        left_out = _THIRD_PARAMETER.search(notes.get("pkg.torch.onnx.fx_node", ""))
+        if left_out and node.op_type != "MatMul" and not (len(node.input) > 2 and node.input[2]):
+            why = f"left out the bias {left_out[1]}, which was zero at the time, of"
+            raise _unfaithful(node, why, "trains what the file has")
+
+
+def _is_computed(made_from: list[str], arguments: set[str]) -> bool:
+    """Whether a constant stands for more than one parameter: a weight that the network normalizes, for example."""
+    named = [part for part in made_from if "." in part]
+    return len(named) > 1 and not any(argument_of(part) in arguments for part in named)
+
+
+def _unfaithful(node: onnx.NodeProto, why: str, consequence: str) -> OperationError:
+    return failure(
+        "model_invalid",
+        f"the exporter has {why} {node.op_type} (node {node.name!r}): trained so, the model would not be what torch "
+        "trains. Export it with training=TrainingMode.PRESERVE and do_constant_folding=False, or with dynamo=True and "
+        f"optimize=False; or set frozen_statistics, which {consequence}",
+        detail={"operator": node.op_type, "node": node.name},
+    )
+
+
+#: What torch's tracing exporter calls a weight that it has computed anew. That of a MatMul is mostly just transposed.
+_FOLDED_WEIGHT = re.compile(r"onnx::(Conv|ConvTranspose|Gemm)_\d+")
+
+#: The call that the newer exporter notes on a convolution with a batch normalization in it. The names of classes tell
+#: nothing: a network may be called `BatchNormalized`.
+_NORMALIZATION = re.compile(r"target=torch\.ops\.aten\.\w*batch_norm")
+
+#: The bias among the arguments of the call that a node was made from, where that was a parameter.
+_THIRD_PARAMETER = re.compile(r"aten\.(?:linear|conv\w*)\.default\]\(args = \(%\w+, %\w+, %p_(\w+)")
 
 
 def _check_names(model: onnx.ModelProto) -> None:
@@ -148,46 +232,6 @@ def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto:
         node.attribute.append(onnx.helper.make_attribute("value", tensor))
         attribute = node.attribute[0]
     return cast(onnx.TensorProto, attribute.t)
-
-
-def _classify(model: onnx.ModelProto, tensors: dict[str, onnx.TensorProto]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(statistics, parameters): which float constants are saved and which are trained, in the order of the file."""
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    aliases = {name: name for name in tensors}
-    matmul_outputs: set[str] = set()
-    settings: set[str] = set()
-    weights: set[str] = set()
-    statistics: set[str] = set()
-    free: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type in _PASSING and node.input and node.input[0] in aliases:
-            aliases[node.output[0]] = aliases[node.input[0]]
-            continue
-        if node.op_type == "MatMul":
-            matmul_outputs.add(node.output[0])
-        for index, name in enumerate(node.input):
-            constant = aliases.get(name)
-            if constant is None:
-                continue
-            if index in _SETTINGS.get(node.op_type, ()):
-                settings.add(constant)
-            elif index in _STATISTICS.get(node.op_type, ()):
-                statistics.add(constant)
-            else:
-                bias = node.op_type == "Add" and constant in initializers and matmul_outputs & set(node.input)
-                (weights if bias or index in _WEIGHTS.get(node.op_type, ()) else free).add(constant)
-    floating = [name for name, tensor in tensors.items() if _is_floating(tensor)]
-    several = {name for name in floating if int(np.prod(tensors[name].dims)) > 1}
-    trained = ((free & several) | weights) - settings - statistics
-    return (
-        tuple(name for name in floating if name in statistics),
-        tuple(name for name in floating if name in trained),
-    )
-
-
-def _is_floating(tensor: onnx.TensorProto) -> bool:
-    dtype = DTYPES.get(tensor.data_type)
-    return dtype is not None and dtype.is_floating_point
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

@@ -19,6 +19,9 @@ from workers.training.graph import Graph
 from workers.training.operators import OPERATORS, Node, Operator
 from workers.training.operators.node import DTYPES, Mode
 
+#: Operators that are not computed beforehand: they follow the mode, or draw numbers.
+_UNFOLDED = {"BatchNormalization", "Dropout"}
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -41,6 +44,7 @@ class OnnxModule(nn.Module):
         self.output_names = tuple(port.name for port in graph.outputs)
         self._mode = Mode()
         self._host: dict[str, Tensor] = {}
+        self._copies = graph.copies
         self._adapters: dict[str, float] = {}
         self._take_tensors(graph, meta)
         self._calls = self._build_calls(graph)
@@ -48,6 +52,8 @@ class OnnxModule(nn.Module):
     def _take_tensors(self, graph: Graph, meta: bool) -> None:
         parameters, statistics = set(graph.parameters), set(graph.statistics)
         for name, tensor in graph.tensors.items():
+            if name in graph.copies:
+                continue
             if tensor.data_type not in DTYPES:
                 raise failure(
                     "model_invalid", f"the constant {name!r} has ONNX type {tensor.data_type}, unknown to torch"
@@ -68,7 +74,7 @@ class OnnxModule(nn.Module):
                 self._host[name] = value
 
     def _build_calls(self, graph: Graph) -> list[_Call]:
-        fixed = set(graph.parameters) | set(graph.statistics)
+        fixed = {*graph.parameters, *graph.statistics, *graph.copies}
         constants = {
             name: numpy_helper.to_array(t) for name, t in graph.tensors.items() if name not in fixed and _small(t)
         }
@@ -77,6 +83,7 @@ class OnnxModule(nn.Module):
             for name in node.input:
                 last_use[name] = index
         kept = set(self.output_names) | set(graph.tensors)
+        read = set(last_use) | set(self.output_names)
         calls = []
         for index, proto in enumerate(graph.model.graph.node):
             if proto.op_type == "Constant":
@@ -85,19 +92,43 @@ class OnnxModule(nn.Module):
                 proto.op_type,
                 proto.name,
                 tuple(proto.input),
-                tuple(proto.output),
+                # An output that nobody reads is as good as one that is left out.
+                tuple(name if name in read else "" for name in proto.output),
                 {a.name: _attribute(a) for a in proto.attribute},
                 graph.opset,
                 constants,
                 self._mode,
             )
+            if self._fold(node, constants):
+                kept.update(name for name in node.outputs if name)
+                continue
             release = {name for name in proto.input if name and last_use[name] == index and name not in kept}
-            try:
-                operator = OPERATORS[proto.op_type](node)
-            except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-                raise node.refuse(f"its attributes or inputs do not fit: {error}") from error
-            calls.append(_Call(node, operator, tuple(release)))
+            calls.append(_Call(node, _built(node), tuple(release)))
         return calls
+
+    def _fold(self, node: Node, constants: dict[str, np.ndarray[Any, Any]]) -> bool:
+        """Computes a node of small constants once, so that what reads it finds a constant; whether it was one.
+
+        What it gives is a setting of the graph: the scales of a resize, a shape, a mask.
+        """
+        given = [name for name in node.inputs if name]
+        if node.op_type in _UNFOLDED or not given or any(name not in constants for name in given):
+            return False
+        inputs = [torch.from_numpy(np.array(constants[name])) if name else None for name in node.inputs]
+        result = _built(node)(*inputs)
+        for name, value in zip(node.outputs, [result] if isinstance(result, Tensor) else result, strict=False):
+            if name:
+                constants[name] = value.numpy()
+                if value.is_floating_point():
+                    self._buffers[name] = value
+                    self._non_persistent_buffers_set.add(name)
+                else:
+                    self._host[name] = value
+        return True
+
+    def freeze_statistics(self) -> None:
+        """From now on batch normalization uses its running statistics in training too."""
+        self._mode.frozen = True
 
     def adapt(self, weight: str, down: Tensor, up: Tensor, scale: float) -> None:
         """Lets `weight` act as weight + scale * up @ down, with two trained factors beside it."""
@@ -126,6 +157,8 @@ class OnnxModule(nn.Module):
         values: dict[str, Any] = {**self._host, **self._buffers, **self._parameters}
         for weight, scale in self._adapters.items():
             values[weight] = values[weight] + scale * (values[f"{weight}.lora_b"] @ values[f"{weight}.lora_a"])
+        for name, copy in self._copies.items():
+            values[name] = values[copy.of].t() if copy.transposed else values[copy.of]
         values.update(zip(self.input_names, inputs, strict=True))
         for call in self._calls:
             node = call.node
@@ -141,6 +174,13 @@ class OnnxModule(nn.Module):
             for name in call.release:
                 del values[name]
         return tuple(values[name] for name in self.output_names)
+
+
+def _built(node: Node) -> Operator:
+    try:
+        return OPERATORS[node.op_type](node)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise node.refuse(f"its attributes or inputs do not fit: {error}") from error
 
 
 def to_torch(tensor: onnx.TensorProto) -> Tensor:

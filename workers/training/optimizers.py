@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from device_operations.requests.training import Adam, AdamW, Optimizer, Sgd
+from device_operations.requests.optimizers import Adam, AdamW, Optimizer, Sgd
 
 _List = list[Tensor]
 
@@ -40,6 +40,8 @@ class Lists:
         fused = device.type in ("cpu", "cuda")
         self.mul_: Callable[..., None] = torch._foreach_mul_ if fused else _loop("mul_")
         self.add_: Callable[..., None] = torch._foreach_add_ if fused else _loop("add_")
+        self.div_: Callable[..., None] = torch._foreach_div_ if fused else _loop("div_")
+        self.lerp_: Callable[..., None] = torch._foreach_lerp_ if fused else _blend
         self.sqrt_: Callable[..., None] = torch._foreach_sqrt_ if fused else _loop("sqrt_")
         self.copy_: Callable[..., None] = torch._foreach_copy_ if fused else _loop("copy_")
         self.addcmul_: Callable[..., None] = torch._foreach_addcmul_ if fused else _loop("addcmul_", "value")
@@ -113,17 +115,16 @@ class Updater:
                 lists.mul_(parameters, 1 - learning_rate * spec.weight_decay)
             else:
                 lists.add_(gradients, parameters, alpha=spec.weight_decay)
-        lists.mul_(averages, beta1)
-        lists.add_(averages, gradients, alpha=1 - beta1)
+        lists.lerp_(averages, gradients, 1 - beta1)
         lists.mul_(squares, beta2)
         lists.addcmul_(squares, gradients, gradients, 1 - beta2)
-        # The gradients have done their part: their memory takes the denominator. The correction of its bias is drawn
-        # out of the root, into epsilon and the rate: one pass over memory less than torch's order of operations.
-        unbiased = math.sqrt(1 - beta2**self.steps)
+        # The gradients have done their part: their memory takes the denominator. The order is torch's to the bit: a
+        # bias before a normalization has a gradient of rounding alone, which the division by its root makes visible.
         lists.copy_(gradients, squares)
         lists.sqrt_(gradients)
-        lists.add_(gradients, spec.eps * unbiased)
-        lists.addcdiv_(parameters, averages, gradients, -learning_rate * unbiased / (1 - beta1**self.steps))
+        lists.div_(gradients, math.sqrt(1 - beta2**self.steps))
+        lists.add_(gradients, spec.eps)
+        lists.addcdiv_(parameters, averages, gradients, -learning_rate / (1 - beta1**self.steps))
 
 
 def _loop(name: str, third: str | None = None) -> Callable[..., None]:
@@ -137,6 +138,12 @@ def _loop(name: str, third: str | None = None) -> Callable[..., None]:
             getattr(tensor, name)(*parts, **options)
 
     return over
+
+
+def _blend(tensors: Sequence[Tensor], ends: Sequence[Tensor], share: float) -> None:
+    """torch's lerp in two operations, for backends without it."""
+    for tensor, end in zip(tensors, ends, strict=True):
+        tensor.mul_(1 - share).add_(end, alpha=share)
 
 
 def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

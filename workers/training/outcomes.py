@@ -14,13 +14,18 @@ from workers.training.dataset import Plan
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """How a step is made. `learning_rate` in place of the schedule's; `return_gradients` copies them to the host."""
+    """How a step is made. `learning_rate` in place of the schedule's; `return_gradients` copies them to the host.
+
+    `group` is how many batches one update is made of: each loss is divided by it. `quiet` leaves out the norms by name.
+    """
 
     mode: Mode = "train"
     learning_rate: float | None = None
     gradient_clip_norm: float | None = None
     accumulate: bool = True
     return_gradients: bool = False
+    group: int = 1
+    quiet: bool = False
 
     @classmethod
     def of(cls, request: requests.Step) -> StepOptions:
@@ -51,7 +56,8 @@ class StepOutcome:
     `step` is the number of updates the parameters have had after it. `loss` is the batch's mean, None for `apply` and
     for a skipped batch. `gradient_norm` is that of the gradients before clipping: what `train` and `apply` step with,
     this batch's own in mode `gradients`. `correct` counts right answers of a classifying loss in mode `evaluate`, out
-    of `elements`.
+    of `elements`. `update_loss` is the mean loss of the batches that an update was made of, where a dataset's job makes
+    one of several.
     """
 
     step: int
@@ -66,6 +72,7 @@ class StepOutcome:
     accumulated_batches: int = 0
     gradient_norms: Mapping[str, float] | None = None
     gradients: Mapping[str, Tensor] | None = None
+    update_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

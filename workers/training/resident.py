@@ -21,7 +21,7 @@ from workers.training.definition import Definition, Sources, check_hash
 from workers.training.lora import add_adapters, is_adapter
 from workers.training.memory import count_bytes
 from workers.training.optimizers import slots_of
-from workers.training.selection import matching
+from workers.training.selection import PATTERN, matching
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ def _arrange(module: nn.Module, spec: Initialize, device: torch.device | None = 
     floating = [name for name, parameter in parameters.items() if parameter.is_floating_point()]
     adapters = {name for name in floating if is_adapter(name)} if spec.lora is not None else set()
     base = [name for name in floating if name not in adapters]
-    if spec.trainable is not None:
-        chosen = adapters | matching(spec.trainable, base, "the trainable pattern")
-    else:
-        chosen = adapters or set(base)
+    named = None if spec.trainable is None else matching(spec.trainable, base, PATTERN)
+    chosen = (adapters or set(base)) if named is None else adapters | named
     if not chosen:
         raise failure("validation_failed", "the model has no parameters: there is nothing to train")
     for name, parameter in parameters.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from device_operations.errors import failure
 from workers.training.dataset import TARGETS, Dataset, Order, Plan
-from workers.training.losses import check_target_values
 from workers.training.outcomes import StepOptions, StepOutcome
 from workers.training.ports import Taken, as_tensor, check_row_numbers
 
@@ -33,6 +33,9 @@ class DatasetRun:
         session.check_batch_size(plan.batch_size)
         self._session, self._dataset, self._options, self.sequence = session, dataset, options, sequence
         self._order = Order(dataset.count, plan, session.state.seed, sequence)
+        self._group = plan.grad_accumulation if options.mode == "train" else 1
+        #: How a batch is taken that no update follows.
+        self._gathering = StepOptions(mode="gradients", group=self._group, quiet=True)
         #: Batches in the whole job, and those done, skipped ones included.
         self.steps_total = self._order.batches
         unfinished = session.state.unfinished_run
@@ -47,14 +50,19 @@ class DatasetRun:
     def __next__(self) -> StepOutcome:
         if self.steps_done >= self.steps_total:
             raise StopIteration
-        outcome = self._session.step_on(self._take(self._order.rows(self.steps_done)), self._options)
+        options = self._options
+        if self._group > 1:
+            ends = self._order.ends_group(self.steps_done)
+            options = replace(options, group=self._group) if ends else self._gathering
+        outcome = self._session.step_on(self._take(self._order.rows(self.steps_done)), options)
+        self._session.note_evaluation(outcome)
         self.steps_done += 1
         self._session.state.unfinished_run = (self.sequence, self.steps_done)
         return outcome
 
     def finish(self) -> None:
         """Marks the job's sequence number as applied, with as many steps as were done."""
-        self._session.state.sequence, self._session.state.unfinished_run = self.sequence, None
+        self._session.finish(self.sequence)
 
     def _take(self, rows: Tensor | slice) -> Taken:
         batch, session = self._dataset.take(rows), self._session
@@ -79,5 +87,5 @@ class DatasetRun:
         for port in self._session.definition.inputs:
             check_row_numbers(port, self._dataset.inputs[port.name])
         classes = expected.shape[1] if expected.dim() > 1 else 0
-        check_target_values(self._session.spec.loss, self._dataset.targets, classes)
+        self._session.loss.check_values(self._dataset.targets, classes)
         return True

@@ -18,18 +18,21 @@ import torch
 from torch import Tensor
 
 from device_operations.errors import OperationError, failure
+from device_operations.requests.schedules import PlateauSchedule
 from device_operations.requests.training import Initialize
 from workers.training.checkpoints import Snapshot
 from workers.training.dataset import Dataset, Plan
 from workers.training.definition import Definition, Networks, Sources, define
 from workers.training.determinism import derive_seed, seed_device, use_deterministic
-from workers.training.losses import LOSSES, count_correct, take_targets
+from workers.training.losses import LossFunction
 from workers.training.memory import is_nondeterministic, is_out_of_memory
+from workers.training.modes import set_mode
 from workers.training.outcomes import StepOptions, StepOutcome, StepRecord
 from workers.training.ports import Array, Batch, Taken, name_of, take_inputs
+from workers.training.precision import Autocast
 from workers.training.resident import ResidentModel, estimate_bytes, make_resident
 from workers.training.runs import DatasetRun
-from workers.training.schedules import learning_rate_at
+from workers.training.schedules import add_loss, learning_rate_at, observe
 from workers.training.shapes import ShapeTrial, as_list, load_meta_kernels
 from workers.training.state import Gradients, SessionState
 
@@ -49,9 +52,18 @@ def build_session(
     """A session on `device` at step 0. Memory is counted before any is taken.
 
     What it learns of its network it shares with the other sessions that were built with the same `networks`.
-    Raises `insufficient_memory`, `out_of_memory`, and what `define` and `make_resident` raise.
+    Raises `insufficient_memory`, `out_of_memory`, `dtype_unsupported` for a precision that the device lacks, and what
+    `define` and `make_resident` raise.
     """
-    definition = define(spec.model, sources, trust_programs=limits.trust_programs, networks=networks)
+    autocast = Autocast(spec.precision, device)
+    definition = define(
+        spec.model,
+        sources,
+        trust_programs=limits.trust_programs,
+        networks=networks,
+        trainable=spec.trainable,
+        frozen_statistics=spec.frozen_statistics,
+    )
     needed = estimate_bytes(definition, spec)
     if limits.memory_bytes is not None and needed > limits.memory_bytes:
         raise failure(
@@ -61,7 +73,9 @@ def build_session(
             detail={"needed_bytes": needed, "free_bytes": limits.memory_bytes},
         )
     try:
-        return TrainingSession(spec, definition, make_resident(definition, spec, sources, device), device, limits)
+        return TrainingSession(
+            spec, definition, make_resident(definition, spec, sources, device), device, limits, autocast
+        )
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise _out_of_memory(f"building the model ({needed} bytes)", error) from error
@@ -72,16 +86,25 @@ class TrainingSession:
     """A model under training. Make one with `build_session`."""
 
     def __init__(
-        self, spec: Initialize, definition: Definition, model: ResidentModel, device: torch.device, limits: Limits
+        self,
+        spec: Initialize,
+        definition: Definition,
+        model: ResidentModel,
+        device: torch.device,
+        limits: Limits,
+        autocast: Autocast,
     ) -> None:
         self.spec, self.definition, self.device = spec, definition, device
+        self.loss = LossFunction(spec.loss)
         self.state = SessionState(spec, definition, model, device)
         #: False once an update broke off half-way (out of memory, device lost): only a checkpoint brings it back.
         self.intact = True
-        self._limits = limits
+        self._limits, self._autocast = limits, autocast
         self._module = model.module
         self._training: bool | None = None
-        self._trial = ShapeTrial(definition.build_meta(), definition.learned.outputs)
+        self._trial = ShapeTrial(
+            definition.build_meta(), definition.learned.outputs, frozen_statistics=spec.frozen_statistics
+        )
 
     @property
     def step(self) -> int:
@@ -96,7 +119,7 @@ class TrainingSession:
     @property
     def learning_rate(self) -> float:
         """What the schedule gives the next update."""
-        return learning_rate_at(self.spec.schedule, self.spec.optimizer.learning_rate, self.step)
+        return learning_rate_at(self.spec.schedule, self.spec.optimizer.learning_rate, self.step, self.state.observed)
 
     def perform(self, batch: Batch | None, options: StepOptions, sequence: int) -> StepOutcome:
         """One step on `batch` (None in mode `apply`), as request number `sequence`, which must be above the last.
@@ -106,8 +129,29 @@ class TrainingSession:
         """
         self.check_sequence(sequence)
         outcome = self.advance(batch, options)
-        self.state.sequence, self.state.unfinished_run = sequence, None
+        self.note_evaluation(outcome)
+        self.finish(sequence)
         return outcome
+
+    def note_evaluation(self, outcome: StepOutcome) -> None:
+        """Takes the loss of an evaluation that has a number into what a schedule of type `plateau` observes."""
+        schedule = self.spec.schedule
+        if outcome.mode == "evaluate" and isinstance(schedule, PlateauSchedule) and schedule.metric == "evaluate":
+            add_loss(self.state.observed, outcome.loss or 0.0, 0 if outcome.loss is None else outcome.samples)
+
+    def finish(self, sequence: int) -> None:
+        """Marks the request of this number as applied, however many steps it made."""
+        schedule = self.spec.schedule
+        if isinstance(schedule, PlateauSchedule) and schedule.metric == "evaluate":
+            observe(schedule, self.state.observed)
+        self.state.sequence, self.state.unfinished_run = sequence, None
+
+    def abandon_run(self) -> None:
+        """Forgets where a job without a number stood: it has ended, and is never taken up again."""
+        self.state.unfinished_run = None
+        schedule = self.spec.schedule
+        if isinstance(schedule, PlateauSchedule) and schedule.metric == "evaluate":
+            self.state.observed.total = self.state.observed.weight = 0.0
 
     def run(self, dataset: Dataset, plan: Plan, options: StepOptions, sequence: int) -> DatasetRun:
         """A job of many steps, made one by one by whoever iterates; goes on where a checkpoint cut it off."""
@@ -222,7 +266,7 @@ class TrainingSession:
         self.check_batch_size(size)
         expected, targets = self._expected(inputs, training), batch.targets
         if expected is not None:
-            targets = take_targets(self.spec.loss, expected, targets, check_values=not values_checked).to(self.device)
+            targets = self.loss.take_targets(expected, targets, check_values=not values_checked).to(self.device)
         shapes = [(name_of(tensor.dtype), list(tensor.shape[1:])) for tensor in inputs]
         on_device = [tensor.to(self.device) for tensor in inputs]
         return Taken(on_device, targets, expected is not None, dict(zip(counts, shapes, strict=True)))
@@ -236,37 +280,46 @@ class TrainingSession:
         with self._unchanged_on_failure(), torch.no_grad():
             loss, output, targets = self._forward(taken)
             value = loss.item()
-            correct, elements = count_correct(self.spec.loss, output, targets)
+            correct, elements = self.loss.count_correct(output, targets)
         if not math.isfinite(value):
             self._refuse_nonfinite("loss", value)
             return StepOutcome(self.step, "evaluate", samples=taken.size, skipped=True)
         return StepOutcome(self.step, "evaluate", value, samples=taken.size, correct=correct, elements=elements)
 
     def _train(self, taken: Taken, options: StepOptions) -> StepOutcome:
-        """Modes `train` and `gradients`. With gradients accumulated, `train` adds its own and applies both."""
+        """Modes `train` and `gradients`. With gradients accumulated, `train` adds its own and applies both.
+
+        In float16 gradients that overflow cost the batch, as with torch's GradScaler: the scale of the loss falls, and
+        running statistics keep what they saw.
+        """
         state = self.state
         self._set_mode(training=True)
         seed_device(self.device, derive_seed(state.seed, "step", self.step, state.accumulated_batches))
         state.keep_buffers()
         with self._unchanged_on_failure():
             loss, _, _ = self._forward(taken)
-            gradients = self._backward(loss)
+            gradients = self._backward(loss, options.group)
             if options.mode == "train" and state.accumulated is not None:
                 gradients = state.add(gradients, state.accumulated)
             norms, total = self._measure(gradients)
             # Read together, after everything was asked of the device: each reading waits for it.
             value, norm = _read(loss, total)
+            if math.isfinite(value) and not math.isfinite(norm) and state.back_off():
+                return StepOutcome(self.step, options.mode, value, samples=taken.size, skipped=True)
             if not math.isfinite(value) or not math.isfinite(norm):
                 self._refuse_nonfinite(*(("gradient norm", norm) if math.isfinite(value) else ("loss", value)))
                 state.put_back_buffers()
                 return StepOutcome(self.step, options.mode, samples=taken.size, skipped=True)
-            by_name, copies = self._report(gradients, norms, options) if options.mode == "gradients" else (None, None)
-        rate = None
+            reported = options.mode == "gradients" and not options.quiet
+            by_name, copies = self._report(gradients, norms, options) if reported else (None, None)
+        rate = update_loss = None
         if options.mode == "train":
             rate = self._update(gradients, norm, options)
-            state.drop_accumulated()
+            losses, batches = state.accumulated_loss + value, state.accumulated_batches + 1
+            update_loss = losses / batches if options.group > 1 else None
+            self._note_update(losses, batches)
         elif options.accumulate:
-            state.accumulate(gradients)
+            state.accumulate(gradients, value)
         else:
             state.put_back_buffers()
         state.samples_seen += taken.size
@@ -280,6 +333,7 @@ class TrainingSession:
             accumulated_batches=state.accumulated_batches,
             gradient_norms=by_name,
             gradients=copies,
+            update_loss=update_loss,
         )
 
     def _apply(self, options: StepOptions) -> StepOutcome:
@@ -292,12 +346,23 @@ class TrainingSession:
             self.state.drop_accumulated()
             return StepOutcome(self.step, "apply", skipped=True)
         rate = self._update(gradients, norm, options)
-        self.state.drop_accumulated()
+        self._note_update(self.state.accumulated_loss, self.state.accumulated_batches)
         return StepOutcome(self.step, "apply", None, norm, rate)
+
+    def _note_update(self, losses: float, batches: int) -> None:
+        """After an update, which was made of so many batches, with this sum of their losses."""
+        state, schedule = self.state, self.spec.schedule
+        state.drop_accumulated()
+        if state.loss_scale is not None:
+            state.loss_scale.grow()
+        if isinstance(schedule, PlateauSchedule) and schedule.metric == "train":
+            add_loss(state.observed, losses / batches)
+            if state.observed.weight >= schedule.every_steps:
+                observe(schedule, state.observed)
 
     def _set_mode(self, *, training: bool) -> None:
         if self._training is not training:
-            self._module.train(training)
+            set_mode(self._module, training=training, frozen_statistics=self.spec.frozen_statistics)
             self._training = training
 
     @contextlib.contextmanager
@@ -325,24 +390,30 @@ class TrainingSession:
 
     def _forward(self, taken: Taken) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, output, targets) of the module in its present mode."""
-        outputs = as_list(self._module(*taken.inputs))
+        with self._autocast():
+            outputs = as_list(self._module(*taken.inputs))
+        outputs = self._autocast.widened(outputs)
         if self._trial.trusting:
             self._trial.learn(taken.inputs, bool(self._training), outputs)
         output = outputs[self.definition.trained_output]
         targets = taken.targets
         if not taken.checked or not isinstance(targets, Tensor):
-            targets = take_targets(self.spec.loss, output, targets).to(self.device)
-        return LOSSES[self.spec.loss](output, targets), output, targets
+            targets = self.loss.take_targets(output, targets).to(self.device)
+        return self.loss(output, targets), output, targets
 
-    def _backward(self, loss: Tensor) -> Gradients:
-        """Gradients in memory of their own, in the order of the trained parameters."""
+    def _backward(self, loss: Tensor, group: int) -> Gradients:
+        """Gradients of `loss` / `group` in memory of their own, in the order of the trained parameters."""
         if not loss.requires_grad:
             raise failure("model_invalid", "no trained parameter takes part in the output that the loss is taken of")
         # backward() and not autograd.grad(): it gives each parameter a gradient that shares memory with no other.
-        loss.backward()
+        scale = self.state.loss_scale
+        loss = loss if group == 1 else loss / group
+        (loss if scale is None else loss * scale.scale).backward()
         gradients = [parameter.grad for parameter in self.state.trained]
         for parameter in self.state.trained:
             parameter.grad = None
+        if scale is not None:
+            self.state.lists.mul_([gradient for gradient in gradients if gradient is not None], 1 / scale.scale)
         return gradients
 
     def _measure(self, gradients: Gradients) -> tuple[list[Tensor], Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from device_operations.errors import OperationError, failure
+from workers.training.modes import set_mode
 
 #: Shapes whose result is remembered.
 _REMEMBERED = 256
@@ -26,8 +27,14 @@ class ShapeTrial:
     What it finds out it keeps in `known`, with all others of the same network.
     """
 
-    def __init__(self, module: nn.Module | None, known: OrderedDict[_Key, list[Tensor] | None]) -> None:
-        self._module = module
+    def __init__(
+        self,
+        module: nn.Module | None,
+        known: OrderedDict[_Key, list[Tensor] | None],
+        *,
+        frozen_statistics: bool = False,
+    ) -> None:
+        self._module, self._frozen = module, frozen_statistics
         self._known = known
         #: Whether batches are known to fit, so that none is tried; `learn` then tells what a real run gave.
         self.trusting = False
@@ -60,7 +67,7 @@ class ShapeTrial:
             self._known.popitem(last=False)
 
     def _try(self, module: nn.Module, inputs: Sequence[Tensor], training: bool) -> list[Tensor] | None:
-        module.train(training)
+        set_mode(module, training=training, frozen_statistics=self._frozen)
         try:
             with torch.no_grad():
                 return as_list(module(*(torch.empty_like(tensor, device="meta") for tensor in inputs)))

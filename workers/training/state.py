@@ -13,7 +13,9 @@ from workers.training.checkpoints import FORMAT, Snapshot
 from workers.training.definition import Definition
 from workers.training.memory import count_bytes
 from workers.training.optimizers import Lists, Updater
+from workers.training.precision import LossScale
 from workers.training.resident import ResidentModel
+from workers.training.schedules import Observed
 
 #: Gradients in the order of the trained parameters; None for one that the loss does not use.
 Gradients = list[Tensor | None]
@@ -34,6 +36,12 @@ class SessionState:
         self.samples_seen = 0
         self.accumulated: Gradients | None = None
         self.accumulated_batches = 0
+        #: The sum of the accumulated batches' losses.
+        self.accumulated_loss = 0.0
+        #: What a schedule of type `plateau` has seen.
+        self.observed = Observed()
+        #: Only in float16.
+        self.loss_scale = LossScale() if spec.precision == "float16" else None
         #: Sequence and batches done of a dataset job that has not ended.
         self.unfinished_run: tuple[int, int] | None = None
         #: Dtype and shape of one sample of the inputs last taken, by name: what an export is traced with.
@@ -64,15 +72,23 @@ class SessionState:
         if self._changing:
             self.lists.copy_(self._changing, self._kept)
 
-    def accumulate(self, gradients: Gradients) -> None:
-        """Adds one batch's gradients, whose memory it takes over."""
+    def back_off(self) -> bool:
+        """Lowers the scale of the loss after an overflow; False where there is no scale that could be at fault."""
+        if self.loss_scale is None or self.loss_scale.scale <= 1:
+            return False
+        self.loss_scale.back_off()
+        return True
+
+    def accumulate(self, gradients: Gradients, loss: float) -> None:
+        """Adds one batch's gradients, whose memory it takes over, and its loss."""
         total = self.accumulated
         self.accumulated = gradients if total is None else self.add(total, gradients)
         self.accumulated_batches += 1
+        self.accumulated_loss += loss
 
     def drop_accumulated(self) -> None:
         """Forgets the accumulated gradients: they have been applied."""
-        self.accumulated, self.accumulated_batches = None, 0
+        self.accumulated, self.accumulated_batches, self.accumulated_loss = None, 0, 0.0
 
     def add(self, gradients: Gradients, others: Gradients) -> Gradients:
         """`others` added to `gradients`, in the memory of the first where both are there."""
@@ -104,6 +120,11 @@ class SessionState:
         moved = {name: tensor.to(self.device, copy=True) for name, tensor in gradients.items()}
         self.accumulated = [moved.get(name) for name in self.model.trained] if moved else None
         self.accumulated_batches = state["accumulated_batches"]
+        # A checkpoint of an earlier version has none of these.
+        self.accumulated_loss = state.get("accumulated_loss", 0.0)
+        self.observed = Observed(**(state.get("observed") or {}))
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(**(state.get("loss_scale") or {}))
         self.updater.steps, self.seed = state["step"], state["seed"]
         self.sequence, self.samples_seen = state["sequence"], state["samples_seen"]
         run, inputs = state["unfinished_run"], state["last_inputs"]
@@ -137,7 +158,10 @@ class SessionState:
         return named | {f"buffer/{name}": buffer for name, buffer in self.model.buffers.items()}
 
     def _counters(self) -> dict[str, Any]:
-        """What is not a tensor, as JSON. The learning rate follows from the step, random numbers from seed and step."""
+        """What is not a tensor, as JSON.
+
+        The learning rate follows from the step and what was observed, random numbers from seed and step.
+        """
         return {
             "format": FORMAT,
             "fingerprint": self._fingerprint,
@@ -145,6 +169,9 @@ class SessionState:
             "sequence": self.sequence,
             "unfinished_run": self.unfinished_run,
             "accumulated_batches": self.accumulated_batches,
+            "accumulated_loss": self.accumulated_loss,
+            "observed": self.observed.as_json(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.as_json(),
             "samples_seen": self.samples_seen,
             "seed": self.seed,
             "last_inputs": self.last_inputs,

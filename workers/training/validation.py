@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from device_operations.errors import failure
-from workers.training.losses import LOSSES, count_correct, take_targets
+from workers.training.losses import LossFunction
 from workers.training.ports import Array, as_tensor
 from workers.training.session import TrainingSession
 
@@ -56,6 +56,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 def _judge(session: TrainingSession, output: Tensor, targets: Array) -> tuple[float, int | None, int]:
     """(loss, right answers, of how many) on the host."""
-    checked = take_targets(session.spec.loss, output, targets).cpu()
-    value = float(LOSSES[session.spec.loss](output, checked))
-    return value, *count_correct(session.spec.loss, output, checked)
+    # A loss of its own: the session's keeps its weights on the device.
+    loss = LossFunction(session.spec.loss)
+    checked = loss.take_targets(output, targets).cpu()
+    return float(loss(output, checked)), *loss.count_correct(output, checked)

@@ -4,9 +4,9 @@ An operator is built once for each node, from its attributes and the constants a
 tensors. Integers that describe shapes live on the host (the CPU), whatever the device: a shape costs no transfer.
 """
 
-from workers.training.operators import elementwise, neural, reductions, shapes
+from workers.training.operators import elementwise, neural, recurrent, reductions, shapes
 from workers.training.operators.node import Node, Operator
 
-OPERATORS = elementwise.OPERATORS | neural.OPERATORS | reductions.OPERATORS | shapes.OPERATORS
+OPERATORS = elementwise.OPERATORS | neural.OPERATORS | recurrent.OPERATORS | reductions.OPERATORS | shapes.OPERATORS
 
 __all__ = ["OPERATORS", "Node", "Operator"]

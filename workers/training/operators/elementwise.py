@@ -41,10 +41,17 @@ def _power(node: Node) -> Operator:
     return lambda a, b: torch.pow(*aligned(a, b)).to(a.dtype)
 
 
+def _clip_by_tensors(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    bounds = [None if bound is None else aligned(x, bound)[1] for bound in (low, high)]
+    return x if bounds == [None, None] else torch.clamp(x, min=bounds[0], max=bounds[1])
+
+
 def _clip(node: Node) -> Operator:
     if node.opset < 11:
         low, high = node.attribute("min"), node.attribute("max")
     else:
+        if any(node.has(index) and node.inputs[index] not in node.constants for index in (1, 2)):
+            return _clip_by_tensors
         bounds = [node.constant(1), node.constant(2)]
         low, high = (None if bound is None else bound.item() for bound in bounds)
     if low is None and high is None:
@@ -70,6 +77,37 @@ def _leaky_relu(node: Node) -> Operator:
 def _elu(node: Node) -> Operator:
     alpha = node.attribute("alpha", 1.0)
     return lambda x: F.elu(x, alpha)
+
+
+def _celu(node: Node) -> Operator:
+    alpha = node.attribute("alpha", 1.0)
+    return lambda x: F.celu(x, alpha)
+
+
+def _selu(node: Node) -> Operator:
+    alpha, gamma = node.attribute("alpha", 1.6732632423543772), node.attribute("gamma", 1.0507009873554805)
+    return lambda x: gamma * (torch.clamp(x, min=0) + torch.clamp(alpha * torch.expm1(x), max=0))
+
+
+def _thresholded_relu(node: Node) -> Operator:
+    alpha = node.attribute("alpha", 1.0)
+    return lambda x: F.threshold(x, alpha, 0.0)
+
+
+def _shrink(node: Node) -> Operator:
+    limit, bias = node.attribute("lambd", 0.5), node.attribute("bias", 0.0)
+    return lambda x: torch.where(x < -limit, x + bias, torch.where(x > limit, x - bias, torch.zeros_like(x)))
+
+
+def _mod(node: Node) -> Operator:
+    # fmod takes the sign of the dividend, mod that of the divisor.
+    function = torch.fmod if node.attribute("fmod", 0) else torch.remainder
+    return lambda a, b: function(*aligned(a, b))
+
+
+def _is_infinite(node: Node) -> Operator:
+    up, down = bool(node.attribute("detect_positive", 1)), bool(node.attribute("detect_negative", 1))
+    return lambda x: torch.isinf(x) & (((x > 0) & up) | ((x < 0) & down))
 
 
 def _prelu(_node: Node) -> Operator:
@@ -111,12 +149,17 @@ def _mean(_node: Node) -> Operator:
 
 OPERATORS: dict[str, Builder] = {
     "Abs": _unary(torch.abs),
+    "Acos": _unary(torch.acos),
     "Add": _binary(torch.add),
     "And": _binary(torch.logical_and),
+    "Asin": _unary(torch.asin),
+    "Atan": _unary(torch.atan),
     "Cast": _cast,
     "Ceil": _unary(torch.ceil),
+    "Celu": _celu,
     "Clip": _clip,
     "Cos": _unary(torch.cos),
+    "Cosh": _unary(torch.cosh),
     "Div": _binary(_divide),
     "Dropout": _dropout,
     "Elu": _elu,
@@ -130,6 +173,7 @@ OPERATORS: dict[str, Builder] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _unary(F.hardswish),
     "Identity": _unary(lambda x: x),
+    "IsInf": _is_infinite,
     "IsNaN": _unary(torch.isnan),
     "LeakyRelu": _leaky_relu,
     "Less": _binary(torch.lt),
@@ -139,6 +183,7 @@ OPERATORS: dict[str, Builder] = {
     "Mean": _mean,
     "Min": _many(torch.minimum),
     "Mish": _unary(F.mish),
+    "Mod": _mod,
     "Mul": _binary(torch.mul),
     "Neg": _unary(torch.neg),
     "Not": _unary(torch.logical_not),
@@ -147,13 +192,21 @@ OPERATORS: dict[str, Builder] = {
     "Pow": _power,
     "Reciprocal": _unary(torch.reciprocal),
     "Relu": _unary(torch.relu),
+    "Round": _unary(torch.round),
+    "Selu": _selu,
+    "Shrink": _shrink,
     "Sigmoid": _unary(torch.sigmoid),
+    "Sign": _unary(torch.sign),
     "Sin": _unary(torch.sin),
+    "Sinh": _unary(torch.sinh),
     "Softplus": _unary(F.softplus),
     "Softsign": _unary(F.softsign),
     "Sqrt": _unary(torch.sqrt),
     "Sub": _binary(torch.sub),
     "Sum": _many(torch.add),
     "Tanh": _unary(torch.tanh),
+    "Tan": _unary(torch.tan),
+    "ThresholdedRelu": _thresholded_relu,
     "Where": _where,
+    "Xor": _binary(torch.logical_xor),
 }

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from workers.training.operators.node import Node, Operator, aligned
+from workers.training.operators.node import Node, Operator, aligned, host_integers
 
 Builder = Callable[[Node], Operator]
 
@@ -114,13 +114,20 @@ def _matmul(_node: Node) -> Operator:
     return lambda a, b: torch.matmul(*aligned(a, b))
 
 
+def _einsum(node: Node) -> Operator:
+    equation = node.attribute("equation").replace(" ", "")
+    return lambda *tensors: torch.einsum(equation, *aligned(*tensors))
+
+
 def _batch_normalization(node: Node) -> Operator:
     if len([name for name in node.outputs if name]) > 1:
         raise node.refuse("its training outputs are used")
     epsilon, momentum = node.attribute("epsilon", 1e-5), 1.0 - node.attribute("momentum", 0.9)
 
     def normalize(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return F.batch_norm(x, mean, variance, scale, bias, node.mode.training, momentum, epsilon)
+        return F.batch_norm(
+            x, mean, variance, scale, bias, node.mode.training and not node.mode.frozen, momentum, epsilon
+        )
 
     return normalize
 
@@ -209,30 +216,30 @@ def _resize(node: Node) -> Operator:
     rounding = node.attribute("nearest_mode", "round_prefer_floor")
     if node.attribute("antialias", 0) or node.attribute("axes") is not None:
         raise node.refuse("antialias and axes are not known for it")
-    if node.has(3):
-        sizes, scales = [int(side) for side in node.constant(3)], None  # type: ignore[union-attr]
-    else:
-        constant = node.constant(2)
-        sizes, scales = None, [float(scale) for scale in constant.reshape(-1)] if constant is not None else []
-    if (sizes or scales or [1, 1])[:2] != [1, 1] and scales is not None:
+    by_sizes = node.has(3)
+    constant = None if by_sizes else node.constant(2)
+    scales = [] if constant is None else [float(scale) for scale in constant.reshape(-1)]
+    if (scales or [1, 1])[:2] != [1, 1]:
         raise node.refuse("it resizes the batch or the channels")
-    whole = scales is not None and all(scale >= 1 and scale == int(scale) for scale in scales)
+    whole = not by_sizes and all(scale >= 1 and scale == int(scale) for scale in scales)
     nearest = mode == "nearest" and (
         (place == "asymmetric" and rounding == "floor") or (place == "half_pixel" and whole)
     )
     linear = mode == "linear" and place in ("half_pixel", "pytorch_half_pixel", "align_corners")
     if not nearest and not linear:
         raise node.refuse(f"mode {mode!r} with coordinates {place!r} and rounding {rounding!r}")
-    if nearest and scales is None:
-        raise node.refuse("nearest with sizes in place of scales")
     corners = place == "align_corners" if linear else None
 
-    def resize(x: Tensor, *_rest: Tensor | None) -> Tensor:
+    def resize(x: Tensor, *rest: Tensor | None) -> Tensor:
         way = "nearest" if nearest else {3: "linear", 4: "bilinear", 5: "trilinear"}[x.dim()]
-        if sizes is not None:
-            return F.interpolate(x, size=sizes[2:], mode=way, align_corners=corners)
-        assert scales is not None
-        return F.interpolate(x, scale_factor=scales[2:], mode=way, align_corners=corners)
+        if not by_sizes:
+            return F.interpolate(x, scale_factor=scales[2:], mode=way, align_corners=corners)
+        assert rest[2] is not None
+        # The batch's side is among them, so exporters compute them from the input's shape.
+        sizes = host_integers(rest[2])
+        if sizes[:2] != list(x.shape[:2]):
+            raise ValueError(f"Resize of {list(x.shape)} to {sizes}: the batch and the channels cannot be resized")
+        return F.interpolate(x, size=sizes[2:], mode=way, align_corners=corners)
 
     return resize
 
@@ -242,6 +249,7 @@ OPERATORS: dict[str, Builder] = {
     "BatchNormalization": _batch_normalization,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "Einsum": _einsum,
     "Gemm": _gemm,
     "GlobalAveragePool": _global_average_pool,
     "GlobalMaxPool": _global_max_pool,

@@ -18,9 +18,13 @@ Operator = Callable[..., "Tensor | Sequence[Tensor]"]
 
 @dataclass
 class Mode:
-    """Whether the graph is being trained: one for all operators of a module, which do not know the module itself."""
+    """Whether the graph is being trained: one for all operators of a module, which do not know the module itself.
+
+    `frozen` keeps batch normalization at its running statistics even then.
+    """
 
     training: bool = True
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

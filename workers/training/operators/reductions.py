@@ -57,6 +57,24 @@ def _l2(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return norm
 
 
+def _log_sum_exp(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    return torch.logsumexp(x, dim=axes, keepdim=keep)
+
+
+def _square_sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    return (x * x).sum(dim=axes, keepdim=keep)
+
+
+def _l1(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    return x.abs().sum(dim=axes, keepdim=keep)
+
+
+def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = x.prod(dim=axis, keepdim=keep)
+    return x
+
+
 def _each(function: Callable[..., Any]) -> Callable[[Tensor, list[int], bool], Tensor]:
     return lambda x, axes, keep: function(x, dim=axes, keepdim=keep)
 
@@ -64,10 +82,14 @@ def _each(function: Callable[..., Any]) -> Callable[[Tensor, list[int], bool], T
 OPERATORS: dict[str, Builder] = {
     "ArgMax": _arg_max,
     "LogSoftmax": _softmax(torch.log_softmax),
+    "ReduceL1": _reduction(_l1, 18),
     "ReduceL2": _reduction(_l2, 18),
+    "ReduceLogSumExp": _reduction(_log_sum_exp, 18),
     "ReduceMax": _reduction(_each(torch.amax), 18),
     "ReduceMean": _reduction(_each(torch.mean), 18),
     "ReduceMin": _reduction(_each(torch.amin), 18),
+    "ReduceProd": _reduction(_product, 18),
     "ReduceSum": _reduction(_each(torch.sum), 13),
+    "ReduceSumSquare": _reduction(_square_sum, 18),
     "Softmax": _softmax(torch.softmax),
 }

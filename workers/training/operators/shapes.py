@@ -85,6 +85,22 @@ def _split(node: Node) -> Operator:
     return split
 
 
+def _split_to_sequence(node: Node) -> Operator:
+    axis, keep = node.attribute("axis", 0), bool(node.attribute("keepdims", 1))
+
+    def split(x: Tensor, sizes: Tensor | None = None) -> Sequence[Tensor]:
+        if sizes is None:
+            return [x.split(1, dim=axis) if keep else x.unbind(axis)]  # type: ignore[list-item] # one value: a sequence
+        wanted = host_integers(sizes)
+        return [x.split(wanted if sizes.dim() else wanted[0], dim=axis)]
+
+    return split
+
+
+def _sequence_at(_node: Node) -> Operator:
+    return lambda sequence, position: sequence[int(position)]
+
+
 def _slice(node: Node) -> Operator:
     if node.opset < 10:
         starts, ends = node.attribute("starts"), node.attribute("ends")
@@ -199,23 +215,96 @@ def _cast_like(_node: Node) -> Operator:
     return lambda x, like: x.to(like.dtype)
 
 
+def _trilu(node: Node) -> Operator:
+    cut = torch.triu if node.attribute("upper", 1) else torch.tril
+
+    def trilu(x: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        return cut(x, 0 if diagonal is None else int(diagonal))
+
+    return trilu
+
+
+def _gather_elements(node: Node) -> Operator:
+    axis = node.attribute("axis", 0)
+
+    def gather(x: Tensor, indices: Tensor) -> Tensor:
+        where = indices.to(x.device, torch.int64)
+        return torch.gather(x, axis, torch.where(where < 0, where + x.shape[axis], where))
+
+    return gather
+
+
+def _cumulative_sum(node: Node) -> Operator:
+    if node.attribute("exclusive", 0) or node.attribute("reverse", 0):
+        raise node.refuse("it is exclusive or runs in reverse")
+    return lambda x, axis: torch.cumsum(x, dim=int(axis))
+
+
+def _scatter_nd(node: Node) -> Operator:
+    if node.attribute("reduction", "none") not in ("none", "add"):
+        raise node.refuse(f"reduction {node.attribute('reduction')!r}")
+    adds = node.attribute("reduction", "none") == "add"
+
+    def scatter(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+        where = tuple(part.to(x.device, torch.int64) for part in indices.unbind(-1))
+        return x.index_put(where, aligned(x, updates)[1], accumulate=adds)
+
+    return scatter
+
+
+def _depth_to_space(node: Node) -> Operator:
+    block, mode = node.attribute("blocksize"), node.attribute("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise node.refuse(f"mode {mode!r}")
+
+    def spread(x: Tensor) -> Tensor:
+        rows, depth, height, width = x.shape
+        inner = depth // block**2
+        if mode == "CRD":
+            parts = x.reshape(rows, inner, block, block, height, width).permute(0, 1, 4, 2, 5, 3)
+        else:
+            parts = x.reshape(rows, block, block, inner, height, width).permute(0, 3, 4, 1, 5, 2)
+        return parts.reshape(rows, inner, height * block, width * block)
+
+    return spread
+
+
+def _space_to_depth(node: Node) -> Operator:
+    block = node.attribute("blocksize")
+
+    def gather(x: Tensor) -> Tensor:
+        rows, depth, height, width = x.shape
+        parts = x.reshape(rows, depth, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+        return parts.reshape(rows, depth * block**2, height // block, width // block)
+
+    return gather
+
+
 OPERATORS: dict[str, Builder] = {
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
     "CastLike": _cast_like,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
+    "CumSum": _cumulative_sum,
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
+    "ScatterND": _scatter_nd,
+    "SequenceAt": _sequence_at,
     "Shape": _shape,
     "Size": _size,
     "Slice": _slice,
     "Split": _split,
+    "SplitToSequence": _split_to_sequence,
     "Squeeze": _squeeze,
     "Tile": _tile,
     "Transpose": _transpose,
+    "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
 }
