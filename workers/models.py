@@ -87,7 +87,7 @@ def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mappin
     """Runs the model once on zeros, and says what came of it.
 
     At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
-    failed before is left out, and a run that takes long is stopped: nobody waits there who could cancel it.
+    failed before is left out, and a run that takes long is stopped: no caller waits there who could cancel it.
     """
     reason = batching.too_large(onnx, 1, 1)
     if reason is not None:
