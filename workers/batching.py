@@ -7,7 +7,7 @@ Joined runs must give each caller what it would have got alone.
     proven       given            up to that
     unknown      not given        never
     unknown      given            up to that
-    disproven    whatever         never
+    disproven    any              never
 
 The trial is a second check: it only ever takes away. Two rows are run alone and then joined, and compared. It makes up
 at most `MADE_UP_BYTES`, is left out where rows would take more, and is stopped after `TRIAL_SECONDS`.

@@ -104,7 +104,7 @@ def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mappin
     """Runs the model once on zeros, and says what came of it.
 
     At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
-    failed before is left out, and a run that takes long is stopped: nobody waits there who could cancel it.
+    failed before is left out, and a run that takes long is stopped: no caller waits there who could cancel it.
     """
     if any(spec.dtype == "json" for spec in onnx.inputs):
         return "left out: there is no smallest sequence or map that every model takes"

@@ -22,7 +22,7 @@ def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
 def difference(session: ort.InferenceSession, callers: Sequence[Rows], tolerance: float = 2e-4) -> str | None:
     """How a joined run differs from the callers' own runs; None where it does not.
 
-    Callers whose own run fails, or gives another number of rows than they have, are nobody's to join: "".
+    Where a caller's own run fails there is nothing to compare: "".
     """
     names = [found.name for found in session.get_outputs() if found.type.startswith("tensor")]
     try:

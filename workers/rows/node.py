@@ -106,7 +106,7 @@ class Node:
         return Value(MIXED, shape, because=self.because(reason))
 
     def unknown(self, reason: str, shape: Shape | None = None) -> Value:
-        """Nobody can tell from here on."""
+        """Neither proven nor disproven from here on."""
         return Value(UNKNOWN, shape, because=self.doubt or self.because(reason))
 
     def give(self, shape: Shape | None, axis: int = -1, outer: Dim = 1) -> Value:

@@ -1,4 +1,4 @@
-"""Matrix products, whatever their names: rows may run along what is not summed over, and in one operand's own axes."""
+"""Matrix products by all their names: rows may run along what is not summed over, and in one operand's own axes."""
 
 from __future__ import annotations
 
