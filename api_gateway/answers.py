@@ -80,6 +80,7 @@ ANSWERS: dict[str, Answer] = {
     "POST /api/jobs": ({200: ("application/json", _JOBS), 202: ("application/json", _JOBS)}, SUBMISSION),
     "GET /api/jobs/{job_id}": _json(200, _JOB, 404, 422),
     "DELETE /api/jobs/{job_id}": _json(202, _JOB, 404, 409),
+    "POST /api/jobs/{job_id}/retry": _SUBMITTED,
     "GET /api/jobs/{job_id}/events": ({200: ("text/event-stream", _EVENT)}, (404,)),
     "GET /api/devices": _json(200, _object(devices={"type": "array", "items": _DEVICE})),
     "GET /api/devices/{device_id}": _json(200, _DEVICE, 404),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import bz2
-import json
 import lzma
 import os
 import re
@@ -240,13 +239,9 @@ def _body(envelope: dict[str, Any]) -> tuple[Any, str | bytes]:
         pass
     try:
         # Python's own JSON, which Celery writes, has NaN and infinities.
-        return json.loads(_text(text)), text
-    except (ValueError, RecursionError):
+        return loads(text, anywhere=True), text
+    except ValueError:
         raise Unreadable("the body is no JSON") from None
-
-
-def _text(text: str | bytes) -> str:
-    return text if isinstance(text, str) else text.decode()
 
 
 def _unpacked(envelope: dict[str, Any], body: str) -> str | bytes:

@@ -87,7 +87,7 @@ class Api:
     def model_id(self, name: str) -> str:
         """The id of the loaded model of that name."""
         models = self.http.get("/api/inference/models", params={"state": "loaded"}).json()["models"]
-        return next(model["model_id"] for model in models if name in (model["name"], *(a[0] for a in model["aliases"])))
+        return next(model["model_id"] for model in models if model["name"] == name)
 
     def unload(self, model_id: str, **params: Any) -> dict[str, Any]:
         answer = self.http.delete(

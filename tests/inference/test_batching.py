@@ -20,7 +20,7 @@ from workers.batching import TOLERANCE, decide, find_out
 from workers.devices import open_device
 from workers.devices.onnx import OnnxModel
 from workers.devices.values import ModelOptions
-from workers.resident import ResidentModel
+from workers.resident import Graph, ResidentModel
 from workers.rows.proof import Proof, Verdict
 
 
@@ -220,7 +220,7 @@ def test_callers_at_once_each_get_their_own_answer(api: Api, case: Case, asked: 
 
 def test_an_input_that_only_some_runs_give_is_not_joined(tmp_path: Path) -> None:
     model = opened(tmp_path, graphs.affine())
-    resident = ResidentModel("m", "m", model, max_batch_size=8, batching=find_out(model, 8))
+    resident = ResidentModel("m", "m", Graph("m", model, 0), max_batch_size=8, batching=find_out(model, 8))
     row = {"dtype": "float32", "shape": [1, 4]}
     assert resident.batch_of({"x": row}, None) is not None
     assert resident.batch_of({"x": row, "s": row}, None) is None

@@ -30,4 +30,4 @@ def test_every_block_of_the_guide_runs(start_stack: Callable[..., RunningStack],
             if line.startswith('{"job_id"'):
                 assert json.loads(line)["state"] == "succeeded", line
         ran += 1
-    assert ran == 10
+    assert ran == 11

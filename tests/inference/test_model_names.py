@@ -164,7 +164,7 @@ def test_loading_the_same_again_is_the_same_model_and_what_it_says_of_pin_and_sh
         told.append((api.model(model_id)["pinned"], api.model(model_id)["shared"]))
     assert told == [(False, False), (True, False), (True, False), (True, True), (False, True), (False, False)]
     # A number is the same however it is written.
-    assert api.load(content, "same", options={"max_delay_ms": 0.0, "max_batch_size": 8})["model_id"] == model_id
+    assert api.load(content, "same", options={"max_delay_ms": 0.0})["model_id"] == model_id
 
 
 def test_versions_of_a_name_stand_side_by_side(api: Api) -> None:

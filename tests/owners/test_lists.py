@@ -23,7 +23,7 @@ def _secrets() -> list[Any]:
     missing = pytest.mark.xfail(strict=False, reason="models are everybody's as yet")
     nouns = ("job", "allocation", "blob", "model", "model name", "inference session", "training session", "checkpoint")
     known = [pytest.param(noun, marks=[missing] if noun in NOT_YET else []) for noun in nouns]
-    return [*known, pytest.param("label"), pytest.param("owner", marks=[missing])]
+    return [*known, pytest.param("label"), pytest.param("owner")]
 
 
 @pytest.mark.parametrize("noun", _secrets())

@@ -31,7 +31,7 @@ CHOSEN = [place for place in places.find(DOCUMENT) if (place.request, place.keys
 FILTERS = [place for place in places.find(DOCUMENT) if place.where == "query"]
 
 #: Nouns whose owners are not looked at yet: what is tried on them may work, so it is tried last.
-NOT_YET = ("model", "model name")
+NOT_YET: tuple[str, ...] = ()
 
 
 def _walked() -> list[Any]:
