@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import bz2
+import json
 import lzma
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 import orjson
 import structlog
 
+from device_operations.json_text import loads
 from tasks import message_fields as fields
 from tasks.message_fields import Unreadable, checked, checked_all, is_kind, object_of
 from tasks.queues import MESSAGE_BYTES, NOTED
@@ -242,6 +244,10 @@ def _body(envelope: dict[str, Any]) -> tuple[Any, str | bytes]:
         return loads(text, anywhere=True), text
     except ValueError:
         raise Unreadable("the body is no JSON") from None
+
+
+def _text(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode()
 
 
 def _unpacked(envelope: dict[str, Any], body: str) -> str | bytes:

@@ -35,7 +35,7 @@ FREE = {
     # devices, and what filters and pages lists, which `test_lists.py` looks at
     "device_id", "owner", "state", "kind", "label", "cursor", "since", "model_version",
     # how a request is carried out
-    "limit", "wait", "map", "offset", "size_bytes", "force", "recycle", "history", "checkpoint", "webhook_url", "labels",
+    "limit", "wait", "include", "map", "offset", "size_bytes", "force", "recycle", "history", "checkpoint", "webhook_url", "labels",
     # content, and the caller's own names for what is made
     "sha256", "dtype", "data", "base64", "shape", "name", "version", "model_type", "path", "outputs", "output",
     # a model's own parts: inputs and outputs, layers, parameters
@@ -57,6 +57,7 @@ NAMES_NOTHING = {
 #: Bodies that the document does not describe: the places in each that name something owned.
 UNDESCRIBED: dict[str, list[tuple[str, ...]]] = {
     "DELETE /api/jobs/{job_id}": [],
+    "POST /api/jobs/{job_id}/retry": [],
     "POST /api/devices/{device_id}/drain": [],
     "POST /api/devices/{device_id}/resume": [],
     "DELETE /api/memory/deallocate/{allocation_id}": [("job", "after", "[]")],
