@@ -24,7 +24,6 @@ from typing import Any
 import orjson
 import structlog
 
-from device_operations.json_text import loads
 from tasks import message_fields as fields
 from tasks.message_fields import Unreadable, checked, checked_all, is_kind, object_of
 from tasks.queues import MESSAGE_BYTES, NOTED
@@ -240,9 +239,9 @@ def _body(envelope: dict[str, Any]) -> tuple[Any, str | bytes]:
     except orjson.JSONDecodeError:
         pass
     try:
-        # Python's own JSON, which Celery writes, has NaN and infinities.
-        return loads(text, anywhere=True), text
-    except ValueError:
+        # Python's own JSON, which Celery writes, has NaN and infinities: they are read as the words that tensors take.
+        return json.loads(_text(text), parse_constant=str), text
+    except (ValueError, RecursionError):
         raise Unreadable("the body is no JSON") from None
 
 

@@ -112,7 +112,8 @@ def find(document: dict[str, Any]) -> list[Place]:
         own = [Place(route, where, (name,), _noun(route, name)) for where, name in given if name in NOUNS]
         in_address = {name for where, name in given if where == "path"}
         found += own
-        for request, keys in _bodies(document, route, operation):
+        # The bulk form's entries are those of every kind, below.
+        for request, keys in _bodies(document, route, operation) if route != BULK else ():
             # What the address names too is the same place.
             if _name(keys) in NOUNS and _name(keys) not in in_address:
                 found.append(Place(route, "body", keys, _noun(request or route, _name(keys)), request))

@@ -24,6 +24,7 @@ BYTES = 1000
 FACTS = {
     "inputs": [], "outputs": [], "memory_bytes": 700, "load_ms": 1.0, "provider": "p", "cpu_fallback_ops": 0,
     "batching": {},
+    "not_offered": [],
 }  # fmt: skip
 
 
