@@ -202,10 +202,7 @@ def _recorded(envelope: dict[str, Any], headers: dict[str, Any]) -> Recorded:
     """Each job over HTTP comes this way, so only what is used of the message is looked at."""
     known = checked_all(headers, fields.NOTED_HEADERS)
     known[NOTED] = checked_all(object_of(headers[NOTED], NOTED), fields.NOTED)
-    body, _ = _body(envelope)
-    if type(body) is not list or len(body) != 3:
-        raise Unreadable("the body is not [args, kwargs, embed]")
-    return Recorded(known, object_of(object_of(body[1], "kwargs").get("request"), "request"))
+    return Recorded(known, object_of(envelope.get("request"), "request"))
 
 
 def _from_protocol_1(body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:

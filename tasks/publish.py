@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -64,7 +63,6 @@ class Publisher:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._line = Line(client)
-        self._origin = f"device-operations@{socket.gethostname()}"
 
     def jobs(self, recorded: Sequence[tuple[Row, dict[str, Any]]]) -> bool:
         """Puts recorded jobs, with their requests, into their queues; False when Redis did not take them."""
@@ -75,7 +73,7 @@ class Publisher:
             lists: dict[str, list[bytes]] = {}
             for job, request in recorded:
                 key = redis_key(job["queue"], job["priority"])
-                lists.setdefault(key, []).append(message(job, request, self._origin))
+                lists.setdefault(key, []).append(message(job, request))
             if len(lists) == 1:
                 (key, messages) = lists.popitem()
                 self._line.send("LPUSH", key, *messages)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import os
 from typing import Any
 
 import orjson
@@ -30,8 +28,8 @@ NOTED = "device_operations"
 #: Bytes of one message in Redis, and of its body unpacked, at most. Bigger payloads are blobs.
 MESSAGE_BYTES = 16 << 20
 
-#: Bytes of a recorded job's request in its message at most, in base64.
-_BODY_BYTES = MESSAGE_BYTES // 2
+#: Bytes of a recorded job's message at most, with its request.
+_RECORDED_BYTES = MESSAGE_BYTES // 2
 
 #: Where ended jobs are announced, to all gateways.
 DONE_CHANNEL = "device-operations.done"
@@ -61,54 +59,18 @@ def redis_keys(queue: str) -> list[str]:
     return [redis_key(queue, priority) for priority in range(9, -1, -1)]
 
 
-def message(job: dict[str, Any], request: dict[str, Any], origin: str) -> bytes:
-    """One job as Celery's protocol 2 in kombu's Redis envelope.
+def message(job: dict[str, Any], request: dict[str, Any]) -> bytes:
+    """A recorded job's message, which this project's workers alone read: the request beside the headers they use.
 
-    `job` is a recorded row. Messages without the header `NOTED` come from direct callers. A request that is too big for
-    a message is left to the record: the claim reads it there.
+    `job` is a recorded row. Messages without the header `NOTED` come from direct callers, in Celery's own form. A
+    request that is too big for a message is left to the record: the claim reads it there.
     """
-    body = base64.b64encode(orjson.dumps([[], {"request": request}, _NO_CANVAS])).decode()
-    if len(body) > _BODY_BYTES:
-        body = base64.b64encode(orjson.dumps([[], {"request": {}}, _NO_CANVAS])).decode()
-    job_id = job["id"]
-    return orjson.dumps(
-        {
-            "body": body,
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": {
-                "lang": "py",
-                "task": TASK_PREFIX + job["kind"],
-                "id": job_id,
-                "root_id": job_id,
-                "parent_id": None,
-                "group": None,
-                "eta": None,
-                "expires": None,
-                "retries": 0,
-                "timelimit": [None, None],
-                "argsrepr": "()",
-                "kwargsrepr": short(request),
-                "origin": origin,
-                "ignore_result": not job["wants_result"],
-                NOTED: {
-                    "seq": job["seq"],
-                    "priority": job["priority"],
-                    "after": job["after"],
-                    "needs": job["needs"],
-                },
-            },
-            "properties": {
-                "correlation_id": job_id,
-                "reply_to": "",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": job["queue"]},
-                "priority": celery_priority(job["priority"]),
-                "body_encoding": "base64",
-                "delivery_tag": os.urandom(16).hex(),
-            },
-        }
-    )
-
-
-_NO_CANVAS = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    headers = {
+        "task": TASK_PREFIX + job["kind"],
+        "id": job["id"],
+        "argsrepr": "()",
+        "kwargsrepr": short(request),
+        NOTED: {"seq": job["seq"], "priority": job["priority"], "after": job["after"], "needs": job["needs"]},
+    }
+    made = orjson.dumps({"headers": headers, "request": request})
+    return made if len(made) <= _RECORDED_BYTES else orjson.dumps({"headers": headers, "request": {}})

@@ -56,6 +56,11 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 def mutated(draw: st.DrawFn) -> bytes:
     """A message of a caller or of a gateway after one or more changes of structure, types, encodings or bytes."""
     envelope = draw(st.sampled_from([direct, recorded]))()
+    if "request" in envelope:
+        for _ in range(draw(st.integers(1, 3))):
+            _change(draw, envelope)
+        message = raw(envelope)
+        return _bytes(draw, message) if draw(st.integers(0, 4)) == 0 else message
     body = json.loads(base64.b64decode(envelope["body"]))
     for _ in range(draw(st.integers(1, 3))):
         _change(draw, draw(st.sampled_from([envelope, body])))

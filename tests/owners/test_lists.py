@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import httpx
 import pytest
 
 from tests.owners import places
-from tests.owners.test_walk import DOCUMENT, NOT_YET
+from tests.owners.test_walk import DOCUMENT
 from tests.owners.things import Things
 
 #: What is read without naming a thing: every such GET, and the one list that is asked for by POST.
@@ -19,14 +17,14 @@ READ = [
 ]
 
 
-def _secrets() -> list[Any]:
-    missing = pytest.mark.xfail(strict=False, reason="models are everybody's as yet")
-    nouns = ("job", "allocation", "blob", "model", "model name", "inference session", "training session", "checkpoint")
-    known = [pytest.param(noun, marks=[missing] if noun in NOT_YET else []) for noun in nouns]
-    return [*known, pytest.param("label"), pytest.param("owner")]
+#: What identifies an owner's things: their ids by noun, their label, and the owner's name.
+SECRETS = (
+    "job", "allocation", "blob", "model", "model name", "inference session", "training session", "checkpoint", "label",
+    "owner",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("noun", _secrets())
+@pytest.mark.parametrize("noun", SECRETS)
 def test_no_list_shows_anothers_things(noun: str, zelda: Things, bob: Things) -> None:
     secret = {**zelda.ids, "label": zelda.label, "owner": "zelda"}[noun]
     telling = [route for route in READ if secret in _read(bob, route)]

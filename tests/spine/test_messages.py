@@ -80,7 +80,7 @@ def test_a_request_too_big_for_a_message_is_left_to_the_record() -> None:
         "id": "some-job", "kind": "memory.allocate", "seq": 1, "priority": 5, "after": [], "needs": [],
         "queue": "device.cpu_0", "wants_result": False,
     }  # fmt: skip
-    big = message(row, {"label": "x" * MESSAGE_BYTES}, "test")
+    big = message(row, {"label": "x" * MESSAGE_BYTES})
     assert len(big) < 4096
     found = read(big)
     assert isinstance(found, Recorded)

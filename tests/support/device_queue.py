@@ -72,7 +72,8 @@ class DeviceQueue:
 
     def log(self) -> list[dict[str, Any]]:
         """The worker's log so far, one object a line, each of bounded length. Python's own warnings are left out."""
-        lines = self.stack.log(self.device_id).splitlines()
+        # A line that is being written has no end yet.
+        lines = [line for line in self.stack.log(self.device_id).splitlines(keepends=True) if line.endswith("\n")]
         for line in lines:
             assert len(line) <= LINE_CHARACTERS, line[:LINE_CHARACTERS]
         return [json.loads(line) for line in lines if line.startswith("{")]

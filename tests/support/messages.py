@@ -52,7 +52,7 @@ def recorded(job_id: str | None = None) -> Envelope:
         "id": job_id or new_id(), "kind": "memory.deallocate", "seq": 1, "priority": 5, "after": [], "needs": [],
         "queue": "device.cpu_0", "wants_result": False,
     }  # fmt: skip
-    made: Envelope = json.loads(message(row, REQUEST, "test"))
+    made: Envelope = json.loads(message(row, REQUEST))
     return made
 
 
@@ -145,8 +145,8 @@ def unreadable() -> dict[str, bytes]:
         "task not known": _with("headers.task", "device_operations.memory.explode"),
         "a task of Celery's": _with("headers.task", "celery.backend_cleanup"),
         "noted task not known": _with("headers.task", "device_operations.memory.explode", recorded),
-        "noted request a list": _body('[[], {"request": []}, {}]', recorded),
-        "noted body garbage": _body("garbage", recorded),
+        "noted request a list": _with("request", [], recorded),
+        "noted body garbage": _with("request", "garbage", recorded),
         "noted id a number": _with("headers.id", 5, recorded),
         "noted a number": _with(f"headers.{NOTED}", 5, recorded),
         "noted null": _with(f"headers.{NOTED}", None, recorded),
