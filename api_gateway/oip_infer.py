@@ -274,7 +274,7 @@ async def _performed(
                 await asyncio.shield(_cancel(gateway, job_id))
     finally:
         gateway.waiters.forget(job_id, ended)
-    job: dict[str, Any] = orjson.loads(text)
+    job: dict[str, Any] = ended.job or orjson.loads(text)
     if job["state"] == State.SUCCEEDED:
         return job
     if job["state"] == State.EXPIRED:
@@ -340,11 +340,13 @@ def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None)
 async def _body(request: Request, limit: int) -> Raw:
     """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
     announced = request.headers.get("content-length")
-    if is_number_above(announced or "", limit):
-        raise too_large(limit)
     room = room_of(request)
-    await room.announced(announced, limit)
-    take_whole(request.scope)
+    # Of four digits and fewer, as nearly all are, it needs no room.
+    if announced is None or len(announced) > 4:
+        if is_number_above(announced or "", limit):
+            raise too_large(limit)
+        await room.announced(announced, limit)
+        take_whole(request.scope)
     chunks: list[bytes] = []
     size = 0
     more = True

@@ -38,9 +38,8 @@ _DONE = DONE_CHANNEL.encode()
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
 
 
-def _is_end(job_id: bytes, text: bytes) -> bool:
-    """Whether `text` is the job with this id as it has ended: whoever waits for it passes it on as it is."""
-    told = _object(text)
+def _is_end(job_id: bytes, told: dict[str, Any]) -> bool:
+    """Whether `told` is the job with this id as it has ended."""
     state = told.get("state")
     return told.get("job_id") == job_id.decode(errors="replace") and type(state) is str and state in TERMINAL
 
@@ -59,6 +58,8 @@ class Awaited(asyncio.Future[bytes]):
     """The end of a job, as JSON bytes. `recorded` is set, by any thread, once PostgreSQL has taken the job."""
 
     recorded = False
+    #: The same as an object, where it has been read on the way; not to be changed.
+    job: dict[str, Any] | None = None
 
 
 def _object(text: bytes) -> dict[str, Any]:
@@ -175,11 +176,13 @@ class Waiters:
             waiting = self._awaited.get(job_id)
             if waiting is None:
                 continue
-            if not _is_end(job_id, text):
+            job = _object(text)
+            if not _is_end(job_id, job):
                 log.warning("announcement refused", size_bytes=len(line))
                 continue
             for future in waiting:
                 if not future.done():
+                    future.job = job
                     future.set_result(text)
 
     async def _look(self) -> None:

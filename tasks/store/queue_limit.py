@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from sqlalchemy import Connection
 
@@ -59,17 +60,16 @@ def insert_far(
     limits = _limits(jobs)
     if not limits:
         return _grouped(groups, store.insert(connection, jobs))
-    if len(jobs) == 1:
-        wanted = dict.fromkeys(limits, 1)
+    wanted: Mapping[str | None, int]
+    if len(limits) == 1:
+        wanted = dict.fromkeys(limits, len(jobs))
     else:
         wanted = Counter(job.device_id for job in jobs if job.device_id in limits)
     room = {device_id: limit - RESERVE - wanted[device_id] for device_id, limit in limits.items()}
     if min(room.values()) < 0 or max(wanted.values()) > SLOT_JOBS:
         return None
-    # Evaluated from left to right: in the order in which everybody takes slots.
-    locks = ", ".join(f"pg_advisory_xact_lock({key}, mod(pg_backend_pid(), {SLOTS}))" for key in _keys(limits))
-    before = f"{'SAVEPOINT queue_slot; ' if savepoint else ''}SELECT {locks}; "
-    recorded = store.insert_where(connection, jobs, room, before)
+    before = _take_slots(tuple(limits))
+    recorded = store.insert_where(connection, jobs, room, f"SAVEPOINT queue_slot; {before}" if savepoint else before)
     if recorded:
         return _grouped(groups, recorded)
     if savepoint:
@@ -105,12 +105,22 @@ def _limits(jobs: Sequence[NewJob]) -> dict[str, int]:
     return {job.device_id: job.queue_limit for job in jobs if job.device_id and job.queue_limit is not None}
 
 
-def _keys(limits: dict[str, int]) -> list[int]:
+@lru_cache(1024)
+def _take_slots(device_ids: tuple[str, ...]) -> str:
+    """The statement that takes a slot of each device."""
+    # Evaluated from left to right: in the order in which everybody takes slots.
+    locks = ", ".join(f"pg_advisory_xact_lock({key}, mod(pg_backend_pid(), {SLOTS}))" for key in _keys(device_ids))
+    return f"SELECT {locks}; "
+
+
+def _keys(device_ids: Iterable[str]) -> list[int]:
     """The numbers of the devices' slots, in the order in which everybody takes them."""
-    return sorted({zlib.crc32(device_id.encode()) - 2**31 for device_id in limits})
+    return sorted({zlib.crc32(device_id.encode()) - 2**31 for device_id in device_ids})
 
 
-def _grouped(groups: Sequence[Sequence[NewJob]], recorded: Sequence[Row]) -> list[list[Row]]:
+def _grouped(groups: Sequence[Sequence[NewJob]], recorded: list[Row]) -> list[list[Row]]:
+    if len(groups) == 1:
+        return [recorded]
     by_id = {row["id"]: row for row in recorded}
     return [[by_id[job.id] for job in group if job.id in by_id] for group in groups]
 
