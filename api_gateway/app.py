@@ -57,8 +57,9 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     made = gateway.build(app.state.settings)
     app.state.gateway = made
-    reaper = Reaper(made.engine, made.publisher, made.blobs, made.settings)
+    reaper = Reaper(made.engine, made.publisher, made.blobs, made.settings, made.outbox)
     made.submitter.start()
+    made.outbox.start()
     made.waiters.start()
     reaper.start()
     refresher = asyncio.create_task(_refresh(made))
@@ -70,6 +71,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(reaper.stop)
         await made.waiters.stop()
         await run_in_threadpool(made.submitter.stop)
+        await run_in_threadpool(made.outbox.stop)
         made.redis.close()
         made.engine.dispose()
 

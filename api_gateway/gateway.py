@@ -17,6 +17,7 @@ from device_operations.settings import Settings
 from tasks.blobs import BlobStore
 from tasks.database import open_engine
 from tasks.directory import Directory
+from tasks.outbox import Outbox
 from tasks.plans.base import Context
 from tasks.publish import Publisher, connect
 from tasks.transients import Transients
@@ -45,6 +46,7 @@ class Gateway:
     submitter: Submitter
     rings: Rings
     rates: Rates
+    outbox: Outbox
 
     def context(self, caller: Caller) -> Context:
         """What planners need to know of the caller and the world."""
@@ -70,6 +72,7 @@ def build(settings: Settings) -> Gateway:
         submitter=Submitter(engine, publisher),
         rings=Rings(settings.require_database_url()),
         rates=Rates(settings.http.rate_limit_per_second),
+        outbox=Outbox(engine, settings.require_redis_url()),
     )
 
 

@@ -40,7 +40,6 @@ from tasks.plans.base import Context
 from tasks.plans.earlier import Earlier
 from tasks.store import jobs as store
 from tasks.store.connection import Row
-from tasks.store.jobs import Ending
 from tasks.submit import Plan, recall_jobs
 
 router = APIRouter(tags=["jobs"])
@@ -238,21 +237,14 @@ async def cancel_job(request: Request, caller: Known, job_id: str) -> Response:
 
 def cancel(gateway: Gateway, job_id: str) -> Row:
     """Cancels a job that waits, or tells the worker of one that runs; `job_finished` once it has ended."""
+    rows = lifecycle.cancel(gateway.engine, gateway.publisher, [job_id])
+    gateway.outbox.cancelled(rows)
+    for row in rows:
+        if row["id"] == job_id:
+            return row
     with gateway.engine.connect() as connection:
-        row = store.request_cancel(connection, job_id)
-        if row is None:
-            ended = store.get(connection, job_id)
-            state = ended["state"] if ended else "gone"
-            raise failure("job_finished", f"job {job_id} has ended: it is {state}")
-    # What a worker has claimed ahead of its device is the worker's to end: it alone knows that it will not begin it.
-    if row["state"] in CLAIMABLE and not store.is_claimed(row):
-        ending = Ending(job_id, State.CANCELLED.value, error=lifecycle.CANCELLED)
-        ended_rows = lifecycle.end(gateway.engine, [ending], sorted(CLAIMABLE))
-        lifecycle.announce(gateway.publisher, ended_rows)
-        row = next((ended for ended in ended_rows if ended["id"] == job_id), row)
-    if row["device_id"]:
-        gateway.publisher.wake(row["device_id"], {"cancel": job_id})
-    return row
+        ended = store.get(connection, job_id)
+    raise failure("job_finished", f"job {job_id} has ended: it is {ended['state'] if ended else 'gone'}")
 
 
 async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:

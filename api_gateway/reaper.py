@@ -1,6 +1,7 @@
 """The reaper: what no worker will do. One gateway at a time is the leader, by an advisory lock of PostgreSQL.
 
     due jobs are published · expired jobs end · lapsed leases are buried · sessions, blobs and old jobs go
+    ended jobs that Celery was not given are · messages of devices that do not exist fail
 
 Nothing is buried until one lease period after PostgreSQL became reachable, or after this process or its machine stood
 still: a database that was away, or a sleep, expired every lease at once, and the workers behind them are well.
@@ -16,16 +17,19 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from api_gateway.awake import Awake
+from api_gateway.unconsumed import Unconsumed
 from api_gateway.webhooks import Webhooks
 from device_operations.jobs import CLAIMABLE, State
 from device_operations.settings import Settings
 from tasks import lifecycle, submit
 from tasks.blobs import BlobStore
 from tasks.database import is_disconnect
+from tasks.outbox import Outbox
 from tasks.plans import memory
 from tasks.publish import Publisher
 from tasks.store import allocations as allocation_store
 from tasks.store import blobs as blob_store
+from tasks.store import celery as celery_store
 from tasks.store import devices as device_store
 from tasks.store import jobs as store
 from tasks.store import models as model_store
@@ -51,11 +55,15 @@ AT_ONCE = 500
 class Reaper:
     """A thread of the gateway."""
 
-    def __init__(self, engine: Engine, publisher: Publisher, blobs: BlobStore, settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine, publisher: Publisher, blobs: BlobStore, settings: Settings, outbox: Outbox
+    ) -> None:
         self._engine = engine
         self._publisher = publisher
         self._blobs = blobs
         self._settings = settings
+        self._outbox = outbox
+        self._unconsumed = Unconsumed(engine, settings.require_redis_url(), publisher, outbox)
         self._webhooks = Webhooks(engine, settings)
         self._awake = Awake()
         self._stopping = threading.Event()
@@ -99,6 +107,8 @@ class Reaper:
             row(leadership, "SELECT 1")
             self._publish_due()
             self._expire()
+            self._give_celery()
+            self._unconsumed.look()
             self._webhooks.deliver_due()
             self._free_expired()
             self._expire_sessions()
@@ -118,7 +128,15 @@ class Reaper:
             overdue = store.expired(connection, AT_ONCE)
         if overdue:
             endings = [Ending(job["id"], State.EXPIRED.value, error=lifecycle.expired(job)) for job in overdue]
-            lifecycle.announce(self._publisher, lifecycle.end(self._engine, endings, sorted(CLAIMABLE)))
+            ended = lifecycle.end(self._engine, endings, sorted(CLAIMABLE))
+            lifecycle.announce(self._publisher, ended)
+            self._outbox.ended_unseen(ended)
+
+    def _give_celery(self) -> None:
+        """What ended and was not given to Celery by whoever ended it, since that process died or Redis was away."""
+        with self._engine.connect() as connection:
+            pending = celery_store.pending(connection, AT_ONCE)
+        self._outbox.ended(pending)
 
     def _expire_sessions(self) -> None:
         """Ends sessions that were idle too long; the workers free their state when they next look at the records."""
@@ -153,6 +171,8 @@ class Reaper:
                 requeued=len(burial.requeued), lost_allocations=len(burial.lost_allocations),
             )  # fmt: skip
             lifecycle.announce(self._publisher, burial.ended)
+            self._outbox.ended_unseen(burial.ended)
+            self._outbox.requeued(burial.requeued)
             self._publisher.jobs([(job, job["request"]) for job in burial.requeued])
 
     def _forget(self) -> None:
@@ -163,6 +183,7 @@ class Reaper:
             allocation_store.forget(connection, days, 10 * AT_ONCE)
             training_store.forget(connection, days, AT_ONCE)
             device_store.forget_samples(connection, days)
+            celery_store.forget_revoked(connection)
         for blob_id in expired:
             self._blobs.delete(blob_id)
         self._blobs.sweep()

@@ -16,6 +16,11 @@ def device_queue(device_id: str) -> str:
     return f"device.{device_id}"
 
 
+def is_device_queue(queue: str) -> bool:
+    """Whether a queue is a device's, or the one for any device."""
+    return queue.startswith("device.")
+
+
 def celery_priority(priority: int) -> int:
     """A job's priority as kombu's Redis transport counts, where 0 is read first."""
     return 9 - priority

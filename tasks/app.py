@@ -50,9 +50,7 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         task_serializer="json",
         result_serializer="json",
         broker_transport_options=options,
-        result_backend_transport_options={"socket_timeout": 10, "retry_policy": {"timeout": 5.0}},
-        redis_socket_timeout=10,
-        redis_socket_keepalive=True,
+        **result_options(),
         broker_connection_retry_on_startup=True,
         broker_channel_error_retry=True,
         broker_connection_max_retries=None,
@@ -65,19 +63,29 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         worker_enable_remote_control=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         task_acks_late=False,
-        task_create_missing_queues=False,
+        # A client may name any device's queue.
+        task_create_missing_queues=device_id is None,
         task_default_queue=ANY_QUEUE,
         task_default_exchange="",
         task_default_priority=4,
         task_track_started=True,
         task_send_sent_event=False,
         task_queues=[_queue(ANY_QUEUE)] if device_id is None else [_queue(device_queue(device_id))],
-        result_expires=86_400,
         event_queue_expires=60,
     )
     for kind in Kind:
-        app.task(_never_runs, name=kind.task, bind=True, shared=False)
+        app.task(_never_runs, name=kind.task, bind=True, shared=False, Strategy="workers.pool:strategy")
     return app
+
+
+def result_options() -> dict[str, Any]:
+    """The settings of Celery's result backend, for whoever writes there."""
+    return {
+        "result_expires": 86_400,
+        "result_backend_transport_options": {"socket_timeout": 10, "retry_policy": {"timeout": 5.0}},
+        "redis_socket_timeout": 10,
+        "redis_socket_keepalive": True,
+    }
 
 
 def _queue(name: str) -> Queue:

@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, Engine
 
-from device_operations.errors import OperationError
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Kind, State
 from tasks import effects
 from tasks.database import dumps
@@ -32,6 +32,8 @@ from tasks.store.jobs import Ending
 from tasks.unflushed import Unflushed
 
 log = structlog.get_logger(__name__)
+
+_CLAIMABLE = tuple(sorted(CLAIMABLE))
 
 #: Deaths of a worker on one job after which the job itself is suspected.
 POISON_DEATHS = 3
@@ -232,10 +234,36 @@ def end(engine: Engine, endings: Sequence[Ending], leaving: Sequence[State]) -> 
         return rows + settle(connection, rows)
 
 
+def cancel(engine: Engine, publisher: Publisher, job_ids: Collection[str]) -> list[Row]:
+    """Cancels those of `job_ids` that wait, and asks the workers of those that are claimed. Gives the open ones' rows.
+
+    What a worker has claimed ahead of its device is the worker's to end: it alone knows that it will not begin it.
+    """
+    with engine.connect() as connection:
+        rows = store.request_cancel(connection, job_ids)
+    waiting = [row for row in rows if row["state"] in CLAIMABLE and not store.is_claimed(row)]
+    ended: list[Row] = []
+    if waiting:
+        ended = end(engine, [Ending(row["id"], State.CANCELLED.value, error=CANCELLED) for row in waiting], _CLAIMABLE)
+        announce(publisher, ended)
+    for row in rows:
+        if row["device_id"]:
+            publisher.wake(row["device_id"], {"cancel": row["id"]})
+    by_id = {row["id"]: row for row in rows} | {row["id"]: row for row in ended}
+    return list(by_id.values())
+
+
 def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tells all gateways that jobs have ended. Gives the jobs as callers see them."""
+    """Tells all gateways, and the log, that jobs have ended. Gives the jobs as callers see them."""
     views = [store.view(row) for row in rows]
     publisher.done(views)
+    for row, view in zip(rows, views, strict=True):
+        log.info(
+            "job",
+            job_id=row["id"], kind=row["kind"], state=row["state"], device_id=row["device_id"], owner=row["owner"],
+            attempt=row["attempt"], queued_ms=view["timings"]["queued_ms"], device_ms=row["device_ms"],
+            total_ms=view["timings"]["total_ms"], error=(row["error"] or {}).get("code"),
+        )  # fmt: skip
     return views
 
 
@@ -341,6 +369,13 @@ def expired(job: Row) -> dict[str, Any]:
         "retryable": True,
         "detail": {"expires_in_seconds": seconds},
     }
+
+
+def expired_on_receipt(seconds_ago: float) -> dict[str, Any]:
+    """The error of a Celery task whose message came after its `expires`."""
+    return failure(
+        "expired", f"The task had expired {seconds_ago:.3g} s before its message was received.", retryable=True
+    ).as_job_error()
 
 
 def predecessor_failed(before: Row) -> dict[str, Any]:

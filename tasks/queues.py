@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from device_operations.jobs import TASK_PREFIX
-from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, short
+from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, is_device_queue, short
 
 __all__ = [
     "ANY_QUEUE",
@@ -16,6 +16,7 @@ __all__ = [
     "NOTED",
     "control_queue",
     "device_queue",
+    "is_device_queue",
     "job_channel",
     "message",
     "redis_key",

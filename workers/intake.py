@@ -10,6 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
@@ -26,8 +28,10 @@ from tasks.app import PREFETCH
 from tasks.database import is_disconnect, until_reachable
 from tasks.key_types import with_types
 from tasks.messages import Recorded, reason, unstorable
+from tasks.outbox import Outbox
 from tasks.plans import plan
 from tasks.plans.base import Context
+from tasks.previous import filled
 from tasks.publish import Publisher
 from tasks.queues import ANY_QUEUE, NOTED, device_queue, redis_keys
 from tasks.store import jobs as store
@@ -38,6 +42,7 @@ from workers.operations import memory
 from workers.pool import Handle, Note
 from workers.recorder import Recorder
 from workers.resident import Resident
+from workers.revoked import Revoked
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +69,8 @@ class Intake:
         engine: Engine,
         publisher: Publisher,
         client: redis.Redis,
+        revoked: Revoked,
+        outbox: Outbox,
         is_draining: Callable[[], bool],
     ) -> None:
         self._lane = lane
@@ -73,6 +80,8 @@ class Intake:
         self._engine = engine
         self._publisher = publisher
         self._redis = client
+        self._revoked = revoked
+        self._outbox = outbox
         self._is_draining = is_draining
         self._direct: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._delivered: dict[int, int] = {}
@@ -185,6 +194,8 @@ class Intake:
         if known is not None:
             self._meet_again(known, handle)
             return
+        if self._is_over(kind, handle):
+            return
         try:
             rows, request = self._plan_direct(kind, handle)
         except OperationError as error:
@@ -198,7 +209,10 @@ class Intake:
             self._refuse(kind, handle, unrecorded)
             return
         row = rows[0]
-        if row["device_id"] != self._resident.device_id:
+        if row["id"] in self._revoked:
+            # Revoked since it was asked for above, when no job was there to be cancelled.
+            self._revoked.cancel([row["id"]])
+        if row["device_id"] != self._resident.device_id and row["state"] == State.QUEUED:
             self._publisher.jobs([(row, request)])
             handle.dropped()
         elif row["state"] == State.QUEUED:
@@ -214,26 +228,26 @@ class Intake:
         why = unstorable([args, kwargs])
         if why is not None:
             raise failure("validation_failed", f"the arguments cannot be stored: {why}")
-        if args or set(kwargs) - {"request", "job"} or not isinstance(kwargs.get("request"), dict):
+        if set(kwargs) - {"request", "job"} or not isinstance(kwargs.get("request"), dict):
             given = [*(["positional arguments"] if args else []), *sorted(name[:50] for name in kwargs)[:10]]
             raise failure(
                 "validation_failed",
                 f"a task takes kwargs={{'request': {{…}}}} and maybe 'job', both objects; given: {given or 'none'}",
             )
-        body = dict(kwargs["request"])
+        body = filled(kwargs["request"], args)
         options = kwargs.get("job", body.pop("job", None)) or {}
         if not isinstance(options, dict):
             raise failure("validation_failed", "job is not an object")
-        if handle.priority is not None and "priority" not in options:
-            options = {**options, "priority": handle.priority}
+        options = {**_options(handle), **options}
         request = parse(kind, {**body, "job": options})
         # Whoever reaches Redis is fully trusted (documented so): a direct caller may act for any owner.
         owner = JobOptions.model_validate(options).owner or self._context.owner
         context = Context(
             self._context.engine, self._context.settings, self._context.directory, self._context.blobs, owner,
-            admin=True, device_id=self._resident.device_id, wants_result=not handle.ignore_result,
+            admin=True, device_id=self._resident.device_id, celery=handle.owed(),
         )  # fmt: skip
         made = plan(context, kind, request, handle.job_id)
+        made = replace(made, job=_at_its_time(made.job, handle))
         return self._record(made), made.job.request
 
     def _record(self, made: submit.Plan) -> list[Row]:
@@ -244,15 +258,36 @@ class Intake:
                 raise failure("allocation_exists", f"job {rows[0]['id']} does this already; wait for that one")
             return rows
 
+    def _is_over(self, kind: Kind, handle: Handle) -> bool:
+        """Whether a direct caller's task was revoked, or expired, before it came; then that is what is recorded."""
+        expires_in = _seconds_until(handle.header("expires"))
+        if handle.job_id in self._revoked:
+            self._record_ended(kind, handle, State.CANCELLED, lifecycle.CANCELLED)
+        elif expires_in is not None and expires_in <= 0:
+            self._record_ended(kind, handle, State.EXPIRED, lifecycle.expired_on_receipt(-expires_in), expires_in)
+        else:
+            return False
+        return True
+
     def _refuse(self, kind: Kind, handle: Handle, error: OperationError) -> None:
         """A direct caller's request that does not fit is a failed job, not a lost one."""
-        refused = NewJob(
+        self._record_ended(kind, handle, State.FAILED, error.as_job_error())
+
+    def _record_ended(
+        self,
+        kind: Kind,
+        handle: Handle,
+        state: State,
+        error: dict[str, Any],
+        expires_in_seconds: float | None = None,
+    ) -> None:
+        ended = NewJob(
             id=handle.job_id, kind=kind.value, device_id=self._resident.device_id,
             queue=device_queue(self._resident.device_id), request={}, owner=self._context.owner,
-            state=State.FAILED.value, error=error.as_job_error(), wants_result=not handle.ignore_result,
+            state=state.value, error=error, celery=handle.owed(), expires_in_seconds=expires_in_seconds,
         )  # fmt: skip
         with self._engine.connect() as connection:
-            rows = store.insert(connection, [refused])
+            rows = store.insert(connection, [ended])
         for row in rows:
             lifecycle.announce(self._publisher, [row])
             self._recorder.tell_celery(row, handle)
@@ -262,7 +297,7 @@ class Intake:
     def _meet_again(self, row: Row, handle: Handle) -> None:
         """A message whose job is recorded: the record's request counts, whatever the message says."""
         if row["state"] in TERMINAL:
-            self._recorder.tell_celery(row, handle)
+            self._recorder.tell_celery_again(row, handle)
         elif (
             row["device_id"] == self._resident.device_id
             and row["state"] in (State.QUEUED, State.RESERVED)
@@ -296,6 +331,8 @@ class Intake:
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=error))
             ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
             lifecycle.announce(self._publisher, ended)
+            here = {entry.job_id for entry in entries}
+            self._outbox.ended_unseen(row for row in ended if row["id"] not in here)
             by_id = {row["id"]: row for row in [*rows.values(), *ended]}
             self._lane.put_back([entry.job_id for entry in entries])
             self._lane.ended([row["id"] for row in by_id.values() if row["state"] in TERMINAL])
@@ -398,6 +435,33 @@ class Intake:
             except redis.RedisError as error:
                 log.warning("the queue for any device cannot be read", error=str(error))
                 self._stopping.wait(1.0)
+
+
+def _options(handle: Handle) -> dict[str, Any]:
+    """The options of a job that a Celery message says in its own way."""
+    options: dict[str, Any] = {}
+    if handle.priority is not None:
+        options["priority"] = handle.priority
+    limits = [limit for limit in handle.header("timelimit") or () if limit]
+    if limits:
+        options["timeout_seconds"] = min(limits)
+    return options
+
+
+def _at_its_time(job: NewJob, handle: Handle) -> NewJob:
+    """The job, not before the message's ETA and not after its expiry, where it has such."""
+    delay, expires_in = _seconds_until(handle.header("eta")), _seconds_until(handle.header("expires"))
+    if delay is not None and delay > 0:
+        job = replace(job, state=State.SCHEDULED.value, delay_seconds=delay)
+    return job if expires_in is None else replace(job, expires_in_seconds=expires_in)
+
+
+def _seconds_until(time: str | None) -> float | None:
+    """Seconds from now until a time as Celery writes it, negative if it is past. One without a zone is in UTC."""
+    if time is None:
+        return None
+    at = datetime.fromisoformat(time)
+    return ((at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
 
 
 def _may_pass(error: Exception) -> bool:

@@ -1,6 +1,6 @@
 """Celery's pool that feeds the lane: it takes messages in, and tells Celery what became of them.
 
-A direct caller's message comes from Celery's worker, by `on_apply`; a recorded job's comes from the transport itself
+A direct caller's message comes from Celery's worker, by `strategy`; a recorded job's comes from the transport itself
 (`tasks.transport`), since making a request of each would cost more than a small run does. Nothing runs here: the
 message becomes an entry of the lane (`workers.intake`). It is reported as started when its job is claimed, and as
 succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect` show what really happened.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ import structlog
 from celery.concurrency.base import BasePool
 from celery.worker import state
 from celery.worker.control import Panel, active, query_task, reserved
+from celery.worker.request import Request, create_request_cls
 
 from device_operations.errors import from_job_error
+from device_operations.ids import is_job_id
 from device_operations.jobs import TASK_PREFIX
+from tasks.outbox import owed
 from tasks.queues import NOTED
 from workers.events import Dispatcher
 
@@ -29,14 +33,13 @@ log = structlog.get_logger(__name__)
 class Handle:
     """One message's way back to Celery. Each step is taken at most once, whoever takes it."""
 
-    __slots__ = ("_accepted", "_done", "_request", "_started_at", "ignore_result")
+    __slots__ = ("_accepted", "_done", "_request", "_started_at")
 
     def __init__(self, request: Any) -> None:
         self._request = request
         self._accepted = False
         self._done = False
         self._started_at = time.monotonic()
-        self.ignore_result = bool(request.request_dict.get("ignore_result"))
 
     @property
     def job_id(self) -> str:
@@ -58,6 +61,14 @@ class Handle:
         """The task's positional and named arguments, as they came."""
         args, kwargs, _ = self._request._payload
         return args, kwargs
+
+    def header(self, name: str) -> Any:
+        """A header of the message, which was checked; None where it is absent."""
+        return self._request.request_dict.get(name)
+
+    def owed(self) -> dict[str, Any] | None:
+        """What Celery is to be given once the task has ended (see `tasks.outbox`); None if that is nothing."""
+        return owed(self._request.request_dict, self._request._payload[2])
 
     def park(self) -> None:
         """Acknowledges without a start: PostgreSQL holds the job, and the message's slot is needed by others."""
@@ -192,7 +203,7 @@ class LanePool(BasePool):
     signal_safe = False
     task_join_will_block = False
 
-    #: Set by `workers.service` before Celery makes the pool: takes each message in.
+    #: Set by `workers.service` before Celery makes the pool: takes each message in, and each revocation.
     intake: Any = None
 
     def on_start(self) -> None:
@@ -207,18 +218,60 @@ class LanePool(BasePool):
         """A cold stop: what runs is told to end."""
         type(self).intake.stop(cold=True)
 
-    def on_apply(
-        self, target: Any, args: Any = None, kwargs: Any = None, accept_callback: Any = None, **_: Any
-    ) -> None:
-        """Takes one message in."""
-        type(self).intake.receive(Handle(accept_callback.__self__))
-
     def terminate_job(self, pid: Any, signal: Any = None) -> None:
         """Celery's `revoke(terminate=True)` reaches jobs by the control queue; a pid names none of them."""
         log.warning("terminate by pid is not supported; cancel the job with DELETE /api/jobs/{job_id}")
 
     def _get_info(self) -> dict[str, Any]:
         return {**super()._get_info(), "lane": type(self).intake.standing()}
+
+
+def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None]:
+    """Celery's execution strategy of each kind's task: what its consumer does with a direct caller's message.
+
+    Celery's own would keep a task with an ETA in this process, and end an expired or a revoked one without a job.
+    """
+    eventer = consumer.event_dispatcher
+    made = create_request_cls(Request, task, consumer.pool, consumer.hostname, eventer, app=app)
+
+    def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
+        request = made(
+            message, on_ack=ack, on_reject=reject, app=app, hostname=consumer.hostname, eventer=eventer, task=task,
+            connection_errors=consumer.connection_errors, body=message.payload, headers=message.headers, decoded=True, utc=True,
+        )  # fmt: skip
+        request.send_event(
+            "task-received", name=request.name, args=request.argsrepr, kwargs=request.kwargsrepr,
+            root_id=request.root_id, parent_id=request.parent_id, retries=request.request_dict.get("retries", 0),
+            eta=request.request_dict.get("eta"), expires=request.request_dict.get("expires"),
+        )  # fmt: skip
+        state.task_reserved(request)
+        LanePool.intake.receive(Handle(request))
+
+    return receive
+
+
+# ---- Celery's remote control: jobs are revoked by their ids, whatever they came as
+
+
+@Panel.register(name="revoke", type="control", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
+def _revoke(panel: Any, task_id: Any, **_: Any) -> dict[str, str]:
+    """Cancels jobs, with `terminate` or without: a job stops at its next step, and harms nothing by that."""
+    task_ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
+    LanePool.intake.revoke([one for one in task_ids if is_job_id(one)])
+    return {"ok": f"tasks {', '.join(map(str, task_ids[:10]))} flagged as revoked"}
+
+
+@Panel.register(name="terminate", type="control", variadic="task_id", signature="<signal> [id1 [id2 [... [idN]]]]")
+def _terminate(panel: Any, signal: Any, task_id: Any, **_: Any) -> dict[str, str]:
+    """The same; no job has a process of its own that a signal could be sent to."""
+    return _revoke(panel, task_id)
+
+
+@Panel.register(name="revoke_by_stamped_headers", type="control", variadic="headers", signature="[key=value ...]")
+def _revoke_by_stamped_headers(panel: Any, headers: Any, **_: Any) -> dict[str, str]:
+    """Is not served."""
+    log.warning("revoke_by_stamped_headers is not served: revoke tasks by their ids")
+    return {"error": "revoke_by_stamped_headers is not served here: revoke tasks by their ids"}
 
 
 # ---- what `celery inspect` shows: Celery's own requests, and the recorded jobs that are none

@@ -16,15 +16,14 @@ from functools import partial
 from typing import Any
 
 import structlog
-from celery import Celery
-from celery.exceptions import NotRegistered
 from sqlalchemy import Engine
 
-from device_operations.errors import failure, from_job_error
+from device_operations.errors import failure
 from device_operations.jobs import CHANGES_MODELS, State
 from tasks import lifecycle
 from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
+from tasks.outbox import Outbox
 from tasks.publish import Publisher
 from tasks.store import claims
 from tasks.store import jobs as store
@@ -65,14 +64,14 @@ class Recorder:
     """Records in order what the runner hands over. `stop` returns when everything handed over is recorded."""
 
     def __init__(
-        self, engine: Engine, publisher: Publisher, lane: Lane, device_id: str, epoch: int, app: Celery
+        self, engine: Engine, publisher: Publisher, lane: Lane, device_id: str, epoch: int, outbox: Outbox
     ) -> None:
         self._engine = engine
         self._publisher = publisher
         self._lane = lane
         self._device_id = device_id
         self._epoch = epoch
-        self._app = app
+        self._outbox = outbox
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
@@ -128,8 +127,7 @@ class Recorder:
         """Tells everybody of jobs that ended without having run here."""
         self._lane.ended(row["id"] for row in rows)
         lifecycle.announce(self._publisher, rows)
-        for row in rows:
-            self.tell_celery(row, None)
+        self._outbox.ended_unseen(rows)
 
     def call(self, step: Callable[[], None]) -> None:
         """Runs `step` on the recorder's thread, after what was handed over before."""
@@ -198,12 +196,15 @@ class Recorder:
             if work.entry.handle is not None:
                 work.entry.handle.started()
             self._running[work.job_id] = work
-            if work.ahead is not None:
+            if work.ahead is not None or work.row["celery"] is not None:
                 self._unmarked[work.job_id] = time.monotonic() + MARK_SECONDS
         self._tell_followers(works)
 
     def _mark_running(self) -> None:
-        """Records that the device has begun with jobs that were claimed ahead of it and have not ended soon after."""
+        """Records that the device has begun with jobs that were claimed ahead of it and have not ended soon after.
+
+        Celery is told so of a direct caller's job that has not, however it was claimed.
+        """
         if not self._unmarked:
             return
         now = time.monotonic()
@@ -212,11 +213,17 @@ class Recorder:
             return
         for job_id in due:
             del self._unmarked[job_id]
-        started = {job_id: self._running[job_id].row["started_at"] for job_id in due}
-        until_reachable(
-            lambda: self.unflushed.relaxed.run(lambda connection: claims.mark_begun(connection, started, self._epoch)),
-            stop=self._stopping.is_set,
-        )
+        works = [self._running[job_id] for job_id in due]
+        started = {work.job_id: work.row["started_at"] for work in works if work.ahead is not None}
+        if started:
+            until_reachable(
+                lambda: self.unflushed.relaxed.run(
+                    lambda connection: claims.mark_begun(connection, started, self._epoch)
+                ),
+                stop=self._stopping.is_set,
+            )
+        for work in works:
+            self._outbox.started(work.row)
 
     def follow(self, job_id: str) -> None:
         """Somebody follows the job for the next minute: from now on its states and progress are announced."""
@@ -276,8 +283,12 @@ class Recorder:
                 handles[row["id"]] = entry.handle if entry is not None else None
         self._lane.ended({row["id"] for row in rows})
         views = lifecycle.announce(self._publisher, rows)
+        self._outbox.ended(rows)
+        self._outbox.show(row for row in rows if handles[row["id"]] is None)
         for row, view in zip(rows, views, strict=True):
-            self._tell(row, view, handles.pop(row["id"], None))
+            ended = handles.pop(row["id"])
+            if ended is not None:
+                ended.ended(view)
         for handle in handles.values():
             if handle is not None:
                 handle.dropped()
@@ -316,39 +327,23 @@ class Recorder:
         )
 
     def tell_celery(self, row: Row, handle: Handle | Note | None) -> None:
-        """Celery's events, its result where the caller asked for one, and one line in the log."""
-        self._tell(row, store.view(row), handle)
-
-    def _tell(self, row: Row, view: dict[str, Any], handle: Handle | Note | None) -> None:
-        if row["wants_result"]:
-            self._write_result(row)
+        """Celery's events of a job that ended and did not run here; and its result, where its caller is owed one."""
+        self._outbox.ended([row])
         if handle is not None:
-            handle.ended(view)
-        log.info(
-            "job",
-            job_id=row["id"], kind=row["kind"], state=row["state"], device_id=row["device_id"], owner=row["owner"],
-            attempt=row["attempt"], queued_ms=view["timings"]["queued_ms"], device_ms=row["device_ms"],
-            total_ms=view["timings"]["total_ms"], error=(row["error"] or {}).get("code"),
-        )  # fmt: skip
+            handle.ended(store.view(row))
+
+    def tell_celery_again(self, row: Row, handle: Handle) -> None:
+        """The same for a message that came after its job's end."""
+        if row["celery"] is not None:
+            self._outbox.ended([row])
+        elif not handle.header("ignore_result"):
+            self._outbox.ended_before(row)
+        handle.ended(store.view(row))
 
     def report_unknown(self, task_id: str, task: str) -> None:
         """Gives Celery the failure of a task that no worker has, as Celery's own worker does."""
-        try:
-            self._app.backend.mark_as_failure(task_id, NotRegistered(task))
-        except Exception as error:  # noqa: BLE001 - a result backend that is away must not stop jobs
-            log.warning("Celery's result could not be written", job_id=task_id, error=str(error))
+        self._outbox.unknown(task_id, task)
         Dispatcher.note("task-failed", task_id, retry=False, exception=f"NotRegistered({task!r})", traceback="")
-
-    def _write_result(self, row: Row) -> None:
-        try:
-            if row["state"] == State.SUCCEEDED:
-                self._app.backend.mark_as_done(row["id"], row["result"])
-            elif row["state"] == State.FAILED:
-                self._app.backend.mark_as_failure(row["id"], from_job_error(row["error"]), traceback=None)
-            else:
-                self._app.backend.mark_as_revoked(row["id"], reason=row["state"])
-        except Exception as error:  # noqa: BLE001 - the record stands; a result backend that is away must not stop jobs
-            log.warning("Celery's result could not be written", job_id=row["id"], error=str(error))
 
     def _retried(self, one: _Finished) -> bool:
         """Puts a job that failed retryably back, if it has attempts left; deaths of workers do not use them up."""
@@ -373,6 +368,7 @@ class Recorder:
         self._lane.put_back([work.job_id])
         if work.entry.handle is not None:
             work.entry.handle.dropped()
+        self._outbox.retried(row, outcome.error or {})
         log.info(
             "job retries", job_id=work.job_id, attempt=work.row["attempt"], error=(outcome.error or {}).get("code")
         )

@@ -34,6 +34,7 @@ from tasks.blobs import BlobStore
 from tasks.database import is_disconnect, open_engine, until_reachable
 from tasks.directory import Directory
 from tasks.messages import Wake, read_wake
+from tasks.outbox import Outbox
 from tasks.plans.base import Context
 from tasks.publish import Publisher, connect
 from tasks.queues import control_queue, device_queue
@@ -51,6 +52,7 @@ from workers.pool import LanePool, Note
 from workers.reconcile import Reconciler
 from workers.recorder import Recorder
 from workers.resident import Resident
+from workers.revoked import Revoked
 from workers.runner import DEVICE_LOST_STATUS, Runner
 from workers.transfers import Transfers
 
@@ -100,13 +102,15 @@ class Service:
         self.app = make_app(settings, self.device_id)
         self.resident = Resident(self.device_id, epoch, device, self._engine, settings, blobs)
         self.resident.extend_lease = self._lease.extended
-        self._recorder = Recorder(self._engine, self._publisher, self._lane, self.device_id, epoch, self.app)
+        self._outbox = Outbox(self._engine, settings.require_redis_url())
+        self._revoked = Revoked(self._engine, self._publisher, self._outbox)
+        self._recorder = Recorder(self._engine, self._publisher, self._lane, self.device_id, epoch, self._outbox)
         directory = Directory(self._engine, settings)
         self._recorder.on_models_changed = directory.expire
         context = Context(self._engine, settings, directory, blobs, "default", device_id=self.device_id)
         self._intake = Intake(
             self._lane, self._recorder, self.resident, context, self._engine, self._publisher, self._redis,
-            lambda: self._lease.draining or not self._lease.safe,
+            self._revoked, self._outbox, lambda: self._lease.draining or not self._lease.safe,
         )  # fmt: skip
         self.runner = Runner(
             self._lane, self._lease, self.resident, self._recorder, self._engine,
@@ -159,7 +163,9 @@ class Service:
     def start(self, app: Celery) -> None:
         """Celery's worker is up: what the last epoch had loaded comes back first, then jobs."""
         self._started = True
+        self._outbox.start()
         self._recorder.start()
+        self._revoked.start()
         self.resident.record, self.resident.announce = self._recorder.note, self._recorder.announce
         self.runner.call(lambda: bring_back(self.resident))
         self.runner.call(lambda: training.bring_back(self.resident))
@@ -172,6 +178,10 @@ class Service:
         """One message."""
         self._intake.receive(handle)
 
+    def revoke(self, task_ids: list[str]) -> None:
+        """Tasks are revoked by Celery's remote control."""
+        self._revoked.revoke(task_ids)
+
     def stop(self, *, cold: bool = False) -> None:
         """Finishes what runs, records it, declares the epoch over, and gives the device back. Twice is no harm."""
         with self._stopped:
@@ -183,7 +193,9 @@ class Service:
         if self._started:
             self.runner.stop(cold=cold)
             self._transfers.close()
+            self._revoked.stop()
             self._recorder.stop()
+            self._outbox.stop()
         log.info("worker stops", device_id=self.device_id, left_to_the_next=len(left))
         self._lease.stop_renewing()
         if not self._lease.lost.is_set():
@@ -237,6 +249,8 @@ class Service:
 
     def _announce(self, burial: lifecycle.Burial) -> None:
         lifecycle.announce(self._publisher, burial.ended)
+        self._outbox.ended_unseen(burial.ended)
+        self._outbox.requeued(burial.requeued)
         self._publisher.jobs([(row, row["request"]) for row in burial.requeued])
 
     def _sweep_until_stopped(self) -> None:
@@ -308,6 +322,7 @@ class Service:
 
         def leave() -> None:
             self._recorder.stop()
+            self._outbox.stop()
             if status == DEVICE_LOST_STATUS:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)

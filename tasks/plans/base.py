@@ -37,7 +37,8 @@ class Context:
     owner: str
     admin: bool = False
     device_id: str | None = None
-    wants_result: bool = False
+    #: What Celery is to be given at the end of a direct caller's task.
+    celery: dict[str, Any] | None = None
     #: What earlier entries of the same submission make; None for a submission of one.
     earlier: Earlier | None = None
 
@@ -101,7 +102,7 @@ def new_stored_job(
         expires_in_seconds=options.expires_in_seconds,
         timeout_seconds=options.timeout_seconds,
         webhook_url=options.webhook_url,
-        wants_result=context.wants_result,
+        celery=context.celery,
         # A direct message waits already, in Redis: refusing its record would not make the queue shorter.
         queue_limit=context.settings.queue.max_length if context.device_id is None else None,
         **more,

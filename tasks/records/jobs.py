@@ -68,8 +68,8 @@ jobs = Table(
     Column("progress", Json),
     Column("result", Json),
     Column("error", Json),
-    # Whether Celery's result backend is to get the result: direct callers that asked for it.
-    Column("wants_result", Boolean, nullable=False, server_default=text("false")),
+    # What a direct caller's Celery is to be given at the end (`tasks.outbox`); null once it was, and for other jobs.
+    Column("celery", Json),
     Column("webhook_url", Text),
     # Deliveries tried so far; null once delivered or given up.
     Column("webhook_attempt", Integer),
@@ -90,6 +90,7 @@ Index(
     postgresql_where=text("requires IS NOT NULL AND finished_at IS NULL"),
 )
 Index("ix_jobs_webhook", jobs.c.webhook_due_at, postgresql_where=text("webhook_due_at IS NOT NULL"))
+Index("ix_jobs_celery", jobs.c.finished_at, postgresql_where=text("celery IS NOT NULL AND finished_at IS NOT NULL"))
 Index("ix_jobs_finished_at", jobs.c.finished_at, postgresql_where=text("finished_at IS NOT NULL"))
 
 #: The last job of each exclusive resource (allocation, inference session, training session).
@@ -110,4 +111,12 @@ idempotency = Table(
     Column("body_sha256", Text, nullable=False),
     Column("job_ids", Texts, nullable=False),
     Column("created_at", Time, nullable=False, server_default=text("now()")),
+)
+
+#: Celery's tasks that were revoked, whether their messages had come or not: one that comes later does not run.
+revoked_tasks = Table(
+    "revoked_tasks",
+    metadata,
+    Column("task_id", Text, primary_key=True),
+    Column("revoked_at", Time, nullable=False, server_default=text("clock_timestamp()")),
 )

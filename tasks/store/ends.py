@@ -19,7 +19,7 @@ _KEPT = {
     "resource_id": "text", "needs": "text[]", "after": "text[]", "owner": "text", "labels": "jsonb",
     "submitted_at": "timestamptz", "started_at": "timestamptz", "finished_at": "timestamptz",
     "expires_at": "timestamptz", "timeout_seconds": "float8", "device_ms": "float8", "epoch": "int",
-    "cancel_requested": "boolean", "progress": "jsonb", "result": "jsonb", "error": "jsonb", "wants_result": "boolean",
+    "cancel_requested": "boolean", "progress": "jsonb", "result": "jsonb", "error": "jsonb", "celery": "jsonb",
     "webhook_url": "text", "retried_from": "text",
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ _CHANGED = (
 def _given(name: str) -> str:
     if name == "finished_at":
         return "coalesce(kept.finished_at, clock_timestamp())"
-    return f"nullif(kept.{name}, 'null')" if name in ("progress", "result", "error") else f"kept.{name}"
+    return f"nullif(kept.{name}, 'null')" if name in ("progress", "result", "error", "celery") else f"kept.{name}"
 
 
 _RECORD = f"""

@@ -23,7 +23,7 @@ _OPEN = tuple(sorted(OPEN))
 #: The columns that a caller's view of a job is made of, and what decides its further way.
 COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type,
     resource_id, needs, after, owner, labels, submitted_at, due_at, started_at, finished_at, expires_at,
-    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, wants_result, webhook_url,
+    timeout_seconds, device_ms, epoch, cancel_requested, progress, result, error, celery, webhook_url,
     retried_from"""
 
 
@@ -51,7 +51,8 @@ class NewJob:
     delay_seconds: float | None = None
     expires_in_seconds: float | None = None
     timeout_seconds: float | None = None
-    wants_result: bool = False
+    #: What Celery is to be given at the end: see `tasks.outbox`.
+    celery: dict[str, Any] | None = None
     webhook_url: str | None = None
     error: dict[str, Any] | None = None
     #: The predecessors that have to succeed; None for a job that runs however they end.
@@ -102,17 +103,18 @@ def _inserted(jobs: Sequence[NewJob], stamped: list[Row]) -> list[Row]:
 
 _INSERT_JOBS = """
         INSERT INTO jobs (id, kind, state, device_id, queue, priority, max_attempts, request, resource_type,
-            resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, wants_result,
+            resource_id, needs, after, blob_ids, owner, labels, due_at, expires_at, timeout_seconds, celery,
             webhook_url, error, requires, asked, retried_from, finished_at)
         SELECT id, kind, state, device_id, queue, priority, max_attempts, request, resource_type, resource_id,
             needs, after, blob_ids, owner, labels,
             clock_timestamp() + make_interval(secs => delay_seconds),
-            clock_timestamp() + make_interval(secs => expires_in_seconds), timeout_seconds, wants_result, webhook_url,
-            error, requires, nullif(asked, 'null'), retried_from, CASE WHEN state = 'failed' THEN clock_timestamp() END
+            clock_timestamp() + make_interval(secs => expires_in_seconds), timeout_seconds, nullif(celery, 'null'),
+            webhook_url, error, requires, nullif(asked, 'null'), retried_from,
+            CASE WHEN state IN ('failed', 'cancelled', 'expired') THEN clock_timestamp() END
         FROM jsonb_to_recordset(%(jobs)s::jsonb) AS new (id text, kind text, state text, device_id text, queue text,
             priority smallint, max_attempts int, request jsonb, resource_type text, resource_id text, needs text[],
             after text[], blob_ids text[], owner text, labels jsonb, delay_seconds float8, expires_in_seconds float8,
-            timeout_seconds float8, wants_result boolean, webhook_url text, error jsonb, requires text[], asked jsonb,
+            timeout_seconds float8, celery jsonb, webhook_url text, error jsonb, requires text[], asked jsonb,
             retried_from text)
     """
 
@@ -148,7 +150,7 @@ def _row(job: NewJob) -> Row:
         "queue": job.queue, "priority": job.priority, "max_attempts": job.max_attempts,
         "resource_type": job.resource_type, "resource_id": job.resource_id, "needs": list(job.needs),
         "after": list(job.after), "owner": job.owner, "labels": job.labels, "timeout_seconds": job.timeout_seconds,
-        "error": job.error, "wants_result": job.wants_result, "webhook_url": job.webhook_url,
+        "error": job.error, "celery": job.celery, "webhook_url": job.webhook_url,
         "retried_from": job.retried_from,
     }  # fmt: skip
 
@@ -375,14 +377,14 @@ def mark_reserved(connection: Connection, job_ids: Collection[str]) -> None:
     )
 
 
-def request_cancel(connection: Connection, job_id: str) -> Row | None:
-    """Notes that the caller wants the job cancelled; None if it has ended."""
-    return row(
+def request_cancel(connection: Connection, job_ids: Collection[str]) -> list[Row]:
+    """Notes that callers want jobs cancelled; gives those that have not ended."""
+    return rows(
         connection,
         f"""
-        UPDATE jobs SET cancel_requested = true WHERE id = %(id)s AND state = ANY(%(open)s) RETURNING {COLUMNS}
+        UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND state = ANY(%(open)s) RETURNING {COLUMNS}
         """,
-        {"id": job_id, "open": list(_OPEN)},
+        {"ids": list(job_ids), "open": list(_OPEN)},
     )
 
 

@@ -82,7 +82,7 @@ def test_what_cannot_be_repeated_fails_as_after_a_death(bench: Bench) -> None:
 def test_what_was_to_be_cancelled_is(bench: Bench) -> None:
     job_id = bench.running()
     with bench.engine.connect() as connection:
-        jobs.request_cancel(connection, job_id)
+        jobs.request_cancel(connection, [job_id])
     bench.look()
     bench.look()
     assert bench.state(job_id) == "cancelled"

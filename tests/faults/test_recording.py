@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from celery import Celery
 from sqlalchemy import Engine
 
 from device_operations.jobs import State
 from tasks.database import open_engine
+from tasks.outbox import Outbox
 from tasks.publish import Publisher, connect
 from tasks.store import jobs
 from tests.spine.test_records import make_device, new_job
@@ -26,7 +26,7 @@ def test_one_bad_outcome_fails_alone_and_the_others_are_recorded(database_url: s
     works = [Work(Entry(job.id, job.kind, 5, 0), rows[job.id], {}) for job in made]
     outcomes = [work.succeeded({"fine": True}) for work in works]
     outcomes[1].result = {"not": {1, 2}, "key": {("a", "b"): 1}}
-    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", epoch, Celery(broker=redis_url))
+    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", epoch, Outbox(engine, redis_url))
     recorder.start()
     recorder.finished(works, outcomes)
 
@@ -50,7 +50,7 @@ def test_a_step_that_fails_costs_no_outcome_that_was_handed_over_after_it(databa
         jobs.insert(connection, [made])
         (row,) = jobs.claim(connection, [made.id], "cpu_0", epoch)
     work = Work(Entry(made.id, made.kind, 5, 0), row, {})
-    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", epoch, Celery(broker=redis_url))
+    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", epoch, Outbox(engine, redis_url))
 
     def step() -> None:
         raise ZeroDivisionError
@@ -75,7 +75,7 @@ def test_a_job_whose_outcome_cannot_be_recorded_is_no_longer_held(database_url: 
     assert "no-such-row" in lane
     # Without a row there is nothing to say how often it may be tried: as unexpected as anything.
     work = Work(entry, {}, {})
-    recorder = Recorder(engine, Publisher(connect(redis_url)), lane, "cpu_0", epoch, Celery(broker=redis_url))
+    recorder = Recorder(engine, Publisher(connect(redis_url)), lane, "cpu_0", epoch, Outbox(engine, redis_url))
     recorder.finished([work], [work.succeeded({})])
     recorder.start()
     recorder.stop()

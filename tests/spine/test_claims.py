@@ -125,7 +125,7 @@ def test_only_its_worker_ends_it(engine: Engine, epoch: int) -> None:
         execute(connection, "SELECT pg_sleep(0.03)")
         assert job_id not in [row["id"] for row in jobs.expired(connection, 1000)]
         assert jobs.open_needing(connection, [needed]) == []
-        jobs.request_cancel(connection, job_id)
+        jobs.request_cancel(connection, [job_id])
         asked = [one["id"] for one in ends.claimed(connection, "cpu_0", epoch) if one["cancel_requested"]]
         assert asked == [job_id]
         assert jobs.end_running(connection, [Ending(job_id, "cancelled")], epoch - 1) == []

@@ -78,7 +78,7 @@ def test_a_recorded_jobs_message_gives_what_the_lane_needs() -> None:
 def test_a_request_too_big_for_a_message_is_left_to_the_record() -> None:
     row = {
         "id": "some-job", "kind": "memory.allocate", "seq": 1, "priority": 5, "after": [], "needs": [],
-        "queue": "device.cpu_0", "wants_result": False,
+        "queue": "device.cpu_0", "celery": None,
     }  # fmt: skip
     big = message(row, {"label": "x" * MESSAGE_BYTES})
     assert len(big) < 4096

@@ -24,7 +24,7 @@ def job(job_id: str, queue: str) -> dict[str, Any]:
     """A recorded job, as far as its message tells of it."""
     return {
         "id": job_id, "kind": "inference.run", "queue": queue, "priority": 5, "seq": 1, "after": [], "needs": [],
-        "wants_result": False,
+        "celery": None,
     }  # fmt: skip
 
 

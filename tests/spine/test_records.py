@@ -115,7 +115,7 @@ def test_a_cancelled_or_expired_job_is_not_claimed(engine: Engine) -> None:
     cancelled, expired = new_job(), new_job(expires_in_seconds=-1)
     with engine.connect() as connection:
         jobs.insert(connection, [cancelled, expired])
-        jobs.request_cancel(connection, cancelled.id)
+        jobs.request_cancel(connection, [cancelled.id])
         assert jobs.claim(connection, [cancelled.id, expired.id], "cpu_0", epoch) == []
 
 

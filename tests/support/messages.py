@@ -50,7 +50,7 @@ def recorded(job_id: str | None = None) -> Envelope:
     """A gateway's message of a job. Where no id is given there is no such job."""
     row = {
         "id": job_id or new_id(), "kind": "memory.deallocate", "seq": 1, "priority": 5, "after": [], "needs": [],
-        "queue": "device.cpu_0", "wants_result": False,
+        "queue": "device.cpu_0", "celery": None,
     }  # fmt: skip
     made: Envelope = json.loads(message(row, REQUEST))
     return made
