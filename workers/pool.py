@@ -237,7 +237,7 @@ def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None
     def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
         request = made(
             message, on_ack=ack, on_reject=reject, app=app, hostname=consumer.hostname, eventer=eventer, task=task,
-            connection_errors=consumer.connection_errors, body=message.payload, headers=message.headers, decoded=True, utc=True,
+            connection_errors=consumer.connection_errors, body=message.payload, headers=message.headers, decoded=True,
         )  # fmt: skip
         request.send_event(
             "task-received", name=request.name, args=request.argsrepr, kwargs=request.kwargsrepr,

@@ -41,7 +41,7 @@ def test_several_links_and_a_group_among_them(plain: Caller) -> None:
 def test_a_link_error_is_called_with_the_failed_tasks_id_and_a_link_is_not(plain: Caller) -> None:
     plain.forget_notes()
     sent = plain.refused(link=plain.plain("note", "link"), link_error=plain.plain("note", "error")).apply_async()
-    assert "allocation_not_found" in failure_of(sent)
+    assert "not-there" in failure_of(sent)
     (note,) = plain.noted()
     assert note["args"] == [sent.id, "error"]
 
@@ -63,8 +63,8 @@ def test_a_chain_stops_where_it_fails_and_its_last_task_says_so(plain: Caller) -
     last = chain(plain.allocate(), plain.refused(), plain.plain("note")).apply_async(
         link_error=plain.plain("note", "error")
     )
-    assert "allocation_not_found" in failure_of(last)
-    assert "allocation_not_found" in failure_of(last.parent)
+    assert "not-there" in failure_of(last)
+    assert "not-there" in failure_of(last.parent)
     assert last.parent.parent.get(timeout=30)["size_bytes"] == 16
     notes = plain.noted()
     assert [note["args"][1] for note in notes] == ["error"]
@@ -92,7 +92,7 @@ def test_an_error_in_a_chords_header_fails_its_body(plain: Caller) -> None:
     plain.forget_notes()
     wanted = plain.plain("note", "body").on_error(plain.plain("note", "error"))
     body = chord([plain.allocate(), plain.refused()])(wanted)
-    assert "allocation_not_found" in failure_of(body)
+    assert "not-there" in failure_of(body)
     assert [note["args"] for note in plain.noted()] == [[body.id, "error"]]
 
 
