@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -175,6 +176,16 @@ class Outbox:
                 self._store(row, self._about(row | {"celery": {}}), children=[])
 
         self._queue.put(store_again)
+
+    def revoked(self, task_ids: Iterable[str]) -> None:
+        """Tasks were revoked whose messages have not come: they are `REVOKED` at once, as with Celery's own worker."""
+
+        def mark(task_id: str) -> None:
+            if self._app.backend.get_state(task_id) == "PENDING":
+                self._app.backend.mark_as_revoked(task_id, reason=State.CANCELLED.value)
+
+        for task_id in task_ids:
+            self._queue.put(partial(mark, task_id))
 
     def unknown(self, task_id: str, task: str) -> None:
         """A task that none here is has failed, as it does with Celery's own worker."""

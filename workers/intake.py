@@ -261,7 +261,7 @@ class Intake:
     def _is_over(self, kind: Kind, handle: Handle) -> bool:
         """Whether a direct caller's task was revoked, or expired, before it came; then that is what is recorded."""
         expires_in = _seconds_until(handle.header("expires"))
-        if handle.job_id in self._revoked:
+        if handle.job_id in self._revoked or self._revoked.is_stamped(handle.header("stamps")):
             self._record_ended(kind, handle, State.CANCELLED, lifecycle.CANCELLED)
         elif expires_in is not None and expires_in <= 0:
             self._record_ended(kind, handle, State.EXPIRED, lifecycle.expired_on_receipt(-expires_in), expires_in)

@@ -26,6 +26,7 @@ from device_operations.jobs import TASK_PREFIX
 from tasks.outbox import owed
 from tasks.queues import NOTED
 from workers.events import Dispatcher
+from workers.revoked import as_stamps
 
 log = structlog.get_logger(__name__)
 
@@ -269,9 +270,12 @@ def _terminate(panel: Any, signal: Any, task_id: Any, **_: Any) -> dict[str, str
 
 @Panel.register(name="revoke_by_stamped_headers", type="control", variadic="headers", signature="[key=value ...]")
 def _revoke_by_stamped_headers(panel: Any, headers: Any, **_: Any) -> dict[str, str]:
-    """Is not served."""
-    log.warning("revoke_by_stamped_headers is not served: revoke tasks by their ids")
-    return {"error": "revoke_by_stamped_headers is not served here: revoke tasks by their ids"}
+    """Cancels direct callers' jobs whose messages have any of these stamps."""
+    if isinstance(headers, list):
+        headers = dict(header.split("=", 1) for header in headers if isinstance(header, str) and "=" in header)
+    stamps = {str(header): as_stamps(values) for header, values in headers.items()}
+    LanePool.intake.revoke_stamped(stamps)
+    return {"ok": f"headers {', '.join(sorted(stamps)[:10])} flagged as revoked"}
 
 
 # ---- what `celery inspect` shows: Celery's own requests, and the recorded jobs that are none

@@ -182,6 +182,10 @@ class Service:
         """Tasks are revoked by Celery's remote control."""
         self._revoked.revoke(task_ids)
 
+    def revoke_stamped(self, stamps: dict[str, set[str]]) -> None:
+        """Tasks with any of these stamps are revoked."""
+        self._revoked.revoke_stamped(stamps)
+
     def stop(self, *, cold: bool = False) -> None:
         """Finishes what runs, records it, declares the epoch over, and gives the device back. Twice is no harm."""
         with self._stopped:

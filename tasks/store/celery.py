@@ -43,6 +43,15 @@ def settle(connection: Connection, job_ids: Collection[str]) -> None:
     )
 
 
+def stamped(connection: Connection) -> list[Row]:
+    """The open jobs of direct callers whose messages were stamped: their ids, and `stamps` by header."""
+    return rows(
+        connection,
+        "SELECT id, celery -> 'stamps' AS stamps FROM jobs WHERE finished_at IS NULL "
+        "AND jsonb_typeof(celery -> 'stamps') = 'object'",
+    )
+
+
 def remember_revoked(connection: Connection, task_ids: Collection[str]) -> None:
     """Remembers revoked tasks, among them those that no job is known of yet."""
     execute(

@@ -5,37 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import celery
 import httpx
 import numpy as np
-import pytest
 
-from device_operations.stack import processes, services
-from device_operations.stack.state import free_port
 from tests.inference.graphs import busy
 from tests.support import graphs
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
-LOGIN = ("admin", "open-sesame")
 SECRET = "a-long-label-that-nobody-needs-to-see-in-flower" * 40
-
-
-@pytest.fixture(scope="module")
-def flower(stack: RunningStack) -> Iterator[httpx.Client]:
-    """A real Flower on the stack's Redis."""
-    port = free_port()
-    environment = services.environment({"FLOWER__PORT": port, "FLOWER__PASSWORD": LOGIN[1]}, base=stack.environment)
-    service = services.flower(environment, f"http://127.0.0.1:{port}", REPOSITORY)
-    process = processes.start(service.command, stack.folder / "flower.log")
-    try:
-        eventually(service.is_ready, 40)
-        with httpx.Client(base_url=service.url, auth=LOGIN, trust_env=False, timeout=20) as client:
-            eventually(lambda: "cpu_0" in client.get("/api/workers", params={"refresh": 1}).text, 40)
-            yield client
-    finally:
-        processes.end_tree(process)
 
 
 def test_flower_shows_each_job_by_its_task_name_with_its_true_outcome(
