@@ -1,0 +1,46 @@
+"""A worker that dies at one point of giving an ended job to Celery: `python -m tests.direct.dying_worker POINT`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tasks.outbox import Outbox
+from workers.__main__ import main
+
+
+def _die(*_: Any, **__: Any) -> Any:
+    os._exit(9)
+
+
+def _die_at(point: str) -> None:
+    give_once = Outbox._once
+
+    @contextmanager
+    def once(self: Outbox, mark: str) -> Iterator[Any]:
+        if not mark.endswith(".chord"):
+            with give_once(self, mark) as sent:
+                yield sent
+        elif point == "before the body":
+            _die()
+        else:
+            with give_once(self, mark) as sent:
+                yield sent
+            _die()
+
+    if point == "before anything":
+        Outbox._give = _die  # type: ignore[method-assign]
+    elif point == "after the callbacks":
+        Outbox._store = _die  # type: ignore[method-assign]
+    elif point == "after the result":
+        Outbox._settle = _die  # type: ignore[method-assign]
+    else:
+        Outbox._once = once  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    _die_at(sys.argv[1])
+    sys.exit(main(["--device", "cpu_0"]))
