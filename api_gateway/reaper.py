@@ -133,10 +133,14 @@ class Reaper:
             self._outbox.ended_unseen(ended)
 
     def _give_celery(self) -> None:
-        """What ended and was not given to Celery by whoever ended it, since that process died or Redis was away."""
+        """What ended and was not given to Celery by the process that ended it: it died, or Redis was away.
+
+        A process that died may have died before it had logged the end, too.
+        """
         with self._engine.connect() as connection:
             pending = celery_store.pending(connection, AT_ONCE)
-        self._outbox.ended(pending)
+        for job in self._outbox.ended_unseen(pending):
+            lifecycle.log_end(job)
 
     def _expire_sessions(self) -> None:
         """Ends sessions that were idle too long; the workers free their state when they next look at the records."""

@@ -257,14 +257,20 @@ def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Tells all gateways, and the log, that jobs have ended. Gives the jobs as callers see them."""
     views = [store.view(row) for row in rows]
     publisher.done(views)
-    for row, view in zip(rows, views, strict=True):
-        log.info(
-            "job",
-            job_id=row["id"], kind=row["kind"], state=row["state"], device_id=row["device_id"], owner=row["owner"],
-            attempt=row["attempt"], queued_ms=view["timings"]["queued_ms"], device_ms=row["device_ms"],
-            total_ms=view["timings"]["total_ms"], error=(row["error"] or {}).get("code"),
-        )  # fmt: skip
+    for row in rows:
+        log_end(row)
     return views
+
+
+def log_end(row: Row) -> None:
+    """One line for a job that has ended."""
+    timings = store.timings(row)
+    log.info(
+        "job",
+        job_id=row["id"], kind=row["kind"], state=row["state"], device_id=row["device_id"], owner=row["owner"],
+        attempt=row["attempt"], queued_ms=timings["queued_ms"], device_ms=row["device_ms"],
+        total_ms=timings["total_ms"], error=(row["error"] or {}).get("code"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ twice. All of it is made by Celery's own canvas and result backend.
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -47,13 +48,19 @@ log = structlog.get_logger(__name__)
 #: Seconds for which Redis remembers that messages were published. The outbox is emptied within seconds.
 MARK_SECONDS = 86_400
 
-#: Seconds between two notes in PostgreSQL of what was given to Celery, and how many jobs one has at most.
+#: Seconds between two notes in PostgreSQL of what was given to Celery.
 SETTLE_SECONDS = 0.25
-SETTLE_AT_ONCE = 500
 
-#: Seconds since its end for which a chord's part is returned again after a death: longer than Celery's own claim on
-#: the chord, which a process that dies while it publishes the body leaves behind.
+#: Seconds since its end for which a chord's part is returned again after a death, and between two such times: longer
+#: than Celery's own claim on the chord, which a process that dies while it publishes the body leaves behind.
 CHORD_SECONDS = 60.0
+CHORD_AGAIN_SECONDS = 3.0
+
+#: Seconds before a job is given again where Redis did not take it, how many wait for that here at most (the reaper
+#: finds the others), and seconds between two lines of the log about it.
+AGAIN_SECONDS = 1.0
+AGAIN_AT_MOST = 10_000
+WARN_SECONDS = 5.0
 
 #: What may pass by itself: the job stays in the outbox, and the reaper comes back to it.
 _BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
@@ -114,7 +121,12 @@ class Outbox:
         self._redis = connect(redis_url)
         self._queue: SimpleQueue[_Ended | Callable[[], object] | None] = SimpleQueue()
         self._held: set[str] = set()
+        #: What was given, and what of it may be settled: a while later, when its events have left this process too.
         self._given: list[str] = []
+        self._ripe: list[str] = []
+        #: What is to be given again, and when.
+        self._again: list[tuple[float, Row]] = []
+        self._warned_at = -math.inf
         self._settled_at = time.monotonic()
         self._thread = threading.Thread(target=self._give_until_stopped, name="outbox", daemon=True)
 
@@ -135,11 +147,12 @@ class Outbox:
                 self._held.add(row["id"])
                 self._queue.put(_Ended(row))
 
-    def ended_unseen(self, rows: Iterable[Row]) -> None:
-        """The same for jobs whose end no worker has reported to Flower, which is told too."""
-        ended = list(rows)
+    def ended_unseen(self, rows: Iterable[Row]) -> list[Row]:
+        """The same for jobs whose end no worker has reported to Flower, which is told too. Gives those it had not."""
+        ended = [row for row in rows if row["id"] not in self._held]
         self.ended(ended)
         self.show(ended)
+        return ended
 
     def cancelled(self, rows: Iterable[Row]) -> None:
         """The same for what `lifecycle.cancel` gave. A worker that meets the message of one of them reports its end."""
@@ -199,12 +212,15 @@ class Outbox:
 
     def _give_until_stopped(self) -> None:
         while True:
+            waits = self._given or self._ripe or self._again
             try:
-                item = self._queue.get(timeout=SETTLE_SECONDS if self._given else None)
+                item = self._queue.get(timeout=SETTLE_SECONDS if waits else None)
             except Empty:
                 self._settle()
+                self._give_again()
                 continue
             if item is None:
+                self._settle()
                 self._settle()
                 return
             try:
@@ -213,36 +229,54 @@ class Outbox:
                 else:
                     item()
             except _BROKER_ERRORS as error:
-                log.warning("Celery could not be told; it is tried again", error=str(error))
+                self._put_off(item, error)
             except Exception:
                 # It would fail again: what Celery can be given of this job it was given.
                 log.exception("Celery could not be told")
                 if isinstance(item, _Ended):
                     self._given.append(item.row["id"])
-            if isinstance(item, _Ended) and item.row["id"] not in self._given:
-                self._held.discard(item.row["id"])
-            if len(self._given) >= SETTLE_AT_ONCE or time.monotonic() - self._settled_at > SETTLE_SECONDS:
+            if time.monotonic() - self._settled_at > SETTLE_SECONDS:
                 self._settle()
+                self._give_again()
 
     def _settle(self) -> None:
         """Notes what was given. The commit does not wait for the disk: if it is lost, it is all given again."""
         self._settled_at = time.monotonic()
-        if not self._given:
+        given, self._ripe, self._given = self._ripe, self._given, []
+        if not given:
             return
-        given = list(self._given)
         try:
             self._relaxed.run(lambda connection: store.settle(connection, given))
         except Exception as error:  # noqa: BLE001 - they stay in the outbox, and are given again
             log.warning("the outbox could not be emptied", jobs=len(given), error=str(error).strip())
         self._held.difference_update(given)
-        self._given.clear()
+
+    def _give_again(self) -> None:
+        now = time.monotonic()
+        due = [row for at, row in self._again if at <= now]
+        self._again = [(at, row) for at, row in self._again if at > now]
+        for row in due:
+            self._queue.put(_Ended(row))
+
+    def _put_off(self, item: _Ended | Callable[[], object], error: Exception) -> None:
+        """Redis is away or refuses: the job is given again a little later. If this process ends, the reaper does it."""
+        now = time.monotonic()
+        if now - self._warned_at > WARN_SECONDS:
+            self._warned_at = now
+            log.warning("Celery could not be told; it is tried again", error=str(error))
+        if not isinstance(item, _Ended):
+            return
+        if len(self._again) < AGAIN_AT_MOST:
+            self._again.append((now + AGAIN_SECONDS, item.row))
+        else:
+            self._held.discard(item.row["id"])
 
     # ---- one job
 
     def _give(self, row: Row) -> None:
         """Gives one ended job to Celery. A caller's signature that cannot be published costs that one alone."""
         about = self._about(row)
-        children: list[Any] = []
+        children: list[Any] = (row["celery"] or {}).get("published", [])
         if row["state"] == State.SUCCEEDED and (about.callbacks or about.chain):
             try:
                 with self._once(row["id"]) as sent:
@@ -252,8 +286,14 @@ class Outbox:
                 raise
             except Exception:
                 log.exception("a task's callbacks cannot be published", job_id=row["id"])
+            self._note_published(row, children)
         self._store(row, about, children)
-        if about.chord is None or "age_seconds" not in row or row["age_seconds"] > CHORD_SECONDS:
+        if row["state"] == State.FAILED and about.errbacks:
+            self._note_published(row, children)
+        if about.chord is not None and row.get("age_seconds", CHORD_SECONDS) < CHORD_SECONDS:
+            later = row | {"age_seconds": row["age_seconds"] + CHORD_AGAIN_SECONDS}
+            self._again.append((time.monotonic() + CHORD_AGAIN_SECONDS, later))
+        else:
             self._given.append(row["id"])
 
     def _store(self, row: Row, about: Context, children: Sequence[Any]) -> None:
@@ -289,9 +329,17 @@ class Outbox:
             {
                 "id": row["id"], "task": TASK_PREFIX + row["kind"], "args": [], "kwargs": {}, "retries": 0,
                 "delivery_info": {}, "root_id": row["id"], "callbacks": None, "errbacks": None, "chain": None,
-                "chord": None, "group": None, "group_index": None, "ignore_result": False, **given,
+                "chord": None, "group": None, "group_index": None, "ignore_result": False,
+                **{name: value for name, value in given.items() if name != "published"},
             }
         )  # fmt: skip
+
+    def _note_published(self, row: Row, children: Sequence[Any]) -> None:
+        """Takes what was published out of the outbox at once: if Redis is emptied, its mark is gone."""
+        try:
+            self._relaxed.run(lambda connection: store.note_published(connection, row["id"], children))
+        except Exception as error:  # noqa: BLE001 - the mark in Redis says the same
+            log.warning("the outbox could not be updated", job_id=row["id"], error=str(error).strip())
 
     def _publish_next(self, row: Row, about: Context) -> Iterator[Any]:
         """Publishes a task's callbacks and the next of its chain, as Celery's worker does; gives their results."""
@@ -348,8 +396,10 @@ class Outbox:
 
 
 def _event(row: Row) -> dict[str, Any]:
-    """Celery's event of a job that ended without a worker's report: it did not succeed."""
+    """Celery's event of a job that ended without a worker's report, or whose worker died with it."""
     about = {"uuid": row["id"], "name": TASK_PREFIX + row["kind"]}
+    if row["state"] == State.SUCCEEDED:
+        return {"type": "task-succeeded", **about, "result": "{}", "runtime": (row["device_ms"] or 0.0) / 1000}
     if row["state"] == State.FAILED:
         exception = repr(from_job_error(row["error"]))
         return {"type": "task-failed", **about, "exception": exception, "traceback": "", "retry": False}

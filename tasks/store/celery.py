@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from sqlalchemy import Connection
 
+from tasks.database import dumps
 from tasks.store.connection import Row, execute, rows
 from tasks.store.jobs import COLUMNS
 
@@ -31,6 +33,19 @@ def pending(connection: Connection, limit: int) -> list[Row]:
         ORDER BY finished_at LIMIT %(limit)s
         """,
         {"worker": WORKER_SECONDS, "other": OTHER_SECONDS, "limit": limit},
+    )
+
+
+def note_published(connection: Connection, job_id: str, children: Sequence[Any]) -> None:
+    """Notes that a job's callbacks, or what is linked to its error, were published, with their results' tuples."""
+    execute(
+        connection,
+        """
+        UPDATE jobs SET celery = celery - '{callbacks,chain,errbacks}'::text[]
+            || jsonb_build_object('published', %(children)s::jsonb)
+        WHERE id = %(id)s AND celery IS NOT NULL AND finished_at IS NOT NULL
+        """,
+        {"id": job_id, "children": dumps(children)},
     )
 
 

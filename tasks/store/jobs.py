@@ -606,6 +606,15 @@ def _milliseconds(start: datetime | None, end: datetime | None) -> float | None:
     return None if start is None or end is None else round((end - start).total_seconds() * 1000, 3)
 
 
+def timings(job: Row) -> dict[str, float | None]:
+    """Milliseconds from submission to start, on the device, and from submission to the end."""
+    return {
+        "queued_ms": _milliseconds(job["submitted_at"], job["started_at"]),
+        "device_ms": job["device_ms"],
+        "total_ms": _milliseconds(job["submitted_at"], job["finished_at"]),
+    }
+
+
 def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
     """The job as every caller sees it (contract, section 2); times are aware datetimes."""
     resource = {"type": job["resource_type"], "id": job["resource_id"]} if job["resource_id"] else None
@@ -626,11 +635,7 @@ def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
         "started_at": job["started_at"],
         "finished_at": job["finished_at"],
         "expires_at": job["expires_at"],
-        "timings": {
-            "queued_ms": _milliseconds(job["submitted_at"], job["started_at"]),
-            "device_ms": job["device_ms"],
-            "total_ms": _milliseconds(job["submitted_at"], job["finished_at"]),
-        },
+        "timings": timings(job),
         "result": job["result"],
         "error": job["error"],
         "owner": job["owner"],
