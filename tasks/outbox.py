@@ -38,6 +38,7 @@ from sqlalchemy import Engine
 from device_operations.errors import from_job_error
 from device_operations.jobs import TASK_PREFIX, TERMINAL, State
 from tasks.app import result_options
+from tasks.messages import reason
 from tasks.publish import connect
 from tasks.queues import ANY_QUEUE, is_device_queue, redis_key
 from tasks.store import celery as store
@@ -230,11 +231,12 @@ class Outbox:
                     item()
             except _BROKER_ERRORS as error:
                 self._put_off(item, error)
-            except Exception:
+            except Exception as error:  # noqa: BLE001 - a caller's message may hold anything, and others wait
                 # It would fail again: what Celery can be given of this job it was given.
-                log.exception("Celery could not be told")
-                if isinstance(item, _Ended):
-                    self._given.append(item.row["id"])
+                job_id = item.row["id"] if isinstance(item, _Ended) else None
+                log.error("Celery could not be told", job_id=job_id, error=reason(error))
+                if job_id is not None:
+                    self._given.append(job_id)
             if time.monotonic() - self._settled_at > SETTLE_SECONDS:
                 self._settle()
                 self._give_again()
@@ -284,8 +286,8 @@ class Outbox:
                 children = sent.children
             except _BROKER_ERRORS:
                 raise
-            except Exception:
-                log.exception("a task's callbacks cannot be published", job_id=row["id"])
+            except Exception as error:  # noqa: BLE001 - a caller's signatures may be anything
+                log.error("a task's callbacks cannot be published", job_id=row["id"], error=reason(error))
             self._note_published(row, children)
         self._store(row, about, children)
         if row["state"] == State.FAILED and about.errbacks:

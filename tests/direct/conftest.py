@@ -6,6 +6,7 @@ plain       module    the same with a worker of `tests.direct.plain`, which runs
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -79,6 +80,8 @@ class Caller:
         return eventually(lambda: (found := self.notes()) and len(found) >= count and found, seconds)
 
     def close(self) -> None:
+        # A result that is dropped later would ask for the server that is gone by then.
+        gc.collect()
         self.app.backend.result_consumer.stop()
         self.app.close()
         self.redis.close()

@@ -45,3 +45,10 @@ def size(self: Any, made: Any) -> dict[str, Any]:
     """From an allocation's result, a request that a next task takes a part of."""
     _note(self, [made], {})
     return {"next": {"allocation_id": made["allocation_id"]}}
+
+
+@app.task(name="plain.total", bind=True)
+def total(self: Any, made: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of the sizes of allocations' results, in the form of one."""
+    _note(self, [made], {})
+    return {"size_bytes": sum(one["size_bytes"] for one in made)}
