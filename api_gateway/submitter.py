@@ -143,12 +143,12 @@ class Submitter:
             if isinstance(rows, OperationError):
                 answers.append(rows)
                 continue
-            by_id = {row["id"]: row for row in rows}
-            if len(by_id) != len(waiting.plans):
+            if len(rows) != len(waiting.plans):
                 raise failure("internal_error", "a new job's id was taken")
             if isinstance(waiting.future, Awaited):
                 waiting.future.recorded = True
-            answers.append([by_id[plan.job.id] for plan in waiting.plans])
+            by_id = {row["id"]: row for row in rows} if len(rows) > 1 else {}
+            answers.append([by_id[plan.job.id] for plan in waiting.plans] if by_id else rows)
         return answers
 
     def _insert(self, groups: list[list[NewJob]], relaxed: bool) -> list[list[Row] | OperationError]:

@@ -34,7 +34,8 @@ LOOK_SECONDS = 2.0
 
 _DONE = DONE_CHANNEL.encode()
 
-#: How the announcement of a load or an unload begins; reading each announced job as JSON would cost more than the rest.
+#: How the announcement of a load or an unload begins; reading those as JSON that nobody awaits here would cost more
+#: than the rest.
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
 
 
@@ -171,12 +172,12 @@ class Waiters:
             return
         for line in data.split(b"\n"):
             job_id, _, text = line.partition(b" ")
-            if _CHANGES_MODEL.match(text):
-                self._on_models_changed()
             waiting = self._awaited.get(job_id)
-            if waiting is None:
+            job = _object(text) if waiting else {}
+            if job.get("kind") in CHANGES_MODELS if waiting else _CHANGES_MODEL.match(text):
+                self._on_models_changed()
+            if not waiting:
                 continue
-            job = _object(text)
             if not _is_end(job_id, job):
                 log.warning("announcement refused", size_bytes=len(line))
                 continue
