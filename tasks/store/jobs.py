@@ -135,8 +135,8 @@ _STAMPED = """
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
 """
 
-#: The last `seq` that was given, of whatever transaction; null before the first.
-_LAST_NUMBER = "pg_sequence_last_value('jobs_seq_seq'::regclass)"
+#: The last `seq` that was given, of whatever transaction; 0 before the first.
+_LAST_NUMBER = "coalesce(pg_sequence_last_value('jobs_seq_seq'::regclass), 0)"
 
 _INSERT = Prepared("insert_jobs", _INSERT_JOBS + _STAMPED, {"jobs": "jsonb"})
 
@@ -628,7 +628,7 @@ def open_counts(connection: Connection, limits: Mapping[str, int], *, before: st
 
 def last_number(connection: Connection) -> int:
     """The highest `seq` that any job was given, recorded already or not."""
-    found = row(connection, f"SELECT coalesce({_LAST_NUMBER}, 0) AS number")
+    found = row(connection, f"SELECT {_LAST_NUMBER} AS number")
     assert found is not None
     number: int = found["number"]
     return number
