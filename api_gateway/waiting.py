@@ -76,7 +76,7 @@ class Waiters:
     """Everybody in this process who waits for a job or follows one."""
 
     def __init__(self, redis_url: str, engine: Engine, on_models_changed: Callable[[], None]) -> None:
-        # In protocol 3 redis-py writes each announcement out once more, for a line of its log that nobody has asked for.
+        # In protocol 3 redis-py makes a line for its log of each announcement, whether that is read or not.
         self._client = redis.asyncio.Redis.from_url(
             redis_url, protocol=2, socket_keepalive=True, socket_connect_timeout=5, health_check_interval=30
         )
