@@ -340,9 +340,10 @@ def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None)
 async def _body(request: Request, limit: int) -> Raw:
     """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
     announced = request.headers.get("content-length")
-    room = room_of(request)
+    room = None
     # Of four digits and fewer, as nearly all are, it needs no room.
     if announced is None or len(announced) > 4:
+        room = room_of(request)
         if is_number_above(announced or "", limit):
             raise too_large(limit)
         await room.announced(announced, limit)
@@ -358,7 +359,8 @@ async def _body(request: Request, limit: int) -> Raw:
         size += len(chunks[-1])
         if size > limit:
             raise too_large(limit)
-        room.came(size)
+        if room is not None:
+            room.came(size)
         more = message.get("more_body", False)
     body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
     encoding = request.headers.get("content-encoding", "identity").strip().lower()

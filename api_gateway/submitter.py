@@ -56,7 +56,8 @@ class Submitter:
         self._engine = engine
         self._publisher = publisher
         self._arrived: list[_Waiting] = []
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        #: What arrived in each turn of the event loop; None at last.
+        self._queue: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._record_until_stopped, name="submitter", daemon=True)
         self._relaxed = Relaxed(engine)
 
@@ -106,31 +107,30 @@ class Submitter:
 
     def _hand_in(self) -> None:
         arrived, self._arrived = self._arrived, []
-        for waiting in arrived:
-            self._queue.put(waiting)
+        self._queue.put(arrived)
 
     def _record_until_stopped(self) -> None:
-        while True:
-            first = self._queue.get()
-            if first is None:
-                return
-            together = [first]
-            count = len(first.plans)
-            while count < AT_ONCE:
+        stopped = False
+        while not stopped:
+            arrived = self._queue.get()
+            waiting: list[_Waiting] = []
+            # All that is there, in statements of a bounded size.
+            while arrived is not None:
+                waiting += arrived
                 try:
-                    more = self._queue.get_nowait()
+                    arrived = self._queue.get_nowait()
                 except queue.Empty:
                     break
-                if more is None:
-                    self._queue.put(None)
-                    break
-                together.append(more)
-                count += len(more.plans)
-            try:
-                answers: list[list[Row] | OperationError] | list[Exception] = self._record(together)
-            except Exception as error:  # noqa: BLE001 - handed to each of the requests that wait
-                answers = [unavailable(error)] * len(together)
-            _answer(together, answers)
+            else:
+                stopped = True
+            while waiting:
+                together = _first(waiting)
+                del waiting[: len(together)]
+                try:
+                    answers: list[list[Row] | OperationError] | list[Exception] = self._record(together)
+                except Exception as error:  # noqa: BLE001 - handed to each of the requests that wait
+                    answers = [unavailable(error)] * len(together)
+                _answer(together, answers)
 
     def _record(self, together: list[_Waiting]) -> list[list[Row] | OperationError]:
         plans = [plan for waiting in together for plan in waiting.plans]
@@ -143,12 +143,12 @@ class Submitter:
             if isinstance(rows, OperationError):
                 answers.append(rows)
                 continue
-            by_id = {row["id"]: row for row in rows}
-            if len(by_id) != len(waiting.plans):
+            if len(rows) != len(waiting.plans):
                 raise failure("internal_error", "a new job's id was taken")
             if isinstance(waiting.future, Awaited):
                 waiting.future.recorded = True
-            answers.append([by_id[plan.job.id] for plan in waiting.plans])
+            by_id = {row["id"]: row for row in rows} if len(rows) > 1 else {}
+            answers.append([by_id[plan.job.id] for plan in waiting.plans] if by_id else rows)
         return answers
 
     def _insert(self, groups: list[list[NewJob]], relaxed: bool) -> list[list[Row] | OperationError]:
@@ -182,6 +182,16 @@ class Submitter:
             [known[job.id] for job in group] if all(job.id in known for job in group) else answer
             for group, answer in zip(groups, answers, strict=True)
         ]
+
+
+def _first(waiting: list[_Waiting]) -> list[_Waiting]:
+    """Those of `waiting` that go into the next statement: the first, and more up to `AT_ONCE` jobs."""
+    count = 0
+    for number, one in enumerate(waiting):
+        if count >= AT_ONCE:
+            return waiting[:number]
+        count += len(one.plans)
+    return waiting[:]
 
 
 def _is_simple(plan: Plan) -> bool:

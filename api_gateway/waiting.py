@@ -34,7 +34,8 @@ LOOK_SECONDS = 2.0
 
 _DONE = DONE_CHANNEL.encode()
 
-#: How the announcement of a load or an unload begins; reading each announced job as JSON would cost more than the rest.
+#: How the announcement of a load or an unload begins; reading those as JSON that nobody awaits here would cost more
+#: than the rest.
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
 
 
@@ -75,8 +76,9 @@ class Waiters:
     """Everybody in this process who waits for a job or follows one."""
 
     def __init__(self, redis_url: str, engine: Engine, on_models_changed: Callable[[], None]) -> None:
+        # In protocol 3 redis-py makes a line for its log of each announcement, whether that is read or not.
         self._client = redis.asyncio.Redis.from_url(
-            redis_url, socket_keepalive=True, socket_connect_timeout=5, health_check_interval=30
+            redis_url, protocol=2, socket_keepalive=True, socket_connect_timeout=5, health_check_interval=30
         )
         self._engine = engine
         #: Called when a model was loaded or unloaded, before whoever waited for that hears of it.
@@ -171,12 +173,12 @@ class Waiters:
             return
         for line in data.split(b"\n"):
             job_id, _, text = line.partition(b" ")
-            if _CHANGES_MODEL.match(text):
-                self._on_models_changed()
             waiting = self._awaited.get(job_id)
-            if waiting is None:
+            job = _object(text) if waiting else {}
+            if job.get("kind") in CHANGES_MODELS if waiting else _CHANGES_MODEL.match(text):
+                self._on_models_changed()
+            if not waiting:
                 continue
-            job = _object(text)
             if not _is_end(job_id, job):
                 log.warning("announcement refused", size_bytes=len(line))
                 continue

@@ -83,10 +83,10 @@ def parse_json(body: bytes | bytearray | memoryview, what: str = "the body") -> 
             value, strict = loads(text), False
     except ValueError as error:
         raise failure("malformed_request", f"{what} is not JSON: {error}") from error
-    if _SUSPECT.search(text) is not None:
+    if b"\\u" in text and _SUSPECT.search(text) is not None:
         refuse_unstorable(value, what)
     # Counting brackets is far cheaper than a walk, and most bodies hold few.
-    elif text.count(b"[") + text.count(b"{") > MAX_DEPTH and is_too_deep(value):
+    elif len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH and is_too_deep(value):
         raise _too_deep(what)
     return value, strict
 

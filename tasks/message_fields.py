@@ -51,9 +51,10 @@ def checked(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
 
 def checked_all(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """The known fields of an object, all of them; None where one is absent."""
-    known = {name: given.get(name) for name in fields}
+    known = {}
     for name, fits in fields.items():
-        if not fits(known[name]):
+        value = known[name] = given.get(name)
+        if not fits(value):
             raise Unreadable(f"{name} is not what it should be")
     return known
 

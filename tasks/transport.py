@@ -30,6 +30,9 @@ from tasks.messages import Payload, Recorded, UnknownTask
 
 T = TypeVar("T")
 
+#: Seconds after which a reader that the event loop has is added to it again.
+ADD_AGAIN_SECONDS = 1.0
+
 #: Messages taken in one round trip at most. The lane holds many more, so this only bounds one turn of the event loop.
 AT_ONCE = 32
 
@@ -113,6 +116,9 @@ class Channel(redis.Channel):
     #: Whether the server has BLMPOP; asked once for each channel.
     _takes_many: bool | None = None
 
+    #: The keys of queues that are read together, in each order in which they are.
+    _keys: ClassVar[dict[tuple[str, ...], list[str]]] = {}
+
     def _brpop_start(self, timeout: Any = None) -> None:
         if self._takes_many is None:
             version = str(self.client.info("server").get("redis_version", "0"))
@@ -120,14 +126,17 @@ class Channel(redis.Channel):
         if not self._takes_many:
             super()._brpop_start(timeout)
             return
-        queues = self._queue_cycle.consume(len(self.active_queues))
+        queues = tuple(self._queue_cycle.consume(len(self.active_queues)))
         if not queues:
             return
-        keys = list(self._lists(queues))
-        self._in_poll: Any = self.client.connection
+        keys = self._keys.get(queues)
+        if keys is None:
+            keys = self._keys[queues] = list(self._lists(queues))
+        connection = self.client.connection
+        self._in_poll: Any = connection
         self._brpop_sent_at: Any = monotonic()
         wait_seconds = timeout or self.brpop_timeout or 0
-        self.client.connection.send_command("BLMPOP", wait_seconds, len(keys), *keys, "RIGHT", "COUNT", AT_ONCE)
+        connection.send_command("BLMPOP", wait_seconds, len(keys), *keys, "RIGHT", "COUNT", AT_ONCE)
 
     def _lists(self, queues: Iterable[str]) -> dict[str, str]:
         """The keys of queues, the highest priority first, and their type."""
@@ -135,17 +144,18 @@ class Channel(redis.Channel):
 
     def _brpop_read(self, **options: Any) -> bool:
         command = "BLMPOP" if self._takes_many else "BRPOP"
+        client = self.client
         try:
             try:
-                answer = self.client.parse_response(self.client.connection, command, **options)
+                answer = client.parse_response(client.connection, command, **options)
             except self.connection_errors:
-                self.client.connection.disconnect()
+                client.connection.disconnect()
                 raise
             except ResponseError as error:
                 if "WRONGTYPE" not in str(error):
                     raise
-                with self.conn_or_acquire() as client:
-                    remove_wrong_types(client, self._lists(self.active_queues))
+                with self.conn_or_acquire() as other:
+                    remove_wrong_types(other, self._lists(self.active_queues))
                 raise Empty from None
             if not answer:
                 raise Empty
@@ -226,6 +236,27 @@ class Channel(redis.Channel):
             with_types(client, expected, lambda: bind(exchange, *arguments))
 
 
+class _Hub:
+    """Celery's event loop, for a transport that adds its readers again in each turn.
+
+    Each time costs an exception and a system call for each. What the loop has is added again once a second: a socket
+    that was opened anew may have the number of the one before.
+    """
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+        self._until: dict[int, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hub, name)
+
+    def add_reader(self, fd: int, callback: Callable[..., Any], *arguments: Any) -> None:
+        now = monotonic()
+        if fd not in self._hub.readers or self._until.get(fd, 0.0) < now:
+            self._hub.add_reader(fd, callback, *arguments)
+            self._until[fd] = now + ADD_AGAIN_SECONDS
+
+
 class Transport(redis.Transport):
     """The transport that `broker_transport` names."""
 
@@ -233,6 +264,10 @@ class Transport(redis.Transport):
 
     #: Set by the worker: takes a recorded job's message.
     take: ClassVar[Callable[[Recorded], None]] = staticmethod(lambda message: None)
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Has the loop read the connection's sockets."""
+        super().register_with_event_loop(connection, _Hub(loop))
 
     #: Set by the worker: reports to Celery that a task, by its id and name, is none that runs here.
     unknown_task: ClassVar[Callable[[str, str], None]] = staticmethod(lambda job_id, task: None)

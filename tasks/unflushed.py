@@ -28,17 +28,29 @@ log = structlog.get_logger(__name__)
 #: Seconds between two questions how far the log is on the disk, asked only while ends are kept.
 ASK_SECONDS = 0.25
 
+#: What a row takes beside its request, its result and its labels, about; and bytes of a batch that is kept as JSON.
+_ROW_BYTES, _LARGE_BYTES = 1024, 65_536
+
 #: Bytes of kept ends above which ends wait for the disk. PostgreSQL flushes within about 0.6 s by default.
 KEPT_BYTES = 16 * 1024 * 1024
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Batch:
-    """What one statement ended: the rows as a JSON array, and where the log ended after it, once that was asked."""
+    """What one statement ended: whole rows, their size, and where the log ended after it, once that was asked.
 
+    The rows become JSON where they are to be recorded again, which nearly none are; large ones at once, since numbers
+    as Python has them take several times their text.
+    """
+
+    rows: list[Row] | str
     job_ids: list[str]
-    rows: str
+    size_bytes: int
     position: int | None = None
+
+    def json(self) -> str:
+        """The rows as a JSON array."""
+        return self.rows if isinstance(self.rows, str) else dumps(self.rows)
 
 
 class Unflushed:
@@ -149,21 +161,24 @@ class Unflushed:
 
     def _record(self, batches: list[_Batch]) -> None:
         with self._engine.connect() as connection:
-            lost = ends.record_again(connection, "[" + ",".join(batch.rows[1:-1] for batch in batches) + "]")
+            lost = ends.record_again(connection, "[" + ",".join(batch.json()[1:-1] for batch in batches) + "]")
         if lost:
             log.warning("PostgreSQL had lost ends that were announced; they are recorded again", jobs=len(lost))
         self._forget(batches)
 
     def _keep(self, rows: list[Row]) -> None:
-        batch = _Batch([row["id"] for row in rows], dumps(rows))
+        told = [(row["request"], row["result"], row["labels"]) for row in rows]
+        batch = _Batch(rows, [row["id"] for row in rows], len(dumps(told)) + _ROW_BYTES * len(rows))
+        if batch.size_bytes > _LARGE_BYTES:
+            batch.rows = dumps(rows)
         self._kept.append(batch)
         self._ids.update(batch.job_ids)
-        self._bytes += len(batch.rows)
+        self._bytes += batch.size_bytes
 
     def _forget(self, batches: list[_Batch]) -> None:
         for batch in batches:
             self._ids.difference_update(batch.job_ids)
-            self._bytes -= len(batch.rows)
+            self._bytes -= batch.size_bytes
         gone = {id(batch) for batch in batches}
         self._kept = [batch for batch in self._kept if id(batch) not in gone]
         self._doubtful = [batch for batch in self._doubtful if id(batch) not in gone]

@@ -185,7 +185,10 @@ class Lane:
                         entry.after.discard(job_id)
                         if not entry.after:
                             self._make_eligible(entry)
-            self._ready.notify_all()
+            # Also what was held back for something more urgent that might have become eligible. Where nothing is here,
+            # who takes would be woken for nothing, after each job of an idle device.
+            if self._entries:
+                self._ready.notify_all()
 
     def pass_by(self, job_id: str, resource_id: str) -> None:
         """A running job is done with `resource_id` and goes on without it: what waited its turn there need not wait."""

@@ -75,11 +75,11 @@ class Handle:
         """Acknowledges without a start: PostgreSQL holds the job, and the message's slot is needed by others."""
         self._guarded(self._request.acknowledge)
 
-    def started(self) -> None:
-        """The job is claimed: the message is acknowledged and the task reported as started."""
+    def started(self, at: float) -> None:
+        """The device began with the job `at`, by the monotonic clock: the message is acknowledged and that reported."""
         if not self._accepted:
             self._accepted = True
-            self._started_at = time.monotonic()
+            self._started_at = at
             self._guarded(lambda: self._request.on_accepted(None, self._started_at))
 
     def ended(self, view: dict[str, Any]) -> None:
@@ -147,12 +147,12 @@ class Note:
     def park(self) -> None:
         """Its message has no slot that others would need."""
 
-    def started(self) -> None:
-        """The job is claimed."""
-        self.started_at = time.time()
+    def started(self, at: float) -> None:
+        """The device began with the job `at`, by the monotonic clock."""
+        self.started_at = time.time() - (time.monotonic() - at)
         state.total_count[self._headers["task"]] += 1
         state.all_total_count[0] += 1
-        Dispatcher.note("task-started", self.job_id)
+        Dispatcher.note("task-started", self.job_id, timestamp=self.started_at)
 
     def ended(self, view: dict[str, Any]) -> None:
         """The job's outcome is recorded."""

@@ -5,10 +5,10 @@ runner ─▶ started, progressed, finished ─▶ one statement for all that wa
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +44,9 @@ PROGRESS_INTERVAL_SECONDS = 0.2
 #: Seconds after which a job that was claimed ahead, and that the device has begun, is recorded as running.
 MARK_SECONDS = 0.1
 
+#: Seconds after which it is told at the latest that the device began with jobs, unless it ends them sooner.
+STARTED_SECONDS = 0.05
+
 #: Seconds for which a job counts as followed; whoever follows it says so again before that.
 FOLLOWED_SECONDS = 60.0
 
@@ -52,6 +55,10 @@ CLOSE_SECONDS = 5.0
 
 #: Seconds before a job that failed retryably is tried again: doubled with each attempt.
 RETRY_SECONDS = 1.0
+
+
+#: What wakes the recorder and says nothing.
+_LOOK = object()
 
 
 @dataclass(slots=True)
@@ -73,6 +80,10 @@ class Recorder:
         self._epoch = epoch
         self._outbox = outbox
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        #: Jobs that the device began with, each time with when that was, and that nobody was told of yet.
+        self._begun: deque[tuple[float, list[Work]]] = deque()
+        #: When this thread looks at what there is, if nothing is handed over before.
+        self._looks_at = 0.0
         self._told_at: dict[str, float] = {}
         self._running: dict[str, Work] = {}
         #: The running jobs that the record still shows as `reserved`, with the time until which it may.
@@ -98,15 +109,18 @@ class Recorder:
         self._thread.join()
 
     def started(self, works: list[Work]) -> None:
-        """The device has begun with jobs."""
-        self._queue.put(("started", works))
+        """The device has begun with jobs. Waking the recorder for that alone would take from the device's own run."""
+        now = time.monotonic()
+        self._begun.append((now, works))
+        if self._looks_at > now + STARTED_SECONDS or any(work.job_id in self._followed for work in works):
+            self._queue.put(_LOOK)
 
     def progressed(self, work: Work, told: dict[str, Any]) -> None:
         """A running job got further; written a few times a second at most."""
         now = time.monotonic()
         if now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
             self._told_at[work.job_id] = now
-            self._queue.put(("progress", work, told))
+            self._queue.put((work, told))
 
     def finished(self, works: list[Work], outcomes: list[Outcome]) -> None:
         """Jobs have their outcomes."""
@@ -134,51 +148,61 @@ class Recorder:
         self._queue.put(step)
 
     def _record_until_stopped(self) -> None:
+        wait_seconds = 1.0
         while True:
-            items = self._waiting()
+            items = self._waiting(wait_seconds)
+            busy = bool(items or self._begun)
             self._record(items)
-            self._guarded(self._mark_running)
+            if self._unmarked:
+                self._guarded(self._mark_running)
             self.unflushed.look()
             if any(item is None for item in items):
                 self._write_uses()
                 self.unflushed.close(CLOSE_SECONDS)
                 return
-            if time.monotonic() - self._uses_written_at > 1.0:
+            now = time.monotonic()
+            if now - self._uses_written_at > 1.0:
                 self._write_uses()
+            # While jobs come, they find this thread about to look, and need not wake it.
+            wait_seconds = STARTED_SECONDS if busy else ASK_SECONDS if self.unflushed else 1.0
+            if self._unmarked:
+                wait_seconds = min(wait_seconds, max(0.001, min(self._unmarked.values()) - now))
 
-    def _waiting(self) -> list[Any]:
-        """What was handed over, all of it; nothing after a quiet second, or when a job is to be marked as running."""
+    def _waiting(self, seconds: float) -> list[Any]:
+        """What was handed over, all of it; nothing after so many seconds, or where the device has begun with jobs."""
         items = []
-        due_at = min(self._unmarked.values(), default=math.inf)
+        # In this order: either who begins sees when this thread looks, or this thread sees what was begun.
+        self._looks_at = time.monotonic() + seconds
+        if self._begun:
+            seconds = 0.0
         with suppress(queue.Empty):
-            wait_seconds = ASK_SECONDS if self.unflushed else 1.0
-            items.append(self._queue.get(timeout=min(wait_seconds, max(0.001, due_at - time.monotonic()))))
+            items.append(self._queue.get(timeout=seconds))
             while True:
                 items.append(self._queue.get_nowait())
         return items
 
     def _record(self, items: list[Any]) -> None:
         """Takes the items in order; outcomes that stand together are written together. One that fails, fails alone."""
+        while self._begun:
+            self._guarded(partial(self._tell_started, *self._begun.popleft()))
         finished: list[_Finished] = []
         for item in items:
             if isinstance(item, list):
                 finished += item
                 continue
-            if item is None:
+            if item is None or item is _LOOK:
                 continue
             if callable(item):
                 self._end(finished)
                 finished = []
                 self._guarded(item)
-            elif item[0] == "started":
-                self._guarded(partial(self._tell_started, item[1]))
             else:
-                self._guarded(partial(self._tell_progress, item[1], item[2]))
+                self._guarded(partial(self._tell_progress, *item))
         self._end(finished)
 
     def _end(self, finished: list[_Finished]) -> None:
         """Records outcomes. Where that fails for good, this worker holds the jobs no longer: see `reconcile`."""
-        if not self._guarded(partial(self._finish, finished)):
+        if finished and not self._guarded(partial(self._finish, finished)):
             self._lane.put_back([one.work.job_id for one in finished])
 
     @staticmethod
@@ -191,22 +215,21 @@ class Recorder:
             return False
         return True
 
-    def _tell_started(self, works: list[Work]) -> None:
+    def _tell_started(self, at: float, works: list[Work]) -> None:
         for work in works:
             if work.entry.handle is not None:
-                work.entry.handle.started()
+                work.entry.handle.started(at)
             self._running[work.job_id] = work
             if work.ahead is not None or work.row["celery"] is not None:
-                self._unmarked[work.job_id] = time.monotonic() + MARK_SECONDS
-        self._tell_followers(works)
+                self._unmarked[work.job_id] = at + MARK_SECONDS
+        if self._followed:
+            self._tell_followers(works)
 
     def _mark_running(self) -> None:
         """Records that the device has begun with jobs that were claimed ahead of it and have not ended soon after.
 
         Celery is told so of a direct caller's job that has not, however it was claimed.
         """
-        if not self._unmarked:
-            return
         now = time.monotonic()
         due = [job_id for job_id, at in self._unmarked.items() if at <= now]
         if not due:
@@ -254,8 +277,6 @@ class Recorder:
             self._publisher.progress([(work.job_id, {"event": "progress", "data": {"job_id": work.job_id, **told}})])
 
     def _finish(self, finished: list[_Finished]) -> None:
-        if not finished:
-            return
         ending = []
         for one in finished:
             self._told_at.pop(one.work.job_id, None)
@@ -276,12 +297,12 @@ class Recorder:
             # Whatever became of the record, the device is free for the next job.
             self._lane.ended({one.work.job_id for one in ending})
         handles = {one.work.job_id: one.work.entry.handle for one in ending}
-        for row in rows:
-            if row["id"] not in handles:
-                # It fell with what ended, while it waited here.
-                entry = self._lane.discard(row["id"])
-                handles[row["id"]] = entry.handle if entry is not None else None
-        self._lane.ended({row["id"] for row in rows})
+        fallen = [row["id"] for row in rows if row["id"] not in handles]
+        if fallen:
+            # They fell with what ended, while they waited here.
+            entries = {job_id: self._lane.discard(job_id) for job_id in fallen}
+            handles |= {job_id: entry.handle if entry is not None else None for job_id, entry in entries.items()}
+            self._lane.ended(fallen)
         views = lifecycle.announce(self._publisher, rows)
         self._outbox.ended(rows)
         self._outbox.show(row for row in rows if handles[row["id"]] is None)

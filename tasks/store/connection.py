@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import psycopg2
@@ -27,7 +27,7 @@ def rows(connection: Connection, sql: str, parameters: Mapping[str, Any] | None 
     """
     cursor = connection.connection.cursor()
     try:
-        cursor.execute(sql, dict(parameters or {}))
+        cursor.execute(sql, parameters or {})
         names = [column[0] for column in cursor.description or ()]
         return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
     except psycopg2.Error as error:
@@ -52,6 +52,11 @@ class Prepared:
     name: str
     sql: str
     types: Mapping[str, str]
+    _execution: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parameters = ", ".join(f"%({name})s" for name in self.types)
+        object.__setattr__(self, "_execution", f"EXECUTE {self.name} ({parameters})")
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any], *, before: str = "") -> list[Row]:
         """Runs the statement and gives its rows. Statements `before` it go along, in the same transaction."""
@@ -61,8 +66,7 @@ class Prepared:
             sql = _PARAMETER.sub(lambda found: numbers[found[1]], self.sql)
             execute(connection, f"PREPARE {self.name} ({', '.join(self.types.values())}) AS {sql}")
             prepared[self.name] = True
-        execution = f"EXECUTE {self.name} ({', '.join(f'%({name})s' for name in self.types)})"
-        return rows(connection, before + execution, parameters)
+        return rows(connection, before + self._execution, parameters)
 
 
 def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> int:

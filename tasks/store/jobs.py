@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection
@@ -96,6 +97,19 @@ def insert_where(
     return _inserted(jobs, _INSERT_WHERE.rows(connection, told, before=before))
 
 
+def insert_up_to(
+    connection: Connection, jobs: Sequence[NewJob], highest: int, locks: Sequence[int], slots: int
+) -> list[Row]:
+    """The same, if no job has a number above `highest` yet; else nothing is recorded.
+
+    That is asked once the transaction has this connection's one of the `slots` of each of `locks`, in their order.
+    """
+    told: dict[str, Any] = {"jobs": dumps(jobs), "highest": highest, "slots": slots}
+    for number, lock in enumerate(locks):
+        told[f"lock_{number}"] = lock
+    return _inserted(jobs, _insert_up_to(len(locks)).rows(connection, told))
+
+
 def _inserted(jobs: Sequence[NewJob], stamped: list[Row]) -> list[Row]:
     by_id = {job.id: job for job in jobs}
     return [_row(by_id[one["id"]]) | one for one in stamped]
@@ -123,6 +137,9 @@ _STAMPED = """
         RETURNING id, seq, submitted_at, due_at, expires_at, finished_at
 """
 
+#: The last `seq` that was given, of whatever transaction; 0 before the first.
+_LAST_NUMBER = "coalesce(pg_sequence_last_value('jobs_seq_seq'::regclass), 0)"
+
 _INSERT = Prepared("insert_jobs", _INSERT_JOBS + _STAMPED, {"jobs": "jsonb"})
 
 _INSERT_WHERE = Prepared(
@@ -136,6 +153,24 @@ _INSERT_WHERE = Prepared(
     + _STAMPED,
     {"jobs": "jsonb", "devices": "text[]", "rooms": "bigint[]"},
 )
+
+
+@lru_cache
+def _insert_up_to(locks: int) -> Prepared:
+    """The statement that takes so many locks first."""
+    taken = " ".join(
+        f"WHEN pg_advisory_xact_lock(%(lock_{number})s, mod(pg_backend_pid(), %(slots)s)) IS NULL THEN NULL"
+        for number in range(locks)
+    )
+    # CASE goes by its order, and the sequence is read as it stands then, not as it stood when the statement began. As
+    # the argument of the function it is asked once, and costs less than in a WHERE, which would be a step of the plan.
+    asked = f"CASE {taken} WHEN {_LAST_NUMBER} <= %(highest)s THEN %(jobs)s END"
+    return Prepared(
+        f"insert_jobs_up_to_{locks}",
+        _INSERT_JOBS.replace("%(jobs)s::jsonb", asked) + _STAMPED,
+        {"jobs": "jsonb", "highest": "bigint", "slots": "int", **{f"lock_{number}": "int" for number in range(locks)}},
+    )
+
 
 #: What a job that was just recorded has in the columns that nobody gives.
 _AT_FIRST: Row = {
@@ -573,6 +608,32 @@ def waiting_counts(connection: Connection, limits: Mapping[str, int]) -> dict[st
         {"devices": list(limits), "limits": list(limits.values())},
     )
     return {entry["device_id"]: entry["waiting"] for entry in found}
+
+
+def open_counts(connection: Connection, limits: Mapping[str, int], *, before: str = "") -> dict[str, int]:
+    """How many jobs wait for each device of `limits` or run there, counted up to its limit; after statements `before`.
+
+    Those run in the same transaction, and what they waited for is seen.
+    """
+    found = rows(
+        connection,
+        before
+        + """
+        SELECT queue.device_id, (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE jobs.device_id = queue.device_id
+            AND finished_at IS NULL LIMIT queue.room) AS counted) AS open
+        FROM unnest(%(devices)s::text[], %(limits)s::bigint[]) AS queue (device_id, room)
+        """,
+        {"devices": list(limits), "limits": list(limits.values())},
+    )
+    return {entry["device_id"]: entry["open"] for entry in found}
+
+
+def last_number(connection: Connection) -> int:
+    """The highest `seq` that any job was given, recorded already or not."""
+    found = row(connection, f"SELECT {_LAST_NUMBER} AS number")
+    assert found is not None
+    number: int = found["number"]
+    return number
 
 
 def totals(connection: Connection) -> list[Row]:

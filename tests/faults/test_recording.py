@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from sqlalchemy import Engine
 
 from device_operations.jobs import State
@@ -12,6 +14,7 @@ from tasks.store import jobs
 from tests.spine.test_records import make_device, new_job
 from tests.support.stack import eventually
 from workers.lane import Entry, Lane
+from workers.pool import Note
 from workers.recorder import Recorder
 from workers.work import Work
 
@@ -80,3 +83,26 @@ def test_a_job_whose_outcome_cannot_be_recorded_is_no_longer_held(database_url: 
     recorder.start()
     recorder.stop()
     assert "no-such-row" not in lane
+
+
+def test_a_start_is_told_soon_whether_or_not_the_recorder_is_about_to_look(database_url: str, redis_url: str) -> None:
+    engine: Engine = open_engine(database_url)
+    recorder = Recorder(engine, Publisher(connect(redis_url)), Lane(), "cpu_0", 1, Outbox(engine, redis_url))
+    recorder.start()
+    try:
+        # It waits for a second; then for much less, since there was something.
+        for about_to_look in (False, True):
+            eventually(lambda: recorder._looks_at > time.monotonic() + 0.6)
+            if about_to_look:
+                recorder.call(lambda: None)
+                eventually(lambda: recorder._looks_at < time.monotonic() + 0.1)
+            headers = {"id": new_job().id, "task": "device_operations.inference.run", "argsrepr": "", "kwargsrepr": ""}
+            note = Note(headers)
+            work = Work(Entry(note.job_id, note.kind, 5, 0, handle=note), {}, {})
+            looks_at, began = recorder._looks_at, time.time()
+            recorder.started([work])
+            started_at = eventually(lambda note=note: note.started_at)
+            assert began - 0.01 <= started_at <= began + 0.3
+            assert about_to_look or time.monotonic() < looks_at
+    finally:
+        recorder.stop()

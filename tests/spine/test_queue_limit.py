@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from threading import Event, Thread
 
 import httpx
 import psycopg2
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from api_gateway.submitter import Submitter
 from device_operations.errors import OperationError
 from device_operations.jobs import new_id
 from tasks.database import open_engine
 from tasks.publish import Publisher, connect
+from tasks.store import jobs as store
 from tasks.store import queue_limit
-from tasks.store.connection import rows, transaction
+from tasks.store.connection import Relaxed, execute, rows, transaction
 from tasks.store.jobs import NewJob
 from tests.support.stack import RunningStack, eventually
 
@@ -61,7 +65,7 @@ def engine(databases) -> Iterator[Engine]:
         opened.dispose()
 
 
-@pytest.mark.parametrize("limit", [60, queue_limit.RESERVE + 700])
+@pytest.mark.parametrize("limit", [60, queue_limit.RESERVE + 700, 2 * queue_limit.RESERVE + 300])
 def test_the_limit_is_exact_for_many_writers_at_once(engine: Engine, redis_url: str, limit: int) -> None:
     """Transactions as a submission makes them, and the submitter's batches, all for one device."""
     submitters = [Submitter(engine, Publisher(connect(redis_url))) for _ in range(4)]
@@ -117,6 +121,82 @@ def test_who_counts_exactly_waits_for_what_others_have_not_committed(engine: Eng
             filling = threads.submit(fill)
             eventually(lambda: waits() or filling.done())
         assert filling.result() == limit - 100
+
+
+def waiting(engine: Engine) -> int:
+    with engine.connect() as connection:
+        query = "SELECT count(*) AS n FROM jobs WHERE finished_at IS NULL AND state <> 'running'"
+        return int(rows(connection, query)[0]["n"])
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The devices whose queues were counted before an INSERT that does not count; one that counts fails."""
+    seen: list[list[str]] = []
+
+    def count(connection: Connection, limits: Mapping[str, int], *, before: str = "") -> dict[str, int]:
+        seen.append(list(limits))
+        return open_counts(connection, limits, before=before)
+
+    open_counts = store.open_counts
+    monkeypatch.setattr(store, "open_counts", count)
+    monkeypatch.setattr(store, "insert_where", None)
+    return seen
+
+
+def test_far_from_the_limit_a_queue_is_counted_once(engine: Engine, counted: list[list[str]]) -> None:
+    relaxed = Relaxed(engine)
+    many = [[job(10_000)], [job(10_000), replace(job(10_000), device_id="cpu_1")]]
+    for _ in range(30):
+        fresh = [[replace(one, id=new_id()) for one in group] for group in many]
+        found = relaxed.run(partial(queue_limit.insert_far, groups=fresh))
+        assert [[row["id"] for row in group] for group in found or []] == [[one.id for one in group] for group in fresh]
+    assert counted == [[DEVICE, "cpu_1"]]
+
+
+def test_what_another_gateway_records_counts_where_nothing_is_counted(engine: Engine) -> None:
+    limit = 2 * queue_limit.RESERVE + 50
+    one = Relaxed(engine)
+    assert one.run(lambda connection: queue_limit.insert_far(connection, [[job(limit)]])) is not None
+    with transaction(engine) as connection:
+        answers = queue_limit.insert_near(connection, [[job(limit)] for _ in range(limit)])
+    assert sum(isinstance(answer, list) for answer in answers) == limit - 1
+    assert one.run(lambda connection: queue_limit.insert_far(connection, [[job(limit)]])) is None
+    assert waiting(engine) == limit
+
+
+def test_running_jobs_that_come_back_count_where_nothing_is_counted(engine: Engine) -> None:
+    running = 2 * queue_limit.RESERVE + 100
+    limit = 2 * running
+    with transaction(engine) as connection:
+        store.insert(connection, [job(None) for _ in range(running)])
+        execute(connection, "UPDATE jobs SET state = 'running', epoch = 1, started_at = clock_timestamp()")
+    relaxed = Relaxed(engine)
+    assert relaxed.run(lambda connection: queue_limit.insert_far(connection, [[job(limit)]])) is not None
+    with transaction(engine) as connection:
+        execute(connection, "UPDATE jobs SET state = 'queued', epoch = NULL, started_at = NULL WHERE state = 'running'")
+    while relaxed.run(lambda connection: queue_limit.insert_far(connection, [[job(limit) for _ in range(100)]])):
+        assert waiting(engine) <= limit
+    with transaction(engine) as connection:
+        answers = queue_limit.insert_near(connection, [[job(limit)] for _ in range(limit)])
+    assert any(isinstance(answer, OperationError) for answer in answers)
+    assert waiting(engine) == limit
+
+
+def test_a_queue_is_counted_again_on_a_new_connection(engine: Engine, counted: list[list[str]]) -> None:
+    """A crash of PostgreSQL may give numbers a second time: none that was seen before it may be compared with them."""
+    relaxed = Relaxed(engine)
+
+    def record() -> None:
+        assert relaxed.run(lambda connection: queue_limit.insert_far(connection, [[job(10_000)]])) is not None
+
+    record()
+    record()
+    assert counted == [[DEVICE]]
+    with pytest.raises(DBAPIError):
+        relaxed.run(lambda connection: rows(connection, "SELECT pg_terminate_backend(pg_backend_pid())"))
+    record()
+    assert counted == [[DEVICE], [DEVICE]]
 
 
 def test_direct_messages_are_recorded_beyond_the_limit(engine: Engine) -> None:
