@@ -17,9 +17,10 @@ from device_operations.errors import failure
 from device_operations.jobs import TASK_PREFIX, State
 from device_operations.queues import ANY_QUEUE, device_queue
 from tasks import lifecycle, messages
+from tasks.celery_results import owed
 from tasks.message_fields import Unreadable
 from tasks.messages import Direct
-from tasks.outbox import Outbox, owed
+from tasks.outbox import Outbox
 from tasks.publish import Publisher, connect
 from tasks.store import devices as device_store
 from tasks.store import jobs as store

@@ -23,7 +23,7 @@ from celery.worker.request import Request, create_request_cls
 from device_operations.errors import from_job_error
 from device_operations.ids import is_job_id
 from device_operations.jobs import TASK_PREFIX
-from tasks.outbox import owed
+from tasks.celery_results import owed
 from tasks.queues import NOTED
 from workers.events import Dispatcher
 from workers.revoked import as_stamps

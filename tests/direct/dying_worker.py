@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tasks.celery_results import CeleryResults
+from tasks.once import Once
 from tasks.outbox import Outbox
 from workers.__main__ import main
 
@@ -17,10 +19,10 @@ def _die(*_: Any, **__: Any) -> Any:
 
 
 def _die_at(point: str) -> None:
-    give_once = Outbox._once
+    give_once = Once.once
 
     @contextmanager
-    def once(self: Outbox, mark: str) -> Iterator[Any]:
+    def once(self: Once, mark: str) -> Iterator[Any]:
         if not mark.endswith(".chord"):
             with give_once(self, mark) as sent:
                 yield sent
@@ -34,11 +36,11 @@ def _die_at(point: str) -> None:
     if point == "before anything":
         Outbox._give = _die  # type: ignore[method-assign]
     elif point == "after the callbacks":
-        Outbox._store = _die  # type: ignore[method-assign]
+        CeleryResults.store = _die  # type: ignore[method-assign]
     elif point == "after the result":
         Outbox._settle = _die  # type: ignore[method-assign]
     else:
-        Outbox._once = once  # type: ignore[method-assign]
+        Once.once = once  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
