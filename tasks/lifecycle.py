@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, Engine
 
-from device_operations.errors import OperationError
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Kind, State
 from tasks import effects
 from tasks.database import dumps
@@ -329,46 +329,42 @@ def _may_have_begun(claimed: Sequence[Row]) -> set[str]:
 
 
 #: The error of a job that was cancelled.
-CANCELLED = {"code": "cancelled", "message": "The job was cancelled.", "retryable": False, "detail": None}
+CANCELLED = failure("cancelled", "The job was cancelled.").as_job_error()
 
 
 def expired(job: Row) -> dict[str, Any]:
     """The error of a job that waited past its expiry."""
     seconds = round((job["expires_at"] - job["submitted_at"]).total_seconds(), 3)
-    return {
-        "code": "expired",
-        "message": f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
-        "retryable": True,
-        "detail": {"expires_in_seconds": seconds},
-    }
+    return failure(
+        "expired",
+        f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
+        detail={"expires_in_seconds": seconds},
+    ).as_job_error()
 
 
 def predecessor_failed(before: Row) -> dict[str, Any]:
     """The error of a job that requires `before` to succeed: a row with its id, kind, state and error."""
     why = (before["error"] or {}).get("message", "")
-    return {
-        "code": "predecessor_failed",
-        "message": f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
+    return failure(
+        "predecessor_failed",
+        f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
         f"{before['state']}{': ' + why if why else ''}",
-        "retryable": False,
-        "detail": {"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
-    }
+        detail={"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
+    ).as_job_error()
 
 
 def _worker_lost(device_id: str) -> dict[str, Any]:
-    return {
-        "code": "worker_lost",
-        "message": f"The worker of {device_id} died while the job ran, and the job is not safe to repeat by itself; "
+    return failure(
+        "worker_lost",
+        f"The worker of {device_id} died while the job ran, and the job is not safe to repeat by itself; "
         "what it changed on the device is lost. Submit it again.",
-        "retryable": True,
-        "detail": {"device_id": device_id},
-    }
+        detail={"device_id": device_id},
+    ).as_job_error()
 
 
 def _poison(job: Row) -> dict[str, Any]:
-    return {
-        "code": "poison",
-        "message": f"{job['deaths'] + 1} workers died while they ran this job; it is not tried again.",
-        "retryable": False,
-        "detail": {"deaths": job["deaths"] + 1},
-    }
+    return failure(
+        "poison",
+        f"{job['deaths'] + 1} workers died while they ran this job; it is not tried again.",
+        detail={"deaths": job["deaths"] + 1},
+    ).as_job_error()

@@ -7,25 +7,20 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from device_operations.errors import error_of, failure
 from device_operations.jobs import Kind, State
 from tasks.store import allocations, devices
 from tasks.store.connection import Row
 
 #: The error of jobs that need an allocation which died with its worker.
-LOST = {
-    "code": "allocation_lost",
-    "message": "An allocation that the job needs was lost with its worker; allocate and write it again.",
-    "retryable": False,
-    "detail": None,
-}
+LOST = failure(
+    "allocation_lost", "An allocation that the job needs was lost with its worker; allocate and write it again."
+).as_job_error()
 
 #: The error of jobs that were submitted for an allocation after its deallocation.
-FREED = {
-    "code": "allocation_not_found",
-    "message": "An allocation that the job needs was freed by a job submitted before it.",
-    "retryable": False,
-    "detail": None,
-}
+FREED = failure(
+    "allocation_not_found", "An allocation that the job needs was freed by a job submitted before it."
+).as_job_error()
 
 
 def allocated(
@@ -41,7 +36,7 @@ def allocated(
     for job in jobs:
         if job["state"] == State.SUCCEEDED:
             continue
-        error = job["error"] or {"code": job["state"], "message": f"The allocation's job was {job['state']}."}
+        error = error_of(job["error"], job["state"], "The allocation's job")
         failed = allocations.end(connection, [(job["resource_id"], job["id"])], "failed", error)
         if failed:
             gone += failed

@@ -306,7 +306,7 @@ def _reserve(resident: Resident, row: Row) -> None:
 
 def _lose(resident: Resident, row: Row, error: OperationError) -> None:
     """Declares a session lost, and fails the jobs that wait for it."""
-    told = {**error.as_job_error(), "code": "session_lost", "retryable": False}
+    told = failure("session_lost", error.message, detail=error.detail).as_job_error()
     with transaction(resident.engine) as connection:
         ended: list[Row] = []
         for session_id, why in effects.over(connection, row["session_id"], "lost", told):
