@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import TASK_PREFIX, TERMINAL, Kind, State
+from device_operations.jobs import CLAIMABLE, TASK_PREFIX, TERMINAL, Kind, State
 from device_operations.requests.base import JobOptions
 from device_operations.requests.kinds import parse
 from tasks import lifecycle, submit
@@ -294,7 +294,7 @@ class Intake:
                 elif row["id"] in failed:
                     error = lifecycle.predecessor_failed(failed[row["id"]])
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=error))
-            ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
+            ended = lifecycle.end(self._engine, endings, sorted(CLAIMABLE)) if endings else []
             lifecycle.announce(self._publisher, ended)
             by_id = {row["id"]: row for row in [*rows.values(), *ended]}
             self._lane.put_back([entry.job_id for entry in entries])
@@ -404,6 +404,3 @@ def _may_pass(error: Exception) -> bool:
     """Whether what failed at the database may succeed later: it was away, busy, or ended the statement."""
     code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
     return is_disconnect(error) or (isinstance(error, OperationalError) and code[:2] in ("40", "55", "57", "58"))
-
-
-_WAITING = frozenset({State.SCHEDULED, State.QUEUED, State.RESERVED, State.RETRYING})
