@@ -52,9 +52,9 @@ def as_asked(job: Row) -> dict[str, Any]:
 def to_retry(job: Row, changes: dict[str, Any], read_blob: Callable[[str], Any]) -> dict[str, Any]:
     """The request that tries an ended job again, with the fields of `changes` in place of the first ones.
 
-    A field that is null is left out; `job` is changed option by option. What is made gets a new id. Raises
-    `sequence_conflict` for a step that was applied under the number that it was given, `blob_not_found` where its
-    tensors are not kept.
+    A field that is null is left out; `job` is changed option by option. What is made gets a new id, except for an
+    allocation whose id the caller chose and whose job did not succeed. Raises `sequence_conflict` for a step that was
+    applied under the number that it was given, `blob_not_found` where its tensors are not kept.
     """
     asked = as_asked(job)
     if job["kind"] == Kind.MEMORY_ALLOCATE and job["state"] == State.SUCCEEDED:

@@ -2,7 +2,7 @@
 
     claim ─▶ (the device works, no transaction open) ─▶ finish ─▶ announce
                                                      └▶ retry
-    cancel, expire, bury: what gateways and the reaper do to jobs that no worker will end
+    end, bury, put_back: what is done to jobs that no worker will end
 
 Whoever ends a job runs its kind's effects (`tasks.effects`) in the same transaction, so a failed allocation gives its
 reservation back whether a worker, a cancellation or a death ended it.
@@ -233,7 +233,7 @@ def end(engine: Engine, endings: Sequence[Ending], leaving: Sequence[State]) -> 
 
 
 def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tells all gateways that jobs have ended. Gives the jobs as callers see them."""
+    """Publishes to all gateways that jobs have ended. Gives the jobs as callers see them."""
     views = [store.view(row) for row in rows]
     publisher.done(views)
     return views

@@ -1,7 +1,7 @@
 """Submitting: one transaction records jobs with their predecessors, then their messages are published.
 
 A job that names an exclusive resource (allocation, inference session, training session) waits for the job that named
-it last; the resources are locked in order of id, so several gateways agree and cannot deadlock (DESIGN, invariant 3).
+it last; the resources are locked in order of id, so several gateways agree and cannot deadlock.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from tasks.store.jobs import NewJob
 class Plan:
     """A job ready to be recorded, and what goes with it.
 
-    `exclusive` are the resources whose jobs take effect in order of submission. `record` writes what the job makes
-    (a model, a session) in the same transaction, and may refuse. `together` does so for all plans of a submission that
-    share it, before their jobs are written; `makes` is what it needs to know of this one.
+    `exclusive` are the resources whose jobs take effect in order of submission. `together` and `record` run in the
+    transaction that records the job, before its row is written, and may refuse. `together` runs first, once for all
+    plans of a submission that share it: it records what they make (models, sessions, allocations), of which `makes`
+    says what it needs to know of this one. `record` is this job's own.
     """
 
     job: NewJob

@@ -91,7 +91,7 @@ def record_sessions(connection: Connection, plans: Sequence[Plan]) -> Recorded:
 
 
 def plan_step(context: Context, request: Step, job_id: str) -> Plan:
-    """One step, or a dataset's. Everything but `evaluate` changes the session, and so has a number."""
+    """One step, or a dataset's. What changes the session has a number; an `evaluate` has one only if it was given."""
     numbered = request.sequence is not None or request.mode != "evaluate"
     # Whether a session is open is looked at where its step is given a number.
     session = known_session(context, request.session_id) if numbered else find_session(context, request.session_id)

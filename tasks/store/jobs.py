@@ -212,7 +212,10 @@ _IN_QUEUE = tuple(CLAIMABLE - {State.SCHEDULED})
 
 
 def queue_position(connection: Connection, job: Row) -> int | None:
-    """How many claimable jobs of the same device go before `job`; None once it runs, and above 1,000."""
+    """How many jobs in the queue of the same device go before `job`; None once it runs, and above 1,000.
+
+    By priority and order of submission alone: predecessors are not looked at.
+    """
     if job["state"] not in CLAIMABLE or job["device_id"] is None:
         return None
     found = row(
@@ -631,7 +634,7 @@ def _milliseconds(start: datetime | None, end: datetime | None) -> float | None:
 
 
 def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
-    """The job as every caller sees it (contract, section 2); times are aware datetimes."""
+    """The job as every caller sees it: the fields of `device_operations.jobs.Job`. Times are aware datetimes."""
     resource = {"type": job["resource_type"], "id": job["resource_id"]} if job["resource_id"] else None
     return {
         "job_id": job["id"],

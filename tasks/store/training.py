@@ -1,4 +1,4 @@
-"""Training sessions: recording, numbering and applying steps, and bringing sessions back. Checkpoints are next door."""
+"""Training sessions: recording, numbering and applying steps, bringing sessions back. Not their checkpoints."""
 
 from __future__ import annotations
 
@@ -177,11 +177,12 @@ _END_APPLIED = Prepared(
 
 
 def end_applied(connection: Connection, ending: Ending, epoch: int, applied: dict[str, Any]) -> tuple[bool, Row | None]:
-    """A step is in the parameters: its number, the session's standing, the history and its job move on as one.
+    """Records a step that was applied: its number, the session's standing, the history and its job's end, as one.
 
-    (whether the job was ours to end, its row as it ended). Nothing moved where the row is None: the job is not ours
-    any more, or the number is not the next one, or `epoch` no longer holds the session. One statement, since every
-    step costs it, and a prepared one, since planning it takes longer than running it.
+    Gives whether the job was running under `epoch`, and its row as it ended. The row is None, and nothing was changed,
+    if it was not, or the number is not the next one, or `epoch` no longer holds the session. A step is never claimed
+    ahead of its device, so its job is `running`. One statement, since every step costs it, and a prepared one, since
+    planning it takes longer than running it.
     """
     (found,) = _END_APPLIED.rows(
         connection,
