@@ -169,7 +169,7 @@ async def read_model(request: Request, caller: Known, model_id: str) -> Response
 
 
 def view(model: Row) -> dict[str, Any]:
-    """The model as callers see it (contract, section 6)."""
+    """The model as callers see it."""
     return {
         name: model[name]
         for name in (
@@ -182,7 +182,7 @@ def view(model: Row) -> dict[str, Any]:
 
 
 def session_view(session: Row) -> dict[str, Any]:
-    """The session as callers see it (contract, section 6); `idle` is one that is open and has no run under way."""
+    """The session as callers see it; `idle` is one that is open and has no run under way."""
     state = session["state"]
     return {
         "session_id": session["session_id"],

@@ -227,7 +227,7 @@ async def read_data(
 
 
 def view(allocation: Row) -> dict[str, Any]:
-    """The allocation as callers see it (contract, section 5)."""
+    """The allocation as callers see it."""
     return {
         name: allocation[name]
         for name in (
