@@ -3,8 +3,8 @@
     admit ─▶ blocked ──(predecessors end)──▶ eligible ─▶ take ─▶ (running, the runner's) ─▶ ended
 
 An entry is eligible once every job in its `after` has ended, on whichever device that one ran. Eligible entries go by
-priority, then by order of submission; a blocked entry lends its priority to what it waits for. Runs of one model and
-shape that wait together are taken together.
+priority, then by order of submission; a blocked entry lends its priority to what it waits for. Entries of one batch
+(runs of one model and shape, small allocations, deallocations) that wait together are taken together.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Lane:
         return job_id in self._entries or job_id in self._taken
 
     def admit(self, entry: Entry) -> bool:
-        """Takes an entry in; False when the job is here already, or has ended here."""
+        """Takes an entry in; False if the job already waits or runs here, or the lane is closed."""
         with self._lock:
             if self._closed or entry.job_id in self._entries or entry.job_id in self._taken:
                 return False
@@ -150,7 +150,7 @@ class Lane:
     def mates(self, head: Entry, limit: int) -> list[Entry]:
         """At most `limit` more eligible entries of the same batch, waiting for them as long as `head` may be delayed.
 
-        The wait ends at once when something more urgent than `head` is eligible, or the lane closes.
+        The wait ends at once when something of a higher priority than `head` is eligible, or the lane closes.
         """
         until = head.admitted_at + head.batch_delay_seconds
         found: list[Entry] = []
@@ -301,12 +301,8 @@ class Lane:
         return False
 
     def _is_urgent(self, head: Entry) -> bool:
-        """Whether anything more urgent than `head` could run now."""
-        return any(
-            entry.effective > head.effective and entry.rank == rank and not entry.after
-            for rank, entry in ((rank, self._entries.get(job_id)) for rank, job_id in self._eligible[:8])
-            if entry is not None
-        )
+        """Whether anything of a higher priority than `head` could run now."""
+        return self._head(head.effective, ()) is not None
 
     def _mates(self, head: Entry, limit: int | None = None) -> list[Entry]:
         """Eligible entries of the same batch, oldest first."""
