@@ -2,8 +2,8 @@
 
 A direct caller's message comes from Celery's worker, by `on_apply`; a recorded job's comes from the transport itself
 (`tasks.transport`), since making a request of each would cost more than a small run does. Nothing runs here: the
-message becomes an entry of the lane (`workers.intake`). It is reported as started when its job is claimed, and as
-succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect` show what really happened.
+message becomes an entry of the lane (`workers.intake`). It is reported as started when the device begins with its job,
+and as succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect` show what happened.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Handle:
         self._guarded(self._request.acknowledge)
 
     def started(self) -> None:
-        """The job is claimed: the message is acknowledged and the task reported as started."""
+        """The device begins with the job: the message is acknowledged and the task reported as started."""
         if not self._accepted:
             self._accepted = True
             self._started_at = time.monotonic()
@@ -136,7 +136,7 @@ class Note:
         """Its message has no slot that others would need."""
 
     def started(self) -> None:
-        """The job is claimed."""
+        """The device begins with the job."""
         self.started_at = time.time()
         state.total_count[self._headers["task"]] += 1
         state.all_total_count[0] += 1

@@ -379,7 +379,7 @@ class Recorder:
         return True
 
     def _tell_result(self, one: _Finished) -> None:
-        """Puts a result into words that the device's thread left to do; what fails there fails the job."""
+        """Serialises a result that the device's thread left to do; what fails there fails the job."""
         if one.outcome.pending is None:
             return
         try:

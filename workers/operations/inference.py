@@ -257,7 +257,7 @@ def _outcome(
     *,
     executions: int,
 ) -> Outcome:
-    """The outcome of a run, whose outputs are put into words later, off the device's thread."""
+    """The outcome of a run, whose outputs are serialised later, off the device's thread."""
     session_id = work.request.get("session_id")
     outcome = work.succeeded(
         {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
