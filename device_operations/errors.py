@@ -8,7 +8,7 @@
     │   └── Invalid                     422
     ├── Overloaded                      429, with `retry_after_seconds`
     ├── Unavailable                     503, with `retry_after_seconds`
-    └── ExecutionFailed                 a job failed while it ran
+    └── ExecutionFailed                 a job failed while it ran; and 500, 504, 507
 
 `code` is stable and is what programs compare; `CODES` lists every code once, with its HTTP status, title and whether
 the same request may succeed later. Build an error by its code with `failure(code, message)`, and what a failed job
@@ -30,7 +30,7 @@ class Code:
     retryable: bool = False
 
 
-#: Every code of the contract, section 8. Codes of jobs only carry the status that a waiting caller (OIP) is given.
+#: Every code. One that only jobs have carries the status that a caller who waits for the job (OIP) is given.
 CODES: dict[str, Code] = {
     "malformed_request": Code(400, "The request cannot be read"),
     "request_timeout": Code(408, "The request did not come in time", retryable=True),
@@ -168,10 +168,10 @@ class Unavailable(OperationError):
 
 
 class ExecutionFailed(OperationError):
-    """Raised when a job failed while it ran on a device."""
+    """Raised when a job failed while it ran on a device, and for statuses that no other class has: 500, 504, 507."""
 
 
-#: The exception class for each HTTP status; statuses not listed are failures of a running job.
+#: The exception class for each HTTP status; any other is `ExecutionFailed`, also where a submission is refused with it.
 _CLASSES: dict[int, type[OperationError]] = {
     400: Refused, 401: Refused, 403: Refused, 404: NotFound, 405: Refused, 408: Refused, 409: Conflict, 410: Gone,
     413: Refused, 415: Refused, 416: Invalid, 422: Invalid, 429: Overloaded, 431: Refused, 503: Unavailable,

@@ -45,7 +45,7 @@ _ROUTES: dict[Kind, str] = {
 class Submission(TypedDict, total=False):
     """What every method takes that makes a job.
 
-    `job`: the options of the contract, section 2. `idempotency_key`: one of the caller's own, so that the same
+    `job`: options for the job. `idempotency_key`: one of the caller's own, so that the same
     submission from another process is the same job. `wait`: seconds to wait for the end; the job comes back as it
     stands then, failed ones too: `result(job)` raises.
     """

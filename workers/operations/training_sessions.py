@@ -3,7 +3,8 @@
     record ─▶ build ─▶ last whole checkpoint ─▶ replay of the steps logged since ─▶ held
 
 The record is the truth. A session whose memory is not where the record says is dropped and brought back from it.
-Everything here runs on the device's thread; only files are written beside.
+Everything here runs on the device's thread; automatic checkpoints are written on another, and recorded on the
+recorder's.
 """
 
 from __future__ import annotations
