@@ -20,6 +20,7 @@ from device_operations.jobs import TERMINAL, Job, Kind, State
 from device_operations.requests.inference import OpenSession
 from device_operations.requests.kinds import invalid
 from tasks.database import unavailable
+from tasks.kinds import spec_of
 from tasks.owners import absent, found, may_see
 from tasks.plans import sessions
 from tasks.store import jobs as job_store
@@ -124,7 +125,7 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
             if row is not None and may_see(caller, row):
                 return session_view(row)
             job = found(caller, job_store.get(connection, session_id), "inference session", session_id)
-            if job["kind"] != Kind.INFERENCE_RUN:
+            if not spec_of(job["kind"]).runs_model:
                 raise absent("inference session", session_id)
             if job["resource_id"] != job["id"]:
                 raise failure("session_not_found", f"{session_id} is a run of the session {job['resource_id']}")

@@ -24,7 +24,8 @@ from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import CHANGES_MODELS, TERMINAL
+from device_operations.jobs import TERMINAL
+from tasks.kinds import KINDS
 from tasks.queues import DONE_CHANNEL, job_channel
 from tasks.store import jobs as store
 
@@ -35,7 +36,8 @@ LOOK_SECONDS = 2.0
 _DONE = DONE_CHANNEL.encode()
 
 #: How the announcement of a load or an unload begins; reading each announced job as JSON would cost more than the rest.
-_CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
+_KINDS = "|".join(re.escape(kind) for kind, spec in KINDS.items() if spec.changes_models)
+_CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{_KINDS})"'.encode())
 
 
 def _is_end(job_id: bytes, told: dict[str, Any]) -> bool:

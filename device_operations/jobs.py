@@ -150,9 +150,6 @@ class Kind(StrEnum):
         return f"device_operations.{self.value}"
 
 
-#: Kinds after whose end a model is, or is not, on its device.
-CHANGES_MODELS = (Kind.INFERENCE_LOAD_MODEL.value, Kind.INFERENCE_UNLOAD_MODEL.value)
-
 #: The prefix of every Celery task's name.
 TASK_PREFIX = "device_operations."
 
@@ -173,7 +170,7 @@ class Timings(BaseModel):
 
 
 class Job(BaseModel):
-    """One unit of work as every caller sees it (contract, section 2)."""
+    """One unit of work as every caller sees it."""
 
     model_config = ConfigDict(extra="allow")
 

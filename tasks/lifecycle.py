@@ -20,9 +20,11 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import CLAIMABLE, TERMINAL, Kind, State
+from device_operations.jobs import CLAIMABLE, TERMINAL, State
 from tasks import effects
 from tasks.database import dumps
+from tasks.effects import Fallen
+from tasks.kinds import spec_of
 from tasks.publish import Publisher
 from tasks.store import devices as device_store
 from tasks.store import ends
@@ -35,13 +37,6 @@ log = structlog.get_logger(__name__)
 
 #: Deaths of a worker on one job after which the job itself is suspected.
 POISON_DEATHS = 3
-
-#: Kinds that may simply be run again when their worker died in the middle.
-SAFE_TO_REPEAT = frozenset({Kind.INFERENCE_LOAD_MODEL, Kind.INFERENCE_RUN, Kind.INFERENCE_UNLOAD_MODEL,
-                            Kind.INFERENCE_CLOSE_SESSION, Kind.MEMORY_DEALLOCATE,
-                            # Fenced and sequenced: what was applied is not applied again.
-                            Kind.TRAINING_INITIALIZE, Kind.TRAINING_STEP, Kind.TRAINING_CHECKPOINT,
-                            Kind.TRAINING_VALIDATE, Kind.TRAINING_END_SESSION})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -78,8 +73,8 @@ def finish(
     its outcome is dropped (but see `recover`). Kinds without effects take one statement in autocommit, which does not
     wait for the disk where they leave nothing behind and `unflushed` keeps their ends meanwhile.
     """
-    kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
-    if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
+    specs = {job_id: spec_of(row["kind"]) for job_id, row in claimed.items()}
+    if not any(specs[outcome.job_id].changes_records(outcome.facts) for outcome in outcomes):
         endings = _endings(outcomes, claimed)
         if unflushed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
             rows = unflushed.end(endings, epoch, claimed)
@@ -87,7 +82,7 @@ def finish(
             with engine.connect() as connection:
                 rows = store.end_running(connection, endings, epoch, claimed)
         return rows + _end_successors(engine, rows)
-    alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
+    alone = [outcome for outcome in outcomes if specs[outcome.job_id].ends_at_once(outcome.facts)]
     if alone:
         rest = [outcome for outcome in outcomes if outcome not in alone]
         return _finish_each(engine, alone, claimed, epoch) + (finish(engine, rest, claimed, epoch) if rest else [])
@@ -138,7 +133,7 @@ def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
 
     A run that needs more than its model writes into an allocation, reads one, or moves a session on.
     """
-    return len(needs) == 1 and kind in (Kind.INFERENCE_RUN, Kind.TRAINING_VALIDATE)
+    return len(needs) == 1 and spec_of(kind).leaves_nothing
 
 
 def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
@@ -167,7 +162,7 @@ def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[s
 
 def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, Row], epoch: int) -> list[Row]:
     row = claimed[outcome.job_id]
-    end = effects.at_once(row["kind"], outcome.facts)
+    end = spec_of(row["kind"]).ends_at_once(outcome.facts)
     assert end is not None
     return end(connection, outcome.ending(row), outcome.facts, epoch)
 
@@ -182,11 +177,29 @@ def settle(
     fallen: list[Row] = []
     ended = list(rows)
     while ended:
-        lost = effects.apply(connection, ended, facts or {}, epoch)
+        lost = _apply_effects(connection, ended, facts or {}, epoch)
         ended = cancel_successors(connection, ended)
         for error, together in groupby(lost, key=lambda one: one[1]):
             ended += fail_needing(connection, [resource_id for resource_id, _ in together], error)
         fallen += ended
+    return fallen
+
+
+def _apply_effects(
+    connection: Connection, jobs: Sequence[Row], facts: dict[str, dict[str, Any]], epoch: int | None
+) -> Fallen:
+    """Runs the effects of jobs that have just ended, with what the worker found out about each."""
+    fallen: Fallen = []
+    by_kind: dict[str, list[Row]] = {}
+    for job in jobs:
+        by_kind.setdefault(job["kind"], []).append(job)
+    for kind, ended in by_kind.items():
+        spec = spec_of(kind)
+        if spec.joint_effect is not None:
+            fallen += spec.joint_effect(connection, ended, facts, epoch)
+        elif spec.effect is not None:
+            for job in ended:
+                fallen += spec.effect(connection, job, facts.get(job["id"], {}), epoch)
     return fallen
 
 
@@ -218,9 +231,7 @@ def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dic
     """Fails jobs that have not started and need any of the resources, with `error`. Effects are the caller's."""
     waiting = store.open_needing(connection, resource_ids)
     endings = [
-        Ending(job["id"], State.FAILED.value, error=error)
-        for job in waiting
-        if not effects.does_without(job, resource_ids)
+        Ending(job["id"], State.FAILED.value, error=error) for job in waiting if not spec_of(job["kind"]).takes_away
     ]
     return store.end_open(connection, endings) if endings else []
 
@@ -307,7 +318,7 @@ def _give_up(
             endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
         elif job["cancel_requested"]:
             endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
-        elif job["id"] not in died or effects.may_repeat(connection, job, SAFE_TO_REPEAT):
+        elif job["id"] not in died or spec_of(job["kind"]).repeatable:
             again.append(job["id"])
         else:
             endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))

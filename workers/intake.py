@@ -26,7 +26,7 @@ from tasks.app import PREFETCH
 from tasks.database import is_disconnect, until_reachable
 from tasks.key_types import with_types
 from tasks.messages import Recorded, reason, unstorable
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.plans.base import Context
 from tasks.publish import Publisher
 from tasks.queues import ANY_QUEUE, NOTED, device_queue, redis_keys
@@ -34,7 +34,7 @@ from tasks.store import jobs as store
 from tasks.store.connection import Row, transaction
 from tasks.store.jobs import Ending, NewJob
 from workers.lane import Entry, Lane
-from workers.operations import memory
+from workers.operations import SPECS
 from workers.pool import Handle, Note
 from workers.recorder import Recorder
 from workers.resident import Resident
@@ -140,17 +140,9 @@ class Intake:
 
     def _join(self, entry: Entry, request: dict[str, Any]) -> None:
         """Notes with which others the entry may run."""
-        kind = entry.kind
-        if kind == Kind.INFERENCE_RUN and not request.get("session_id") and not request.get("into"):
-            model = self._resident.models.get(request.get("model_id", ""))
-            batch = model.batch_of(request["inputs"], request.get("outputs")) if model else None
-            if batch is not None:
-                entry.batch_key, entry.batch_limit = batch
-                entry.batch_delay_seconds = model.max_delay_ms / 1000 if model else 0.0
-        elif kind == Kind.MEMORY_DEALLOCATE or (
-            kind == Kind.MEMORY_ALLOCATE and request["size_bytes"] <= memory.SMALL_BYTES
-        ):
-            entry.batch_key, entry.batch_limit = kind, memory.BATCH_LIMIT
+        join = SPECS[entry.kind].join
+        if join is not None:
+            join(self._resident, entry, request)
 
     def _admit(self, entry: Entry) -> None:
         if not self._lane.admit(entry):

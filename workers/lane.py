@@ -124,8 +124,10 @@ class Lane:
         except IndexError:
             return -1
 
-    def take_full(self, kind: str, needs: tuple[str, ...], limit: int, go_on: Callable[[], bool]) -> list[list[Entry]]:
-        """What is to run next, once it is a whole batch of `kind`; of those that need just `needs`, at most `limit`.
+    def take_full(
+        self, kinds: Collection[str], needs: tuple[str, ...], limit: int, go_on: Callable[[], bool]
+    ) -> list[list[Entry]]:
+        """What is to run next, once it is a whole batch of one of `kinds`; at most `limit` of those that need `needs`.
 
         Waits for the first as long as `go_on` says so. For whoever prepares them while something else runs: what runs
         may make something more urgent eligible, and then this gives nothing.
@@ -133,10 +135,10 @@ class Lane:
         batches: list[list[Entry]] = []
         with self._lock:
             while not self._closed and go_on():
-                batch = self._full(kind)
+                batch = self._full(kinds)
                 while batch:
                     batches.append(batch)
-                    batch = self._full(kind, needs) if batch[0].needs == needs and len(batches) < limit else []
+                    batch = self._full(kinds, needs) if batch[0].needs == needs and len(batches) < limit else []
                 if batches:
                     break
                 self._ready.wait(0.5)
@@ -266,10 +268,10 @@ class Lane:
             heapq.heappop(self._eligible)
         return head
 
-    def _full(self, kind: str, needs: tuple[str, ...] | None = None) -> list[Entry]:
-        """The entries to take next, where they are a whole batch of `kind`, and need just `needs` if that is said."""
+    def _full(self, kinds: Collection[str], needs: tuple[str, ...] | None = None) -> list[Entry]:
+        """The entries to take next, if they are a whole batch of `kinds`, and need just `needs` if it is given."""
         head = self._head(None, {*self._finishing, *self._taken})
-        if head is None or head.kind != kind or (needs is not None and head.needs != needs):
+        if head is None or head.kind not in kinds or (needs is not None and head.needs != needs):
             return []
         mates = self._mates(head)
         if len(mates) + 1 < head.batch_limit:

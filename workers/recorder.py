@@ -21,9 +21,10 @@ from celery.exceptions import NotRegistered
 from sqlalchemy import Engine
 
 from device_operations.errors import failure, from_job_error
-from device_operations.jobs import CHANGES_MODELS, State
+from device_operations.jobs import State
 from tasks import lifecycle
 from tasks.database import until_reachable
+from tasks.kinds import spec_of
 from tasks.lifecycle import Outcome
 from tasks.publish import Publisher
 from tasks.store import claims
@@ -263,7 +264,7 @@ class Recorder:
         try:
             rows = self._write(ending)
             rows += self._recovered(ending, rows)
-            if any(row["kind"] in CHANGES_MODELS for row in rows):
+            if any(spec_of(row["kind"]).changes_models for row in rows):
                 self.on_models_changed()
         finally:
             # Whatever became of the record, the device is free for the next job.

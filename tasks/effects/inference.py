@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure
-from device_operations.jobs import Kind, State
+from device_operations.jobs import State
 from device_operations.settings import load
 from tasks.store import devices, graphs, models
 from tasks.store.connection import Row
@@ -129,11 +129,3 @@ def _end_models(
         devices.adjust_reservation(connection, device_id, -freed)
     error = more.get("error")
     return [(model["model_id"], error) for model in gone] if error else []
-
-
-EFFECTS = {
-    Kind.INFERENCE_LOAD_MODEL.value: loaded,
-    Kind.INFERENCE_UNLOAD_MODEL.value: unloaded,
-    Kind.INFERENCE_RUN.value: ran,
-    Kind.INFERENCE_CLOSE_SESSION.value: closed,
-}

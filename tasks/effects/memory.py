@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure
-from device_operations.jobs import Kind, State
+from device_operations.jobs import State
 from tasks.store import allocations, devices
 from tasks.store.connection import Row
 
@@ -59,17 +59,27 @@ def deallocated(
 
 
 def changed(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
-    """A copy, clear, write or read ended: the hash of the bytes is what it told, or is no longer known."""
+    """A copy, clear or write ended: the hash of the bytes is what it told, or, if it had begun, no longer known."""
+    _note_hashes(connection, jobs, facts, forget=True)
+    return []
+
+
+def was_read(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
+    """A read ended: the hash of the bytes is what it told, or as known as before."""
+    _note_hashes(connection, jobs, facts, forget=False)
+    return []
+
+
+def _note_hashes(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], *, forget: bool) -> None:
     hashes: dict[str, tuple[str | None, str]] = {}
     for job in sorted(jobs, key=lambda job: job["seq"]):
         told = facts.get(job["id"], {})
         if "sha256" in told:
             hashes[job["resource_id"]] = (told["sha256"], job["id"])
-        elif job["started_at"] is not None and job["kind"] != Kind.MEMORY_READ:
+        elif forget and job["started_at"] is not None:
             hashes[job["resource_id"]] = (None, job["id"])
     if hashes:
         allocations.set_sha256(connection, hashes)
-    return []
 
 
 def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
@@ -85,13 +95,3 @@ def _give_back(connection: Connection, gone: Sequence[Row]) -> None:
         by_device[row["device_id"]] = by_device.get(row["device_id"], 0) + row["size_bytes"]
     for device_id in sorted(by_device):
         devices.adjust_reservation(connection, device_id, -by_device[device_id])
-
-
-TOGETHER = {
-    Kind.MEMORY_ALLOCATE.value: allocated,
-    Kind.MEMORY_DEALLOCATE.value: deallocated,
-    Kind.MEMORY_COPY.value: changed,
-    Kind.MEMORY_CLEAR.value: changed,
-    Kind.MEMORY_WRITE.value: changed,
-    Kind.MEMORY_READ.value: changed,
-}

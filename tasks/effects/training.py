@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure, from_job_error
-from device_operations.jobs import Kind, State
+from device_operations.jobs import State
 from tasks.store import checkpoints, devices
 from tasks.store import training as store
 from tasks.store.connection import Row
@@ -129,13 +129,3 @@ def _sequence_of(job: Row) -> int | None:
     """The number that a step was given, which it tells by what it needs of its predecessor."""
     numbers = [need.rpartition("#")[2] for need in job["needs"] if "#" in need]
     return int(numbers[0]) + 1 if numbers else None
-
-
-EFFECTS = {
-    Kind.TRAINING_INITIALIZE.value: initialized,
-    Kind.TRAINING_STEP.value: stepped,
-    Kind.TRAINING_CHECKPOINT.value: checkpointed,
-    Kind.TRAINING_END_SESSION.value: ended,
-}
-
-AT_ONCE = {Kind.TRAINING_STEP.value: ("applied", applied)}

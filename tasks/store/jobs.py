@@ -534,24 +534,36 @@ def failed_before(connection: Connection, job_ids: Collection[str]) -> dict[str,
     return {row.pop("after_id"): row for row in found}
 
 
-def open_ids_needing(connection: Connection, resource_id: str, kinds: Sequence[str] | None = None) -> list[str]:
-    """Jobs, running ones too, that need the resource; of `kinds` only, where given."""
+def open_ids_needing(connection: Connection, resource_id: str) -> list[str]:
+    """Open jobs, running ones too, that need the resource."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) "
-        "AND (%(kinds)s::text[] IS NULL OR kind = ANY(%(kinds)s)) ORDER BY seq",
-        {"id": resource_id, "kinds": None if kinds is None else list(kinds)},
+        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) ORDER BY seq",
+        {"id": resource_id},
     )
     return [job["id"] for job in found]
 
 
-def request_cancel_of(connection: Connection, job_ids: Collection[str], kind: str) -> list[str]:
-    """Notes for jobs of one kind among `job_ids` that they are to be cancelled; gives those that are open."""
+def open_ids_of(connection: Connection, resource_id: str) -> list[str]:
+    """Those of them whose own resource it is: they make it, or take it away."""
     found = rows(
         connection,
-        "UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND kind = %(kind)s "
+        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) AND resource_id = %(id)s ORDER BY seq",
+        {"id": resource_id},
+    )
+    return [job["id"] for job in found]
+
+
+def request_cancel_of(connection: Connection, job_ids: Collection[str], *, but_not_of: str) -> list[str]:
+    """Notes for jobs among `job_ids` that they are to be cancelled, but for those whose own resource `but_not_of` is.
+
+    Gives those that are open.
+    """
+    found = rows(
+        connection,
+        "UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND resource_id IS DISTINCT FROM %(resource)s "
         f"AND state IN {listed(OPEN)} RETURNING id",
-        {"ids": list(job_ids), "kind": kind},
+        {"ids": list(job_ids), "resource": but_not_of},
     )
     return [job["id"] for job in found]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from device_operations.jobs import Kind
 from tasks.database import dumps
 from tasks.records.training import OPEN_SESSION_SQL
 from tasks.store.connection import Prepared, Row, execute, row, rows
@@ -62,7 +63,7 @@ def is_stepping(connection: Connection, session: Row) -> bool:
     found = row(
         connection,
         "SELECT 1 AS one FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = 'running' "
-        "AND kind = 'training.step' AND %(session_id)s = ANY(needs) LIMIT 1",
+        f"AND kind = '{Kind.TRAINING_STEP}' AND %(session_id)s = ANY(needs) LIMIT 1",
         session,
     )
     return found is not None

@@ -156,7 +156,7 @@ def test_only_whole_batches_of_the_kind_asked_for_are_given_ahead() -> None:
     lane = Lane()
 
     def full(kind: str) -> list[list[str]]:
-        batches = lane.take_full(kind, (), 3, iter([True, False]).__next__)
+        batches = lane.take_full([kind], (), 3, iter([True, False]).__next__)
         return [[one.job_id for one in batch] for batch in batches]
 
     lane.admit(entry("a", 5, 1, batch_key="m", batch_limit=2))
@@ -190,7 +190,7 @@ def test_nothing_is_given_ahead_that_a_running_job_may_let_something_more_urgent
     assert lane.take(timeout_seconds=0)
     lane.admit(entry("urgent", 9, 2, after={"running"}))
     lane.admit(entry("usual", 5, 3))
-    assert lane.take_full("inference.run", (), 3, iter([True, False]).__next__) == []
+    assert lane.take_full(["inference.run"], (), 3, iter([True, False]).__next__) == []
     lane.ended(["running"])
     assert drain(lane) == ["urgent", "usual"]
 
