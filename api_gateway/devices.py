@@ -77,7 +77,7 @@ async def read_samples(request: Request, caller: Known, device_id: str, since: S
 
 
 def view(device: Row, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """The device as callers see it (contract, section 4)."""
+    """The device as callers see it."""
     at_work = counts.get(device["device_id"], {})
     return {
         **{

@@ -20,6 +20,7 @@ from device_operations.jobs import TERMINAL, Job, Kind, State
 from device_operations.requests.inference import OpenSession
 from device_operations.requests.kinds import invalid
 from tasks.database import unavailable
+from tasks.kinds import spec_of
 from tasks.owners import absent, found, may_see
 from tasks.plans import sessions
 from tasks.store import jobs as job_store
@@ -124,7 +125,7 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
             if row is not None and may_see(caller, row):
                 return session_view(row)
             job = found(caller, job_store.get(connection, session_id), "inference session", session_id)
-            if job["kind"] != Kind.INFERENCE_RUN:
+            if not spec_of(job["kind"]).runs_model:
                 raise absent("inference session", session_id)
             if job["resource_id"] != job["id"]:
                 raise failure("session_not_found", f"{session_id} is a run of the session {job['resource_id']}")
@@ -169,7 +170,7 @@ async def read_model(request: Request, caller: Known, model_id: str) -> Response
 
 
 def view(model: Row) -> dict[str, Any]:
-    """The model as callers see it (contract, section 6)."""
+    """The model as callers see it."""
     return {
         name: model[name]
         for name in (
@@ -182,7 +183,7 @@ def view(model: Row) -> dict[str, Any]:
 
 
 def session_view(session: Row) -> dict[str, Any]:
-    """The session as callers see it (contract, section 6); `idle` is one that is open and has no run under way."""
+    """The session as callers see it; `idle` is one that is open and has no run under way."""
     state = session["state"]
     return {
         "session_id": session["session_id"],

@@ -34,8 +34,9 @@ from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks import lifecycle
 from tasks.asked import as_asked, to_retry
+from tasks.kinds import KINDS
 from tasks.owners import found
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.plans.base import Context
 from tasks.plans.earlier import Earlier
 from tasks.store import jobs as store
@@ -140,7 +141,8 @@ async def submit_many(request: Request, caller: Known) -> Response:
 
     def plan_all() -> list[Plan]:
         for index, entry in enumerate(entries):
-            earlier.add(_planned(context, index, entry, earlier))
+            planned = _planned(context, index, entry, earlier)
+            earlier.add(planned, KINDS[planned.job.kind].foresee)
         return earlier.plans
 
     promise = promise_of(request, caller, body)

@@ -63,7 +63,7 @@ async def read_device(
     request: Request,
     caller: Known,
     device_id: str,
-    map: bool = False,  # noqa: A002 - the contract's name
+    map: bool = False,  # noqa: A002 - the API's name
 ) -> Response:
     """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, of everybody's."""
     gateway = of(request)
@@ -227,7 +227,7 @@ async def read_data(
 
 
 def view(allocation: Row) -> dict[str, Any]:
-    """The allocation as callers see it (contract, section 5)."""
+    """The allocation as callers see it."""
     return {
         name: allocation[name]
         for name in (

@@ -53,7 +53,7 @@ MAX_TIMEOUT_MICROSECONDS = 30 * 86400 * 10**6
 #: Seconds for which nobody looks whether the client is still there.
 UNWATCHED_SECONDS = 0.05
 
-#: What a client gets that has left: nobody, in truth.
+#: The status for a client that has left; it is never read.
 CLIENT_CLOSED_REQUEST = 499
 
 

@@ -18,7 +18,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.inference import until_recorded
 from api_gateway.submission import json_response, make_plan, read_body
 from device_operations.bounds import load_json, whole_number
-from device_operations.errors import failure, from_job_error
+from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import Kind, State, new_id
 from device_operations.requests.base import JobRequest
 from device_operations.requests.inference import LoadModel, UnloadModel
@@ -92,7 +92,7 @@ async def _perform(gateway: Gateway, caller: Caller, kind: Kind, request: JobReq
         ended.recorded = True
         job: dict[str, Any] = orjson.loads(await ended)
     if job["state"] != State.SUCCEEDED:
-        raise from_job_error(job["error"] or {"code": str(job["state"]), "message": f"the job was {job['state']}"})
+        raise from_job_error(error_of(job["error"], job["state"], "the job"))
     return job
 
 

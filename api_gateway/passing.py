@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway.gateway import Gateway
 from api_gateway.submission import accepted, promised_row
-from device_operations.errors import OperationError, from_job_error
+from device_operations.errors import OperationError, error_of, from_job_error
 from tasks.blobs import CHUNK_BYTES
 from tasks.ring import Ring
 from tasks.store import blobs as blob_store
@@ -155,7 +155,7 @@ def _result(ended: asyncio.Future[bytes]) -> dict[str, Any]:
     """The ended job's result, or what it failed with."""
     job = orjson.loads(ended.result())
     if job["state"] != "succeeded":
-        raise from_job_error(job["error"] or {"code": job["state"], "message": f"the read was {job['state']}"})
+        raise from_job_error(error_of(job["error"], job["state"], "the read"))
     told: dict[str, Any] = job["result"]
     return told
 

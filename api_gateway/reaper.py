@@ -43,9 +43,8 @@ log = structlog.get_logger(__name__)
 #: The advisory lock that the leader holds; any fixed number does.
 LEADER_LOCK = 7_235_002
 
-#: Seconds between two rounds, and between two rounds of what is not urgent.
+#: Seconds between two rounds, and between two that also delete what is past its retention.
 ROUND_SECONDS = 0.25
-SESSION_SECONDS = 1.0
 SLOW_SECONDS = 10.0
 
 #: How much one round does at most of each thing.

@@ -25,8 +25,9 @@ from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
 from tasks.database import unavailable
+from tasks.kinds import KINDS
 from tasks.owners import absent
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.store import ends
 from tasks.store import jobs as store
 from tasks.store.connection import Row
@@ -140,7 +141,13 @@ async def make_plan(
     """Plans on the event loop where that reads no database and moves no bytes, else on a thread."""
     gateway.rates.spend(caller.owner)
     context = gateway.context(caller)
-    light = not heavy and gateway.directory.is_fresh() and _touches_nothing(gateway, caller, kind, parsed)
+    is_light = KINDS[kind].is_light
+    light = (
+        not heavy
+        and is_light is not None
+        and gateway.directory.is_fresh()
+        and is_light(gateway.directory, caller, parsed)
+    )
     try:
         return (
             plan(context, kind, parsed, job_id)
@@ -278,21 +285,6 @@ def preferred_wait(request: Request) -> float:
 
 #: More digits than these are refused nothing: so many seconds are the longest wait anyway.
 _WAIT = re.compile(r"(?:^|[,;\s])wait[ \t]{0,9}=[ \t]{0,9}\"?([0-9]{1,20}(?:\.[0-9]{1,20})?)", re.ASCII)
-
-
-def _touches_nothing(gateway: Gateway, caller: Caller, kind: Kind, parsed: Any) -> bool:
-    """Whether a job names only what the directory knows: no allocation, no blob, nothing to store.
-
-    An inference session is read; a training session that was named before is known.
-    """
-    if kind is Kind.INFERENCE_RUN:
-        known, tensors = parsed.session_id is None and not parsed.into, parsed.inputs
-    elif kind is Kind.TRAINING_VALIDATE or (kind is Kind.TRAINING_STEP and parsed.mode == "train"):
-        known, tensors = gateway.directory.knows_training(parsed.session_id, caller), parsed.tensors()
-        known = known and bool(tensors)  # a dataset's file is none of them
-    else:
-        return False
-    return known and all(tensor.blob_id is None and tensor.allocation_id is None for tensor in tensors.values())
 
 
 def _location(row: Row) -> dict[str, str]:

@@ -118,7 +118,7 @@ async def end_session(request: Request, caller: Known, session_id: str, checkpoi
 
 
 def view(session: Row) -> dict[str, Any]:
-    """The session as callers see it (contract, section 7)."""
+    """The session as callers see it."""
     told = {
         name: session[name]
         for name in (

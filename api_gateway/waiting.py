@@ -24,7 +24,8 @@ from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import CHANGES_MODELS, TERMINAL
+from device_operations.jobs import TERMINAL
+from tasks.kinds import KINDS
 from tasks.queues import DONE_CHANNEL, job_channel
 from tasks.store import jobs as store
 
@@ -36,7 +37,8 @@ _DONE = DONE_CHANNEL.encode()
 
 #: How the announcement of a load or an unload begins; reading those as JSON that nobody awaits here would cost more
 #: than the rest.
-_CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, CHANGES_MODELS))})"'.encode())
+_CHANGING = frozenset(kind.value for kind, spec in KINDS.items() if spec.changes_models)
+_CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, sorted(_CHANGING)))})"'.encode())
 
 
 def _is_end(job_id: bytes, told: dict[str, Any]) -> bool:
@@ -175,7 +177,7 @@ class Waiters:
             job_id, _, text = line.partition(b" ")
             waiting = self._awaited.get(job_id)
             job = _object(text) if waiting else {}
-            if job.get("kind") in CHANGES_MODELS if waiting else _CHANGES_MODEL.match(text):
+            if job.get("kind") in _CHANGING if waiting else _CHANGES_MODEL.match(text):
                 self._on_models_changed()
             if not waiting:
                 continue

@@ -1,4 +1,6 @@
-"""Webhooks: each ended job that asked for it is posted to its caller, signed, again and again with backoff.
+"""Webhooks: each ended job that asked for it is posted to its caller, again with backoff until it is received.
+
+It is signed if `WEBHOOK__SECRET` is set, and given up after `ATTEMPTS`, or at once if its address is refused.
 
 The row says what is due, so a webhook survives the gateway. An address is resolved once, checked, and connected to as
 checked: a private address is refused unless `WEBHOOK__ALLOW_PRIVATE`, so that nobody reaches the inner network by us.

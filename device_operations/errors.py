@@ -8,10 +8,11 @@
     │   └── Invalid                     422
     ├── Overloaded                      429, with `retry_after_seconds`
     ├── Unavailable                     503, with `retry_after_seconds`
-    └── ExecutionFailed                 a job failed while it ran
+    └── ExecutionFailed                 a job failed while it ran; and 500, 504, 507
 
 `code` is stable and is what programs compare; `CODES` lists every code once, with its HTTP status, title and whether
-the same request may succeed later. Build an error by its code with `failure(code, message)`.
+the same request may succeed later. Build an error by its code with `failure(code, message)`, and what a failed job
+records with `failure(…).as_job_error()`: a test refuses an error that is written as a dictionary by hand.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Code:
     retryable: bool = False
 
 
-#: Every code of the contract, section 8. Codes of jobs only carry the status that a waiting caller (OIP) is given.
+#: Every code. One that only jobs have carries the status that a caller who waits for the job (OIP) is given.
 CODES: dict[str, Code] = {
     "malformed_request": Code(400, "The request cannot be read"),
     "request_timeout": Code(408, "The request did not come in time", retryable=True),
@@ -87,7 +88,7 @@ CODES: dict[str, Code] = {
     "timeout": Code(504, "The job ran past its time limit"),
     "cancelled": Code(409, "The job was cancelled"),
     "predecessor_failed": Code(409, "A job that this one requires did not succeed"),
-    "expired": Code(410, "The job waited past its expiry"),
+    "expired": Code(410, "The job waited past its expiry", retryable=True),
     "poison": Code(500, "The job killed its worker repeatedly"),
     "nonfinite_loss": Code(422, "The loss is not finite"),
     "run_failed": Code(422, "The model failed while it ran"),
@@ -167,10 +168,10 @@ class Unavailable(OperationError):
 
 
 class ExecutionFailed(OperationError):
-    """Raised when a job failed while it ran on a device."""
+    """Raised when a job failed while it ran on a device, and for statuses that no other class has: 500, 504, 507."""
 
 
-#: The exception class for each HTTP status; statuses not listed are failures of a running job.
+#: The exception class for each HTTP status; any other is `ExecutionFailed`, also where a submission is refused with it.
 _CLASSES: dict[int, type[OperationError]] = {
     400: Refused, 401: Refused, 403: Refused, 404: NotFound, 405: Refused, 408: Refused, 409: Conflict, 410: Gone,
     413: Refused, 415: Refused, 416: Invalid, 422: Invalid, 429: Overloaded, 431: Refused, 503: Unavailable,
@@ -187,6 +188,14 @@ def failure(code: str, message: str, **more: Any) -> OperationError:
     """The exception for `code`, as the class that the tree above gives it."""
     kind = ExecutionFailed if code in _OF_JOBS else _CLASSES.get(CODES[code].status, ExecutionFailed)
     return kind(code, message, **more)
+
+
+def error_of(error: dict[str, Any] | None, state: str, what: str) -> dict[str, Any]:
+    """The error of a job that ended in `state` without success: `error` as recorded, else one that names `what`."""
+    if error:
+        return error
+    code = state if state in ("cancelled", "expired") else "internal_error"
+    return failure(code, f"{what} was {state}, and no error was recorded.").as_job_error()
 
 
 def from_job_error(error: dict[str, Any]) -> OperationError:

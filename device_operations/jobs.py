@@ -1,4 +1,4 @@
-"""The job: its kinds, its states and the arrows between them, and the value that callers see.
+"""The job: its kinds, its states and the transitions between them, and the value that callers see.
 
     scheduled ──▶ queued ──▶ reserved ──▶ running ──▶ succeeded
         │           │           │        │  ▲  │
@@ -10,13 +10,17 @@
 A job is `reserved` while it waits for its device, also where its worker has claimed it ahead; `running` begins when the
 device begins with it. A run that is over within milliseconds may go from `reserved` to its end, with its start recorded
 then. A claimed job goes back to `queued` when its worker died and the job may run again. A terminal state never
-changes: a trigger in the database refuses it, and every UPDATE is guarded by the states that it may leave.
+changes. A job whose claim PostgreSQL lost in a crash waits again, and goes from there to the end that it had.
+
+`TRANSITIONS` is the one table of this: the store's UPDATEs take the states that they may leave from it, and a trigger
+in the database, made from it, refuses every other change.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -51,17 +55,61 @@ class State(StrEnum):
 TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED})
 #: States from which a worker may claim a job.
 CLAIMABLE = frozenset({State.SCHEDULED, State.QUEUED, State.RESERVED, State.RETRYING})
+#: States in which a worker may hold a claim on a job.
+CLAIMED = frozenset({State.RESERVED, State.RUNNING})
 #: States that have not ended.
-OPEN = CLAIMABLE | {State.RUNNING}
+OPEN = CLAIMABLE | CLAIMED
 
-#: The states that may follow each state. `tests/` hold the store's UPDATEs and the trigger to this table.
-TRANSITIONS: dict[State, frozenset[State]] = {
-    State.SCHEDULED: frozenset({State.QUEUED, State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
-    State.QUEUED: frozenset({State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
-    State.RESERVED: frozenset({State.QUEUED, State.RUNNING, State.RETRYING} | TERMINAL),
-    State.RUNNING: frozenset({State.QUEUED, State.RETRYING} | TERMINAL),
-    State.RETRYING: frozenset({State.QUEUED, State.RESERVED, State.RUNNING} | (TERMINAL - {State.SUCCEEDED})),
-    **{state: frozenset() for state in TERMINAL},
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One way in which a job changes its state: from any of `leaving` to any of `entering`."""
+
+    leaving: frozenset[State]
+    entering: frozenset[State]
+
+
+#: A worker received the job's message.
+RECEIVE = Transition(frozenset({State.QUEUED}), frozenset({State.RESERVED}))
+#: The time of a scheduled job, or of another attempt, has come.
+FALL_DUE = Transition(frozenset({State.SCHEDULED, State.RETRYING}), frozenset({State.QUEUED}))
+#: A worker claimed the job for its device, which begins with it now.
+CLAIM = Transition(CLAIMABLE, frozenset({State.RUNNING}))
+#: A worker claimed the job ahead of its device.
+CLAIM_AHEAD = Transition(CLAIMABLE, frozenset({State.RESERVED}))
+#: The device began with a job that was claimed ahead.
+BEGIN = Transition(frozenset({State.RESERVED}), frozenset({State.RUNNING}))
+#: The worker that claimed the job ended it.
+FINISH = Transition(CLAIMED, TERMINAL)
+#: The worker that claimed the job puts it back for another attempt.
+RETRY = Transition(CLAIMED, frozenset({State.RETRYING}))
+#: The worker that claimed the job is gone, and the job may run again.
+REQUEUE = Transition(CLAIMED, frozenset({State.QUEUED}))
+#: The job was ended by somebody other than the worker that claimed it: it never ran, or its worker is gone.
+WITHDRAW = Transition(OPEN, TERMINAL - {State.SUCCEEDED})
+#: An end is recorded again: PostgreSQL crashed and lost it, and perhaps the claim before it.
+RECOVER = Transition(OPEN, TERMINAL)
+
+#: Every transition, by name. Tests hold the store's UPDATEs and the database's trigger to them.
+TRANSITIONS: dict[str, Transition] = {
+    "receive": RECEIVE,
+    "fall_due": FALL_DUE,
+    "claim": CLAIM,
+    "claim_ahead": CLAIM_AHEAD,
+    "begin": BEGIN,
+    "finish": FINISH,
+    "retry": RETRY,
+    "requeue": REQUEUE,
+    "withdraw": WITHDRAW,
+    "recover": RECOVER,
+}
+
+#: The other states that may follow each state, by any transition.
+FOLLOWING: dict[State, frozenset[State]] = {
+    state: frozenset(
+        after for way in TRANSITIONS.values() if state in way.leaving for after in way.entering if after != state
+    )
+    for state in State
 }
 
 _CELERY = {
@@ -102,9 +150,6 @@ class Kind(StrEnum):
         return f"device_operations.{self.value}"
 
 
-#: Kinds after whose end a model is, or is not, on its device.
-CHANGES_MODELS = (Kind.INFERENCE_LOAD_MODEL.value, Kind.INFERENCE_UNLOAD_MODEL.value)
-
 #: The prefix of every Celery task's name.
 TASK_PREFIX = "device_operations."
 
@@ -125,7 +170,7 @@ class Timings(BaseModel):
 
 
 class Job(BaseModel):
-    """One unit of work as every caller sees it (contract, section 2)."""
+    """One unit of work as every caller sees it."""
 
     model_config = ConfigDict(extra="allow")
 

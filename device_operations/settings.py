@@ -326,7 +326,7 @@ class Setting:
 
 
 def describe(settings: Settings) -> list[Setting]:
-    """Every setting in force, in the order of the contract's names in the environment."""
+    """Every setting in force, in the order of `Settings`."""
     return [
         Setting(
             name=environment_name(path),

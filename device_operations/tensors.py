@@ -1,6 +1,6 @@
 """Tensors on the wire: the JSON form, its checks, and NumPy arrays in and out of it.
 
-A tensor is `{"dtype", "shape"}` plus exactly one of `data`, `base64`, `blob_id`, `allocation_id` (contract, section 3).
+A tensor is `{"dtype", "shape"}` plus exactly one of `data`, `base64`, `blob_id`, `allocation_id`.
 Bytes are little-endian and row-major. NumPy is imported only where arrays are made, so that clients without it work.
 
 `json` stands for values that are no tensor, a sequence or a map: one axis, each element a JSON value. Its array holds

@@ -16,8 +16,9 @@ from device_operations.jobs import Kind
 from device_operations.settings import Settings, load
 from tasks.queues import ANY_QUEUE, device_queue
 
-#: Messages that one worker may hold unacknowledged. Far more than the lane runs at once, so that a high priority is
-#: seen early; jobs whose predecessors are elsewhere are acknowledged at once and do not count.
+#: Messages that one worker may hold unacknowledged, and eligible jobs in its lane above which it reads no more. Far
+#: more than the lane runs at once, so that a high priority is seen early. The messages of jobs that wait for
+#: predecessors are acknowledged at once and do not count.
 PREFETCH = 1024
 
 #: Redis must not hand a message out again while a worker holds it: PostgreSQL says what is to be run again.
@@ -39,7 +40,7 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         "queue_order_strategy": "priority",
     }
     if device_id is not None:
-        # Restored at the worker's start, by `workers.main`, and by nobody else's.
+        # Each worker restores its own device's at its start (`workers.service.restore_unacked`), and no other's.
         options["unacked_key"] = f"device-operations.unacked.{device_id}"
         options["unacked_index_key"] = f"device-operations.unacked-index.{device_id}"
         options["unacked_mutex_key"] = f"device-operations.unacked-mutex.{device_id}"

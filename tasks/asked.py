@@ -1,6 +1,6 @@
 """What the caller of a job asked for: kept beside the stored request, told again, and submitted again.
 
-request ─▶ kept with the job ─▶ as_asked: in the contract's terms, without what planning added ─▶ to_retry
+request ─▶ kept with the job ─▶ as_asked: in the request's own terms, without what planning added ─▶ to_retry
 
 Requests that carry tensors keep only the names of their fields, since the tensors lie in the stored request: as they
 came up to 64 KiB, else as blobs.
@@ -19,17 +19,14 @@ from device_operations.tensors import Tensor
 from device_operations.texts import unpack_texts
 from tasks.store.connection import Row
 
-#: Kinds whose requests carry tensors.
-_WITH_TENSORS = frozenset({Kind.INFERENCE_RUN, Kind.TRAINING_STEP, Kind.TRAINING_VALIDATE})
-
 #: Where a tensor's elements are.
 _SOURCES = ("data", "base64", "blob_id", "allocation_id")
 
 
-def asked_of(kind: Kind, request: JobRequest) -> dict[str, Any]:
+def asked_of(request: JobRequest) -> dict[str, Any]:
     """What is kept of a checked request: just what its caller gave, no defaults."""
     kept: dict[str, Any]
-    if kind in _WITH_TENSORS:
+    if request.carries_tensors:
         kept = {"fields": sorted(request.model_fields_set - {"job"})}
     else:
         kept = {"request": request.model_dump(mode="json", exclude={"job"}, exclude_unset=True)}
@@ -52,14 +49,15 @@ def as_asked(job: Row) -> dict[str, Any]:
 def to_retry(job: Row, changes: dict[str, Any], read_blob: Callable[[str], Any]) -> dict[str, Any]:
     """The request that tries an ended job again, with the fields of `changes` in place of the first ones.
 
-    A field that is null is left out; `job` is changed option by option. What is made gets a new id. Raises
-    `sequence_conflict` for a step that was applied under the number that it was given, `blob_not_found` where its
-    tensors are not kept.
+    A field that is null is left out; `job` is changed option by option. What is made gets a new id, except for an
+    allocation whose id the caller chose and whose job did not succeed. Raises `sequence_conflict` for a step that was
+    applied under the number that it was given, `blob_not_found` where its tensors are not kept.
     """
     asked = as_asked(job)
-    if job["kind"] == Kind.MEMORY_ALLOCATE and job["state"] == State.SUCCEEDED:
+    chosen = REQUESTS[Kind(job["kind"])].chosen_id
+    if chosen is not None and job["state"] == State.SUCCEEDED:
         # The id is taken by what the first job made; one that failed has left it free.
-        asked.pop("allocation_id", None)
+        asked.pop(chosen, None)
     options = {**asked.pop("job", {}), **(changes.get("job") or {})}
     request = {**asked, **{name: value for name, value in changes.items() if name != "job"}}
     request = {name: value for name, value in request.items() if value is not None}
@@ -75,7 +73,7 @@ def to_retry(job: Row, changes: dict[str, Any], read_blob: Callable[[str], Any])
 
 
 def _known_fields(kind: Kind, stored: dict[str, Any]) -> list[str]:
-    """The fields that the contract knows, for a job of which nothing was kept: it came over /v2, or long ago."""
+    """The fields that the request's model knows, for a job of which nothing was kept: it came over /v2, or long ago."""
     known = [name for name in REQUESTS[kind].model_fields if name in stored]
     resolved = {"model_id"} if {"model_name", "session_id"} & set(known) else set()
     if stored.get("form") == "transient":

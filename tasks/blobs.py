@@ -149,7 +149,7 @@ class BlobStore:
             raise _missing(blob_id) from error
 
     def read_into(self, blob_id: str, offset: int, into: memoryview) -> None:
-        """Fills writable bytes from a blob's range. `blob_not_found` where it is gone or too short."""
+        """Fills writable bytes from a blob's range. `blob_not_found` if it is gone or, in a folder, too short."""
         if self.folder is not None:
             with self._opened(blob_id) as file:
                 file.seek(offset)
@@ -250,7 +250,7 @@ class BlobStore:
         next(iter(obstore.list(self.objects, prefix="blobs", chunk_size=1)), None)
 
     def sweep(self, older_than_seconds: float = 3600) -> None:
-        """Deletes what killed processes left half-written in a folder and has not grown for that long."""
+        """Deletes from a folder what was not written to for that long: half-written blobs, and the retired file."""
         if self.folder is None:
             return
         for path in (self.folder / _PARTIAL).iterdir():

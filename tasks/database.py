@@ -99,7 +99,8 @@ def is_disconnect(error: BaseException) -> bool:
         return True
     if isinstance(error, (OperationalError, InterfaceError)):
         code = getattr(getattr(error, "orig", None), "pgcode", None)
-        # 57P01..03: shutting down, crash recovery, starting up. No code: the connection itself failed.
+        # 57P: shutting down, in crash recovery, starting up. 08: the connection failed. 53: out of connections, memory
+        # or disk. No code: the connection failed before the server could answer.
         return code is None or code.startswith(("57P", "08", "53"))
     return False
 

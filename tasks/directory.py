@@ -207,7 +207,8 @@ class Directory:
         """The device for a request that names none.
 
         With `ENABLE_GPU_SCHEDULING`: the first of `holding` (devices that hold what the job needs) that takes jobs,
-        else the one with room for `size_bytes`, most free budget and the shortest queue. Without it, `DEFAULT_DEVICE`.
+        else, of those with room for `size_bytes`, the one with the shortest queue, and of equal ones the one with the
+        most free budget. Without it, `DEFAULT_DEVICE`, or the first device where there is none of that name.
         """
         snapshot = self.snapshot()
         online = [device for device in snapshot.devices.values() if device["state"] == "online"]
@@ -243,6 +244,6 @@ class Directory:
 
 def _rank(device: Row, snapshot: Snapshot, size_bytes: int) -> tuple[Any, ...]:
     free = (device["budget_bytes"] or 0) - (device["reserved_bytes"] or 0)
-    # Free memory in eighths of the budget: a byte more or less free must not outweigh a queue of a hundred jobs.
+    # Free memory in eighths of the budget: a few bytes more or less must not decide.
     share = 8 * free // max(device["budget_bytes"] or 1, 1)
     return (free < size_bytes, snapshot.load_of(device["device_id"]), -share, device["device_id"])

@@ -2,7 +2,7 @@
 
     claim ─▶ (the device works, no transaction open) ─▶ finish ─▶ announce
                                                      └▶ retry
-    cancel, expire, bury: what gateways and the reaper do to jobs that no worker will end
+    end, bury, put_back: what is done to jobs that no worker will end
 
 Whoever ends a job runs its kind's effects (`tasks.effects`) in the same transaction, so a failed allocation gives its
 reservation back whether a worker, a cancellation or a death ended it.
@@ -20,9 +20,11 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import CLAIMABLE, TERMINAL, Kind, State
+from device_operations.jobs import CLAIMABLE, TERMINAL, State
 from tasks import effects
 from tasks.database import dumps
+from tasks.effects import Fallen
+from tasks.kinds import spec_of
 from tasks.publish import Publisher
 from tasks.store import devices as device_store
 from tasks.store import ends
@@ -37,13 +39,6 @@ _CLAIMABLE = tuple(sorted(CLAIMABLE))
 
 #: Deaths of a worker on one job after which the job itself is suspected.
 POISON_DEATHS = 3
-
-#: Kinds that may simply be run again when their worker died in the middle.
-SAFE_TO_REPEAT = frozenset({Kind.INFERENCE_LOAD_MODEL, Kind.INFERENCE_RUN, Kind.INFERENCE_UNLOAD_MODEL,
-                            Kind.INFERENCE_CLOSE_SESSION, Kind.MEMORY_DEALLOCATE,
-                            # Fenced and sequenced: what was applied is not applied again.
-                            Kind.TRAINING_INITIALIZE, Kind.TRAINING_STEP, Kind.TRAINING_CHECKPOINT,
-                            Kind.TRAINING_VALIDATE, Kind.TRAINING_END_SESSION})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -80,8 +75,8 @@ def finish(
     its outcome is dropped (but see `recover`). Kinds without effects take one statement in autocommit, which does not
     wait for the disk where they leave nothing behind and `unflushed` keeps their ends meanwhile.
     """
-    kinds = {job_id: row["kind"] for job_id, row in claimed.items()}
-    if all(effects.none_for(kinds[outcome.job_id], outcome.facts) for outcome in outcomes):
+    specs = {job_id: spec_of(row["kind"]) for job_id, row in claimed.items()}
+    if not any(specs[outcome.job_id].changes_records(outcome.facts) for outcome in outcomes):
         endings = _endings(outcomes, claimed)
         if unflushed is not None and all(leaves_nothing(row["kind"], row["needs"]) for row in claimed.values()):
             rows = unflushed.end(endings, epoch, claimed)
@@ -89,7 +84,7 @@ def finish(
             with engine.connect() as connection:
                 rows = store.end_running(connection, endings, epoch, claimed)
         return rows + _end_successors(engine, rows)
-    alone = [outcome for outcome in outcomes if effects.at_once(kinds[outcome.job_id], outcome.facts)]
+    alone = [outcome for outcome in outcomes if specs[outcome.job_id].ends_at_once(outcome.facts)]
     if alone:
         rest = [outcome for outcome in outcomes if outcome not in alone]
         return _finish_each(engine, alone, claimed, epoch) + (finish(engine, rest, claimed, epoch) if rest else [])
@@ -140,7 +135,7 @@ def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
 
     A run that needs more than its model writes into an allocation, reads one, or moves a session on.
     """
-    return len(needs) == 1 and kind in (Kind.INFERENCE_RUN, Kind.TRAINING_VALIDATE)
+    return len(needs) == 1 and spec_of(kind).leaves_nothing
 
 
 def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
@@ -169,7 +164,7 @@ def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[s
 
 def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, Row], epoch: int) -> list[Row]:
     row = claimed[outcome.job_id]
-    end = effects.at_once(row["kind"], outcome.facts)
+    end = spec_of(row["kind"]).ends_at_once(outcome.facts)
     assert end is not None
     return end(connection, outcome.ending(row), outcome.facts, epoch)
 
@@ -184,11 +179,29 @@ def settle(
     fallen: list[Row] = []
     ended = list(rows)
     while ended:
-        lost = effects.apply(connection, ended, facts or {}, epoch)
+        lost = _apply_effects(connection, ended, facts or {}, epoch)
         ended = cancel_successors(connection, ended)
         for error, together in groupby(lost, key=lambda one: one[1]):
             ended += fail_needing(connection, [resource_id for resource_id, _ in together], error)
         fallen += ended
+    return fallen
+
+
+def _apply_effects(
+    connection: Connection, jobs: Sequence[Row], facts: dict[str, dict[str, Any]], epoch: int | None
+) -> Fallen:
+    """Runs the effects of jobs that have just ended, with what the worker found out about each."""
+    fallen: Fallen = []
+    by_kind: dict[str, list[Row]] = {}
+    for job in jobs:
+        by_kind.setdefault(job["kind"], []).append(job)
+    for kind, ended in by_kind.items():
+        spec = spec_of(kind)
+        if spec.joint_effect is not None:
+            fallen += spec.joint_effect(connection, ended, facts, epoch)
+        elif spec.effect is not None:
+            for job in ended:
+                fallen += spec.effect(connection, job, facts.get(job["id"], {}), epoch)
     return fallen
 
 
@@ -220,9 +233,7 @@ def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dic
     """Fails jobs that have not started and need any of the resources, with `error`. Effects are the caller's."""
     waiting = store.open_needing(connection, resource_ids)
     endings = [
-        Ending(job["id"], State.FAILED.value, error=error)
-        for job in waiting
-        if not effects.does_without(job, resource_ids)
+        Ending(job["id"], State.FAILED.value, error=error) for job in waiting if not spec_of(job["kind"]).takes_away
     ]
     return store.end_open(connection, endings) if endings else []
 
@@ -254,7 +265,7 @@ def cancel(engine: Engine, publisher: Publisher, job_ids: Collection[str]) -> li
 
 
 def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tells all gateways, and the log, that jobs have ended. Gives the jobs as callers see them."""
+    """Publishes to all gateways, and to the log, that jobs have ended. Gives the jobs as callers see them."""
     views = [store.view(row) for row in rows]
     publisher.done(views)
     for row in rows:
@@ -341,7 +352,7 @@ def _give_up(
             endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
         elif job["cancel_requested"]:
             endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
-        elif job["id"] not in died or effects.may_repeat(connection, job, SAFE_TO_REPEAT):
+        elif job["id"] not in died or spec_of(job["kind"]).repeatable:
             again.append(job["id"])
         else:
             endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
@@ -363,53 +374,49 @@ def _may_have_begun(claimed: Sequence[Row]) -> set[str]:
 
 
 #: The error of a job that was cancelled.
-CANCELLED = {"code": "cancelled", "message": "The job was cancelled.", "retryable": False, "detail": None}
+CANCELLED = failure("cancelled", "The job was cancelled.").as_job_error()
 
 
 def expired(job: Row) -> dict[str, Any]:
     """The error of a job that waited past its expiry."""
     seconds = round((job["expires_at"] - job["submitted_at"]).total_seconds(), 3)
-    return {
-        "code": "expired",
-        "message": f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
-        "retryable": True,
-        "detail": {"expires_in_seconds": seconds},
-    }
+    return failure(
+        "expired",
+        f"The job had not started when its time was up: job.expires_in_seconds was {seconds:g}.",
+        detail={"expires_in_seconds": seconds},
+    ).as_job_error()
 
 
 def expired_on_receipt(seconds_ago: float) -> dict[str, Any]:
     """The error of a Celery task whose message came after its `expires`."""
     return failure(
-        "expired", f"The task had expired {seconds_ago:.3g} s before its message was received.", retryable=True
+        "expired", f"The task had expired {seconds_ago:.3g} s before its message was received."
     ).as_job_error()
 
 
 def predecessor_failed(before: Row) -> dict[str, Any]:
     """The error of a job that requires `before` to succeed: a row with its id, kind, state and error."""
     why = (before["error"] or {}).get("message", "")
-    return {
-        "code": "predecessor_failed",
-        "message": f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
+    return failure(
+        "predecessor_failed",
+        f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
         f"{before['state']}{': ' + why if why else ''}",
-        "retryable": False,
-        "detail": {"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
-    }
+        detail={"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
+    ).as_job_error()
 
 
 def _worker_lost(device_id: str) -> dict[str, Any]:
-    return {
-        "code": "worker_lost",
-        "message": f"The worker of {device_id} died while the job ran, and the job is not safe to repeat by itself; "
+    return failure(
+        "worker_lost",
+        f"The worker of {device_id} died while the job ran, and the job is not safe to repeat by itself; "
         "what it changed on the device is lost. Submit it again.",
-        "retryable": True,
-        "detail": {"device_id": device_id},
-    }
+        detail={"device_id": device_id},
+    ).as_job_error()
 
 
 def _poison(job: Row) -> dict[str, Any]:
-    return {
-        "code": "poison",
-        "message": f"{job['deaths'] + 1} workers died while they ran this job; it is not tried again.",
-        "retryable": False,
-        "detail": {"deaths": job["deaths"] + 1},
-    }
+    return failure(
+        "poison",
+        f"{job['deaths'] + 1} workers died while they ran this job; it is not tried again.",
+        detail={"deaths": job["deaths"] + 1},
+    ).as_job_error()

@@ -132,7 +132,11 @@ def _payload(text: str, headers: dict[str, Any], properties: dict[str, Any], que
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """What the control queue asks a worker for. PostgreSQL says the same, except for `send`, which is asked again."""
+    """What the control queue asks a worker for.
+
+    A `cancel` is in PostgreSQL too, where the worker looks every second; `follow` and `send` are asked again by those
+    who want them.
+    """
 
     cancel: str | None
     follow: str | None

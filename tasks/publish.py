@@ -107,7 +107,7 @@ class Publisher:
             log.warning("announcing progress failed", error=str(error))
 
     def wake(self, device_id: str, told: dict[str, Any]) -> None:
-        """Sends a control message to a device's worker. PostgreSQL holds the truth; the worker looks there too."""
+        """Sends a control message to a device's worker: see `tasks.messages.Wake` for what happens if it is lost."""
         body = {
             "body": orjson.dumps(told).decode(),
             "content-encoding": "utf-8",
@@ -124,7 +124,7 @@ class Publisher:
             key = control_queue(device_id)
             with self._client.pipeline(transaction=False) as pipe:
                 pipe.lpush(key, orjson.dumps(body))
-                # A worker that is gone must not find yesterday's wake-ups.
+                # A worker that starts later must not find yesterday's messages.
                 pipe.expire(key, 60)
                 pipe.execute()
         except redis.RedisError as error:

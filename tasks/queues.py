@@ -40,7 +40,7 @@ _SEPARATOR = "\x06\x16"
 
 
 def control_queue(device_id: str) -> str:
-    """The queue that wakes a busy worker: cancellations."""
+    """The queue that a worker reads while it is busy: each message is a `tasks.messages.Wake`."""
     return f"device-operations.control.{device_id}"
 
 

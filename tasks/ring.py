@@ -1,4 +1,4 @@
-"""A ring in shared memory: one process puts pieces in, another takes them out, and neither ever waits for the other.
+"""A ring in shared memory: one process puts pieces in, another takes them out; no call waits for the other process.
 
 The taker makes the segment, names it after itself and its epoch, touches every page of it, and removes the name as soon
 as the putter is attached: from then on nothing of it outlives the two processes, however they end. What a taker that
@@ -137,7 +137,7 @@ class Ring:
         return bool(self._words[_ATTACHED])
 
     def withdraw(self) -> bool:
-        """Takes the ring back: from now on nobody can attach. False where a putter may have done so already.
+        """Revokes the ring: later attaches fail. False if a putter may have attached already.
 
         Each side writes its own word before it reads the other's, so at least one of the two sees the other.
         """
@@ -146,7 +146,7 @@ class Ring:
         return not self.attached
 
     def forget_name(self) -> None:
-        """Removes the segment's name: the putter is attached, so nobody needs it any more."""
+        """Removes the segment's name, which only an attach needs: call it once the putter is attached."""
         if self._named:
             self._named = False
             _unlink(self._segment)

@@ -1,57 +1,29 @@
 """Submitting: one transaction records jobs with their predecessors, then their messages are published.
 
 A job that names an exclusive resource (allocation, inference session, training session) waits for the job that named
-it last; the resources are locked in order of id, so several gateways agree and cannot deadlock (DESIGN, invariant 3).
+it last; the resources are locked in order of id, so several gateways agree and cannot deadlock.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
 from tasks import lifecycle
 from tasks.owners import Owner, may_see
+from tasks.plans.plan import Plan, Recorded, body_hash
 from tasks.publish import Publisher
 from tasks.store import jobs as store
 from tasks.store import order, queue_limit
 from tasks.store.connection import Row, execute, transaction
 from tasks.store.jobs import NewJob
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A job ready to be recorded, and what goes with it.
-
-    `exclusive` are the resources whose jobs take effect in order of submission. `record` writes what the job makes
-    (a model, a session) in the same transaction, and may refuse. `together` does so for all plans of a submission that
-    share it, before their jobs are written; `makes` is what it needs to know of this one.
-    """
-
-    job: NewJob
-    exclusive: tuple[str, ...] = ()
-    record: Callable[[Connection], None] | None = None
-    together: Callable[[Connection, Sequence[Plan]], Recorded] | None = None
-    makes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What came to light while plans were recorded together, by job id.
-
-    `answered` names the earlier job that already does what this one was to do: the caller is given that one instead.
-    `dropped` are not needed any more, and nobody waits for them. `after` adds predecessors.
-    """
-
-    answered: dict[str, str] = field(default_factory=dict)
-    dropped: set[str] = field(default_factory=set)
-    after: dict[str, list[str]] = field(default_factory=dict)
+__all__ = ["Plan", "Promise", "Recorded", "body_hash", "keep", "publish", "recall", "recall_jobs", "record", "submit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +34,6 @@ class Promise:
     route: str
     key: str
     body_sha256: str
-
-
-def body_hash(body: Any) -> str:
-    """The hash by which two bodies count as the same: of their canonical JSON."""
-    return hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def submit(

@@ -13,7 +13,7 @@ from device_operations.folders import keep_private
 from device_operations.settings import SettingsError, load
 from tasks.logs import configure
 
-#: The exit status when the device cannot be had: a live worker holds it, or there is no such device.
+#: The exit status when the device cannot be taken: a live worker holds it, or its backend cannot open it.
 UNAVAILABLE_STATUS = 69
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import structlog
 
-from device_operations.jobs import Kind
+from tasks.kinds import KINDS
 from workers.lane import Entry, Lane
 from workers.work import Work
 
@@ -28,6 +28,9 @@ LONG_MS = 3.0
 
 #: Milliseconds of the device for which runs are claimed ahead of it, unless one batch alone takes longer.
 AHEAD_MS = 50.0
+
+#: The kinds whose batches are claimed ahead.
+_KINDS = frozenset(kind for kind, spec in KINDS.items() if spec.claimed_ahead)
 
 
 class Ahead:
@@ -102,9 +105,7 @@ class Ahead:
                     return
             batches: list[list[Work]] = []
             try:
-                batches = self._claimed(
-                    self._lane.take_full(Kind.INFERENCE_RUN.value, self._needs, self._limit, self._goes_on)
-                )
+                batches = self._claimed(self._lane.take_full(_KINDS, self._needs, self._limit, self._goes_on))
             except Exception:
                 # Not claimed is not lost: the records still say that they wait.
                 log.exception("claiming ahead failed")

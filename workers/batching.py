@@ -89,8 +89,8 @@ def find_out(
 ) -> Batching:
     """Whether runs of `model` may be joined, with the caller's max_batch_size, or None.
 
-    Takes three runs on one or two made-up rows, unless an `earlier` record of the same model and proof has a trial, or
-    the caller does not let it try. Raises `cancelled`, `timeout`, `device_lost`.
+    Takes three runs on one or two made-up rows, for each size tried until the model runs; none if an `earlier` record
+    of the same model and proof has a trial, or `may_try` is false. Raises `cancelled`, `timeout`, `device_lost`.
     """
     verdict = model.rows
     found = _proven(verdict, asked)

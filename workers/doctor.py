@@ -1,6 +1,6 @@
-"""`device-operations doctor`: tries what a worker needs on this machine, a tiny job of each kind on each device.
+"""`device-operations doctor`: tries what a worker needs on this machine: memory, inference and training on each device.
 
-    services    PostgreSQL, Redis, the blob store, the model folder: as set, with a remedy where they do not answer
+    services    PostgreSQL, Redis, the blob store: as set, with a remedy where they do not answer
     devices     facts, memory, inference, training, checkpoint: run directly on the device layer, no queue between
 
 It prints a table, writes a report that can be attached to an issue, and exits with 1 where something fails. On a

@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import TASK_PREFIX, TERMINAL, Kind, State
+from device_operations.jobs import CLAIMABLE, TASK_PREFIX, TERMINAL, Kind, State
 from device_operations.requests.base import JobOptions
 from device_operations.requests.kinds import parse
 from tasks import lifecycle, submit
@@ -29,7 +29,7 @@ from tasks.database import is_disconnect, until_reachable
 from tasks.key_types import with_types
 from tasks.messages import Recorded, reason, unstorable
 from tasks.outbox import Outbox
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.plans.base import Context
 from tasks.previous import filled
 from tasks.publish import Publisher
@@ -38,7 +38,7 @@ from tasks.store import jobs as store
 from tasks.store.connection import Row, transaction
 from tasks.store.jobs import Ending, NewJob
 from workers.lane import Entry, Lane
-from workers.operations import memory
+from workers.operations import SPECS
 from workers.pool import Handle, Note
 from workers.recorder import Recorder
 from workers.resident import Resident
@@ -149,17 +149,9 @@ class Intake:
 
     def _join(self, entry: Entry, request: dict[str, Any]) -> None:
         """Notes with which others the entry may run."""
-        kind = entry.kind
-        if kind == Kind.INFERENCE_RUN and not request.get("session_id") and not request.get("into"):
-            model = self._resident.models.get(request.get("model_id", ""))
-            batch = model.batch_of(request["inputs"], request.get("outputs")) if model else None
-            if batch is not None:
-                entry.batch_key, entry.batch_limit = batch
-                entry.batch_delay_seconds = model.max_delay_ms / 1000 if model else 0.0
-        elif kind == Kind.MEMORY_DEALLOCATE or (
-            kind == Kind.MEMORY_ALLOCATE and request["size_bytes"] <= memory.SMALL_BYTES
-        ):
-            entry.batch_key, entry.batch_limit = kind, memory.BATCH_LIMIT
+        join = SPECS[entry.kind].join
+        if join is not None:
+            join(self._resident, entry, request)
 
     def _admit(self, entry: Entry) -> None:
         if not self._lane.admit(entry):
@@ -329,7 +321,7 @@ class Intake:
                 elif row["id"] in failed:
                     error = lifecycle.predecessor_failed(failed[row["id"]])
                     endings.append(Ending(row["id"], State.CANCELLED.value, error=error))
-            ended = lifecycle.end(self._engine, endings, sorted(_WAITING)) if endings else []
+            ended = lifecycle.end(self._engine, endings, sorted(CLAIMABLE)) if endings else []
             lifecycle.announce(self._publisher, ended)
             here = {entry.job_id for entry in entries}
             self._outbox.ended_unseen(row for row in ended if row["id"] not in here)
@@ -468,6 +460,3 @@ def _may_pass(error: Exception) -> bool:
     """Whether what failed at the database may succeed later: it was away, busy, or ended the statement."""
     code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
     return is_disconnect(error) or (isinstance(error, OperationalError) and code[:2] in ("40", "55", "57", "58"))
-
-
-_WAITING = frozenset({State.SCHEDULED, State.QUEUED, State.RESERVED, State.RETRYING})

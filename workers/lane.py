@@ -3,8 +3,8 @@
     admit ─▶ blocked ──(predecessors end)──▶ eligible ─▶ take ─▶ (running, the runner's) ─▶ ended
 
 An entry is eligible once every job in its `after` has ended, on whichever device that one ran. Eligible entries go by
-priority, then by order of submission; a blocked entry lends its priority to what it waits for. Runs of one model and
-shape that wait together are taken together.
+priority, then by order of submission; a blocked entry lends its priority to what it waits for. Entries of one batch
+(runs of one model and shape, small allocations, deallocations) that wait together are taken together.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Lane:
         return job_id in self._entries or job_id in self._taken
 
     def admit(self, entry: Entry) -> bool:
-        """Takes an entry in; False when the job is here already, or has ended here."""
+        """Takes an entry in; False if the job already waits or runs here, or the lane is closed."""
         with self._lock:
             if self._closed or entry.job_id in self._entries or entry.job_id in self._taken:
                 return False
@@ -124,8 +124,10 @@ class Lane:
         except IndexError:
             return -1
 
-    def take_full(self, kind: str, needs: tuple[str, ...], limit: int, go_on: Callable[[], bool]) -> list[list[Entry]]:
-        """What is to run next, once it is a whole batch of `kind`; of those that need just `needs`, at most `limit`.
+    def take_full(
+        self, kinds: Collection[str], needs: tuple[str, ...], limit: int, go_on: Callable[[], bool]
+    ) -> list[list[Entry]]:
+        """What is to run next, once it is a whole batch of one of `kinds`; at most `limit` of those that need `needs`.
 
         Waits for the first as long as `go_on` says so. For whoever prepares them while something else runs: what runs
         may make something more urgent eligible, and then this gives nothing.
@@ -133,10 +135,10 @@ class Lane:
         batches: list[list[Entry]] = []
         with self._lock:
             while not self._closed and go_on():
-                batch = self._full(kind)
+                batch = self._full(kinds)
                 while batch:
                     batches.append(batch)
-                    batch = self._full(kind, needs) if batch[0].needs == needs and len(batches) < limit else []
+                    batch = self._full(kinds, needs) if batch[0].needs == needs and len(batches) < limit else []
                 if batches:
                     break
                 self._ready.wait(0.5)
@@ -150,7 +152,7 @@ class Lane:
     def mates(self, head: Entry, limit: int) -> list[Entry]:
         """At most `limit` more eligible entries of the same batch, waiting for them as long as `head` may be delayed.
 
-        The wait ends at once when something more urgent than `head` is eligible, or the lane closes.
+        The wait ends at once when something of a higher priority than `head` is eligible, or the lane closes.
         """
         until = head.admitted_at + head.batch_delay_seconds
         found: list[Entry] = []
@@ -269,10 +271,10 @@ class Lane:
             heapq.heappop(self._eligible)
         return head
 
-    def _full(self, kind: str, needs: tuple[str, ...] | None = None) -> list[Entry]:
-        """The entries to take next, where they are a whole batch of `kind`, and need just `needs` if that is said."""
+    def _full(self, kinds: Collection[str], needs: tuple[str, ...] | None = None) -> list[Entry]:
+        """The entries to take next, if they are a whole batch of `kinds`, and need just `needs` if it is given."""
         head = self._head(None, {*self._finishing, *self._taken})
-        if head is None or head.kind != kind or (needs is not None and head.needs != needs):
+        if head is None or head.kind not in kinds or (needs is not None and head.needs != needs):
             return []
         mates = self._mates(head)
         if len(mates) + 1 < head.batch_limit:
@@ -304,12 +306,8 @@ class Lane:
         return False
 
     def _is_urgent(self, head: Entry) -> bool:
-        """Whether anything more urgent than `head` could run now."""
-        return any(
-            entry.effective > head.effective and entry.rank == rank and not entry.after
-            for rank, entry in ((rank, self._entries.get(job_id)) for rank, job_id in self._eligible[:8])
-            if entry is not None
-        )
+        """Whether anything of a higher priority than `head` could run now."""
+        return self._head(head.effective, ()) is not None
 
     def _mates(self, head: Entry, limit: int | None = None) -> list[Entry]:
         """Eligible entries of the same batch, oldest first."""

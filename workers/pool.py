@@ -2,8 +2,8 @@
 
 A direct caller's message comes from Celery's worker, by `strategy`; a recorded job's comes from the transport itself
 (`tasks.transport`), since making a request of each would cost more than a small run does. Nothing runs here: the
-message becomes an entry of the lane (`workers.intake`). It is reported as started when its job is claimed, and as
-succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect` show what really happened.
+message becomes an entry of the lane (`workers.intake`). It is reported as started when the device begins with its job,
+and as succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect` show what happened.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from tasks.store.connection import Row, transaction
 
 log = structlog.get_logger(__name__)
 
-#: Seconds since its claim after which a row that is not held is given up: no answer to a claim takes as long.
+#: Age of a row, from its start or else its submission (`ends.claimed`), from which it is given up if it is not held.
+#: The answer to a claim, after which its jobs are held, does not take as long.
 UNHELD_SECONDS = 5.0
 
 

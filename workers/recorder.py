@@ -19,9 +19,10 @@ import structlog
 from sqlalchemy import Engine
 
 from device_operations.errors import failure
-from device_operations.jobs import CHANGES_MODELS, State
+from device_operations.jobs import State
 from tasks import lifecycle
 from tasks.database import until_reachable
+from tasks.kinds import spec_of
 from tasks.lifecycle import Outcome
 from tasks.outbox import Outbox
 from tasks.publish import Publisher
@@ -291,7 +292,7 @@ class Recorder:
         try:
             rows = self._write(ending)
             rows += self._recovered(ending, rows)
-            if any(row["kind"] in CHANGES_MODELS for row in rows):
+            if any(spec_of(row["kind"]).changes_models for row in rows):
                 self.on_models_changed()
         finally:
             # Whatever became of the record, the device is free for the next job.
@@ -396,7 +397,7 @@ class Recorder:
         return True
 
     def _tell_result(self, one: _Finished) -> None:
-        """Puts a result into words that the device's thread left to do; what fails there fails the job."""
+        """Serialises a result that the device's thread left to do; what fails there fails the job."""
         if one.outcome.pending is None:
             return
         try:

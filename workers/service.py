@@ -1,10 +1,13 @@
 """The worker service: one device, one lease, one lane, and Celery's own worker in front of it.
 
-    open the device ─▶ take the lease ─▶ bring back models ─▶ run Celery's worker with our pool ─▶ stop ─▶ give back
+    open the device ─▶ take the lease ─▶ start Celery's worker with our pool ─▶ bring back models and training sessions
+    ─▶ run jobs ─▶ stop ─▶ give the device back
+
+Messages are received while models come back, and their jobs wait in the lane.
 
 Exit status: 0 after an orderly stop, 75 when the device was lost (the supervisor starts it again), 76 when the lease
-was lost to another worker, 77 when it ended to give memory back (it is started again too), 69 when a live worker holds
-the device.
+was lost to another worker, 77 when it ended to give memory back (it is started again too). `workers.__main__` adds 2
+for wrong settings or an unknown device, and 69 for a device that cannot be taken.
 """
 
 from __future__ import annotations
@@ -229,7 +232,7 @@ class Service:
     # ---- called by the control queue
 
     def control(self, wake: Wake) -> None:
-        """A wake-up: PostgreSQL already says so, this only makes it quick."""
+        """A message of the control queue: see `Wake`."""
         if wake.send is not None:
             self._transfers.send(wake.send)
         if wake.follow is not None:

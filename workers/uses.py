@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from device_operations.jobs import Kind, State
+from device_operations.jobs import State
+from tasks.kinds import spec_of
 from tasks.lifecycle import Outcome
 from workers.work import Work
 
@@ -17,7 +18,7 @@ class Uses:
 
     def add(self, work: Work, outcome: Outcome) -> None:
         """Counts a run that has ended; any other kind of job is no use of a model."""
-        if work.kind != Kind.INFERENCE_RUN:
+        if not spec_of(work.kind).runs_model:
             return
         counts = self._by_model.setdefault(work.request.get("model_id") or "", {})
 

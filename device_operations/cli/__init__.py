@@ -1,7 +1,7 @@
 """The command line `device-operations`: the table of its commands, and how their failures end the program.
 
 Exit status: 0 done, 1 failed (a job that failed, a service that does not answer), 2 a wrong setting or argument,
-130 interrupted. Each command is one file here, loaded only when it is called.
+130 interrupted. The commands on one noun share a file here, which is loaded only when one of them is called.
 """
 
 from __future__ import annotations

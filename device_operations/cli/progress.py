@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 import click
 
 from device_operations.client import Client
-from device_operations.errors import from_job_error
+from device_operations.errors import error_of, from_job_error
 from device_operations.jobs import Job, State
 
 
@@ -38,8 +38,7 @@ def follow(client: Client, job: Job, *, quiet: bool = False) -> Job:
 def require_success(job: Job) -> None:
     """Raises the error of a job that did not succeed, so that the command fails as the job did."""
     if job.state is not State.SUCCEEDED:
-        recorded = job.error or {"code": "internal_error", "message": f"job {job.job_id} is {job.state}"}
-        raise from_job_error(recorded)
+        raise from_job_error(error_of(job.error, job.state, f"job {job.job_id}"))
 
 
 def done_share(progress: Mapping[str, Any]) -> float | None:

@@ -49,7 +49,7 @@ def flower() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report for machines.")
 @click.option("--report", type=click.Path(dir_okay=False), help="Where the report is written.")
 def doctor(as_json: bool, report: str | None) -> None:
-    """Try this machine: its services, and a tiny job of each kind on each device."""
+    """Try this machine: its services, and memory, inference and training on each device."""
     _become("-m", "workers.doctor", *(["--json"] if as_json else []), *(["--report", report] if report else []))
 
 

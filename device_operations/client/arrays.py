@@ -28,7 +28,7 @@ from device_operations.texts import unpack_texts
 if TYPE_CHECKING:
     import numpy as np
 
-#: What a method takes as a tensor: an array, or the tensor as the contract, section 3, writes it.
+#: What a method takes as a tensor: an array, or the tensor in its form on the wire (`device_operations.tensors`).
 TensorLike: TypeAlias = "np.ndarray[Any, Any] | Tensor | Mapping[str, Any]"
 
 

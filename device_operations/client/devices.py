@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 from device_operations.client.calls import Call, Flow, at, get
 from device_operations.client.operations import Mode, Noun, operation
 
-#: Objects of the contract; a name of its own, since `list` is a method below.
+#: Objects as the API gives them; a name of its own, since `list` is a method below.
 Rows: TypeAlias = list[dict[str, Any]]
 
 
 class Devices(Noun[Mode]):
-    """The methods on devices. A device is the object of the contract, section 4."""
+    """The methods on devices. A device is the object that `GET /api/devices/{device_id}` gives."""
 
     @operation
     def list(self) -> Flow[Rows]:

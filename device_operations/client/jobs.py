@@ -12,7 +12,7 @@ import httpx
 
 from device_operations.client.calls import Call, Content, Emit, Flow, Next, Sleep, at, get
 from device_operations.client.operations import Mode, Noun, emits, operation
-from device_operations.errors import failure, from_job_error
+from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import Job, Kind, State
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.requests.kinds import parse
@@ -45,7 +45,7 @@ _ROUTES: dict[Kind, str] = {
 class Submission(TypedDict, total=False):
     """What every method takes that makes a job.
 
-    `job`: the options of the contract, section 2. `idempotency_key`: one of the caller's own, so that the same
+    `job`: options for the job. `idempotency_key`: one of the caller's own, so that the same
     submission from another process is the same job. `wait`: seconds to wait for the end; the job comes back as it
     stands then, failed ones too: `result(job)` raises.
     """
@@ -287,8 +287,7 @@ def result_of(job: Job) -> dict[str, Any]:
     """The result of a job that has ended; raises its error where it did not succeed."""
     if job.state is State.SUCCEEDED:
         return job.result or {}
-    recorded = job.error or {"code": "internal_error", "message": f"the job is {job.state} and says no more"}
-    error = from_job_error(recorded)
+    error = from_job_error(error_of(job.error, job.state, "the job"))
     error.add_note(f"job {job.job_id} ({job.kind}) {job.state}")
     raise error
 

@@ -167,7 +167,7 @@ class Memory(Noun[Mode]):
         return devices
 
     @operation
-    def device(self, device_id: str, *, map: bool = False) -> Flow[dict[str, Any]]:  # noqa: A002 - the contract's name
+    def device(self, device_id: str, *, map: bool = False) -> Flow[dict[str, Any]]:  # noqa: A002 - the API's name
         """The memory of one device, and with `map` what lies on it."""
         device: dict[str, Any] = yield from get(at("/api/memory/device/{}", device_id), map=map or None)
         return device

@@ -13,7 +13,7 @@ from device_operations.jobs import Job, Kind
 
 
 class Training(Noun[Mode]):
-    """The methods on training sessions. What a request may hold is told in the contract, section 7."""
+    """The methods on training sessions. docs/training.md says what a request may hold."""
 
     @operation
     def initialize(

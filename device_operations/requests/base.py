@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -62,6 +62,12 @@ class JobOptions(Request):
 
 class JobRequest(Request):
     """A request that becomes a job: its own fields, and `job`."""
+
+    #: Whether requests of this kind bring tensors along, whose elements are stored apart from what is kept to be shown.
+    carries_tensors: ClassVar[bool] = False
+
+    #: The field by which a caller may choose the id of what the job makes, so that it is taken once the job succeeded.
+    chosen_id: ClassVar[str | None] = None
 
     job: JobOptions = Field(default_factory=JobOptions)
 

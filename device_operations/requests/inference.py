@@ -1,4 +1,4 @@
-"""Requests on models and inference sessions (contract, section 6)."""
+"""Requests on models and inference sessions."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ class LoadModel(JobRequest):
 
 class Run(JobRequest):
     """Runs a model once; its outputs are the job's result."""
+
+    carries_tensors = True
 
     model_id: Identifier | None = None
     model_name: Name | None = None

@@ -1,4 +1,4 @@
-"""Requests on device memory (contract, section 5), as `POST /api/jobs` and direct Celery callers send them."""
+"""Requests on device memory, as `POST /api/jobs` and direct Celery callers send them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from device_operations.tensors import FIXED_DTYPES, Dtype
 
 class Allocate(JobRequest):
     """`size_bytes`, or `shape` and `dtype`; every byte of it starts as `fill`."""
+
+    chosen_id = "allocation_id"
 
     device_id: Name | None = None
     size_bytes: Size | None = None

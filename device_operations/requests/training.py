@@ -1,4 +1,4 @@
-"""Requests on training sessions (contract, section 7), as `POST /api/jobs` and direct Celery callers send them."""
+"""Requests on training sessions, as `POST /api/jobs` and direct Celery callers send them."""
 
 from __future__ import annotations
 
@@ -151,6 +151,8 @@ class Dataset(Request):
 class Step(JobRequest):
     """One step on a batch, or many on a dataset; `apply` takes neither: it uses the accumulated gradients."""
 
+    carries_tensors = True
+
     session_id: Identifier
     sequence: int | None = Field(None, ge=1, lt=2**63, strict=True)
     mode: Mode = "train"
@@ -214,6 +216,8 @@ class Checkpoint(JobRequest):
 
 class Validate(JobRequest):
     """Runs the model, exported for inference, and compares it with the model under training."""
+
+    carries_tensors = True
 
     session_id: Identifier | None = None
     checkpoint_id: Identifier | None = None

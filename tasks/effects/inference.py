@@ -8,27 +8,22 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from device_operations.jobs import Kind, State
+from device_operations.errors import error_of, failure
+from device_operations.jobs import State
 from device_operations.settings import load
 from tasks.store import devices, graphs, models
 from tasks.store.connection import Row
 
 #: The error of jobs that need a session whose state died with its worker.
-SESSION_LOST = {
-    "code": "session_lost",
-    "message": "The session's state was lost with its worker; open a new session.",
-    "retryable": False,
-    "detail": None,
-}
+SESSION_LOST = failure(
+    "session_lost", "The session's state was lost with its worker; open a new session."
+).as_job_error()
 
 
 #: The error of jobs that were submitted for a session after what closed it.
-SESSION_CLOSED = {
-    "code": "session_closed",
-    "message": "The session was closed by a job submitted before; open a new session.",
-    "retryable": False,
-    "detail": None,
-}
+SESSION_CLOSED = failure(
+    "session_closed", "The session was closed by a job submitted before; open a new session."
+).as_job_error()
 
 
 def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
@@ -40,7 +35,7 @@ def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int |
         assert epoch is not None
         settled(connection, model_id, epoch, facts["model"])
         return []
-    error = job["error"] or {"code": job["state"], "message": f"The load was {job['state']}."}
+    error = error_of(job["error"], job["state"], "The load")
     row = models.get(connection, model_id)
     if row is None or row["load_job_id"] != job["id"]:
         return []
@@ -134,11 +129,3 @@ def _end_models(
         devices.adjust_reservation(connection, device_id, -freed)
     error = more.get("error")
     return [(model["model_id"], error) for model in gone] if error else []
-
-
-EFFECTS = {
-    Kind.INFERENCE_LOAD_MODEL.value: loaded,
-    Kind.INFERENCE_UNLOAD_MODEL.value: unloaded,
-    Kind.INFERENCE_RUN.value: ran,
-    Kind.INFERENCE_CLOSE_SESSION.value: closed,
-}

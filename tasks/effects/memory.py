@@ -7,25 +7,20 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from device_operations.jobs import Kind, State
+from device_operations.errors import error_of, failure
+from device_operations.jobs import State
 from tasks.store import allocations, devices
 from tasks.store.connection import Row
 
 #: The error of jobs that need an allocation which died with its worker.
-LOST = {
-    "code": "allocation_lost",
-    "message": "An allocation that the job needs was lost with its worker; allocate and write it again.",
-    "retryable": False,
-    "detail": None,
-}
+LOST = failure(
+    "allocation_lost", "An allocation that the job needs was lost with its worker; allocate and write it again."
+).as_job_error()
 
 #: The error of jobs that were submitted for an allocation after its deallocation.
-FREED = {
-    "code": "allocation_not_found",
-    "message": "An allocation that the job needs was freed by a job submitted before it.",
-    "retryable": False,
-    "detail": None,
-}
+FREED = failure(
+    "allocation_not_found", "An allocation that the job needs was freed by a job submitted before it."
+).as_job_error()
 
 
 def allocated(
@@ -41,7 +36,7 @@ def allocated(
     for job in jobs:
         if job["state"] == State.SUCCEEDED:
             continue
-        error = job["error"] or {"code": job["state"], "message": f"The allocation's job was {job['state']}."}
+        error = error_of(job["error"], job["state"], "The allocation's job")
         failed = allocations.end(connection, [(job["resource_id"], job["id"])], "failed", error)
         if failed:
             gone += failed
@@ -64,17 +59,27 @@ def deallocated(
 
 
 def changed(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
-    """A copy, clear, write or read ended: the hash of the bytes is what it told, or is no longer known."""
+    """A copy, clear or write ended: the hash of the bytes is what it told, or, if it had begun, no longer known."""
+    _note_hashes(connection, jobs, facts, forget=True)
+    return []
+
+
+def was_read(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
+    """A read ended: the hash of the bytes is what it told, or as known as before."""
+    _note_hashes(connection, jobs, facts, forget=False)
+    return []
+
+
+def _note_hashes(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], *, forget: bool) -> None:
     hashes: dict[str, tuple[str | None, str]] = {}
     for job in sorted(jobs, key=lambda job: job["seq"]):
         told = facts.get(job["id"], {})
         if "sha256" in told:
             hashes[job["resource_id"]] = (told["sha256"], job["id"])
-        elif job["started_at"] is not None and job["kind"] != Kind.MEMORY_READ:
+        elif forget and job["started_at"] is not None:
             hashes[job["resource_id"]] = (None, job["id"])
     if hashes:
         allocations.set_sha256(connection, hashes)
-    return []
 
 
 def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
@@ -90,13 +95,3 @@ def _give_back(connection: Connection, gone: Sequence[Row]) -> None:
         by_device[row["device_id"]] = by_device.get(row["device_id"], 0) + row["size_bytes"]
     for device_id in sorted(by_device):
         devices.adjust_reservation(connection, device_id, -by_device[device_id])
-
-
-TOGETHER = {
-    Kind.MEMORY_ALLOCATE.value: allocated,
-    Kind.MEMORY_DEALLOCATE.value: deallocated,
-    Kind.MEMORY_COPY.value: changed,
-    Kind.MEMORY_CLEAR.value: changed,
-    Kind.MEMORY_WRITE.value: changed,
-    Kind.MEMORY_READ.value: changed,
-}

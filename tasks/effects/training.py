@@ -10,28 +10,22 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from device_operations.errors import failure, from_job_error
-from device_operations.jobs import Kind, State
+from device_operations.errors import error_of, failure, from_job_error
+from device_operations.jobs import State
 from tasks.store import checkpoints, devices
 from tasks.store import training as store
 from tasks.store.connection import Row
 from tasks.store.jobs import Ending
 
 #: The error of jobs that were submitted for a session after what ended it.
-SESSION_CLOSED = {
-    "code": "session_closed",
-    "message": "The training session was ended by a job submitted before; initialize a new one.",
-    "retryable": False,
-    "detail": None,
-}
+SESSION_CLOSED = failure(
+    "session_closed", "The training session was ended by a job submitted before; initialize a new one."
+).as_job_error()
 
 #: The error of steps whose predecessor ended without being applied.
-SEQUENCE_GAP = {
-    "code": "sequence_gap",
-    "message": "A step before this one ended without being applied, and its number is free again; send both again.",
-    "retryable": False,
-    "detail": None,
-}
+SEQUENCE_GAP = failure(
+    "sequence_gap", "A step before this one ended without being applied, and its number is free again; send both again."
+).as_job_error()
 
 
 def number_of(session_id: str, sequence: int) -> str:
@@ -46,7 +40,7 @@ def initialized(connection: Connection, job: Row, facts: dict[str, Any], epoch: 
         assert epoch is not None
         settled(connection, session_id, epoch, facts["session"])
         return []
-    error = job["error"] or {"code": job["state"], "message": f"The session's initialization was {job['state']}."}
+    error = error_of(job["error"], job["state"], "The session's initialization")
     return over(connection, session_id, "failed", error)
 
 
@@ -135,13 +129,3 @@ def _sequence_of(job: Row) -> int | None:
     """The number that a step was given, which it tells by what it needs of its predecessor."""
     numbers = [need.rpartition("#")[2] for need in job["needs"] if "#" in need]
     return int(numbers[0]) + 1 if numbers else None
-
-
-EFFECTS = {
-    Kind.TRAINING_INITIALIZE.value: initialized,
-    Kind.TRAINING_STEP.value: stepped,
-    Kind.TRAINING_CHECKPOINT.value: checkpointed,
-    Kind.TRAINING_END_SESSION.value: ended,
-}
-
-AT_ONCE = {Kind.TRAINING_STEP.value: ("applied", applied)}

@@ -1,6 +1,7 @@
 """Admission: memory is reserved against a device's budget in the transaction that records the job.
 
-What idle, unpinned models hold counts as free, since the worker evicts them; so does what queued deallocations free.
+What idle models hold that are unpinned or replaced counts as free, since the worker evicts them; so does what queued
+deallocations free.
 The lane checks again: what was counted on and did not come fails the job there with `insufficient_memory`.
 """
 
@@ -13,7 +14,7 @@ from tasks.store import allocations, devices, models
 
 
 def reserve(connection: Connection, device_id: str, size_bytes: int, what: str) -> list[str]:
-    """Reserves memory for `what`; gives the deallocations to wait for where the room is theirs to make.
+    """Reserves memory for `what`; gives the ids of all queued deallocations to wait for, if the room is not there yet.
 
     Raises `insufficient_memory` naming what is needed, what is free and the remedy. Safe with any number of callers:
     the total is one row, changed under its lock.

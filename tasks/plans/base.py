@@ -73,7 +73,7 @@ def new_job(
 ) -> NewJob:
     """The job of a request on a device, with the options that came with it."""
     stored = request.payload() if payload is None else payload
-    return new_stored_job(context, kind, request.job, job_id, device, stored, asked=asked_of(kind, request), **more)
+    return new_stored_job(context, kind, request.job, job_id, device, stored, asked=asked_of(request), **more)
 
 
 def new_stored_job(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from device_operations.errors import failure
-from device_operations.jobs import Kind
+from tasks.plans.plan import Plan
 from tasks.store.connection import Row
-from tasks.submit import Plan
 
 #: How an entry names what an earlier one makes: `{"$entry": 0}` is the id of the first entry's resource, and in
 #: `job.after` the id of its job.
@@ -27,17 +27,11 @@ class Earlier:
     training_sessions: dict[str, Row] = field(default_factory=dict)
     models: dict[str, Row] = field(default_factory=dict)
 
-    def add(self, plan: Plan) -> None:
-        """An entry was planned."""
+    def add(self, plan: Plan, foresee: Callable[[Earlier, str, dict[str, Any]], None] | None) -> None:
+        """An entry was planned; `foresee` notes what it makes, as its kind says (`tasks.kinds`)."""
         self.plans.append(plan)
-        made_id = str(plan.job.resource_id)
-        if plan.job.kind == Kind.MEMORY_ALLOCATE:
-            self.allocations.setdefault(made_id, {**plan.makes, "state": "pending", "error": None})
-        elif plan.job.kind == Kind.TRAINING_INITIALIZE:
-            self.training_sessions[made_id] = {**plan.makes, "state": "initializing", "error": None}
-        elif plan.job.kind == Kind.INFERENCE_LOAD_MODEL:
-            unknown = {"inputs": None, "outputs": None, "replaced_by": None}
-            self.models[made_id] = {**plan.makes, **unknown, "state": "loading"}
+        if foresee is not None:
+            foresee(self, str(plan.job.resource_id), plan.makes)
 
     def model(self, model_id: str | None, name: str | None, version: str | None, owner: str) -> Row | None:
         """The model of `owner` that an entry loads, by its id or by the name that it gives last; None without one."""

@@ -10,15 +10,18 @@ from typing import Any
 from sqlalchemy import Connection
 
 from device_operations.errors import failure
-from device_operations.jobs import CHANGES_MODELS, Kind, new_id
+from device_operations.jobs import Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from tasks.asked import asked_of
-from tasks.owners import found, may_see
+from tasks.directory import Directory
+from tasks.owners import Asker, found, may_see
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, store_tensors
+from tasks.plans.earlier import Earlier
 from tasks.plans.memory import forget_hashes
 from tasks.plans.models import content_of, load_key
+from tasks.plans.plan import Plan, Recorded
 from tasks.plans.residents import (
     allocations_of,
     check_against_model,
@@ -33,7 +36,6 @@ from tasks.store import graphs as graph_store
 from tasks.store import jobs as job_store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
-from tasks.submit import Plan, Recorded
 
 #: The types of model that can be loaded. Each has its loader in `workers.loaders`, and pipelines enter there too.
 MODEL_TYPES = ("onnx",)
@@ -60,7 +62,7 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         there = model_store.same_load(connection, device_id, **same)
         if there is not None:
             # A load under way is shared, and an unload under way is waited for.
-            after = job_store.open_ids_needing(connection, there["model_id"], CHANGES_MODELS)
+            after = job_store.open_ids_of(connection, there["model_id"])
     model_id = there["model_id"] if there else new_id()
     blob_ids = request.blob_ids()
     job = new_job(
@@ -75,6 +77,12 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         "estimate_bytes": estimate, "is_there": there is not None, "given": request.model_fields_set,
     }  # fmt: skip
     return Plan(job, together=record_loads, makes=makes)
+
+
+def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+    """Notes the model that an entry loads; its inputs and outputs are known once it is loaded."""
+    unknown = {"inputs": None, "outputs": None, "replaced_by": None}
+    earlier.models[made_id] = {**makes, **unknown, "state": "loading"}
 
 
 def record_loads(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -152,11 +160,20 @@ def plan_run(context: Context, request: Run, job_id: str) -> Plan:
         payload["inputs"][name]["device_id"] = device_id
     made = plan_stored_run(
         context, request.job, job_id, model, payload, session=session, allocations=allocations, blob_ids=blob_ids,
-        asked=asked_of(Kind.INFERENCE_RUN, request),
+        asked=asked_of(request),
     )  # fmt: skip
     written = {place.allocation_id for place in (request.into or {}).values()}
     # What is written into an allocation has a hash that nobody knows.
     return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
+
+
+def is_light(directory: Directory, asker: Asker, request: Run) -> bool:
+    """Whether a run names nothing but its model, and brings its tensors along."""
+    return (
+        request.session_id is None
+        and not request.into
+        and all(tensor.blob_id is None and tensor.allocation_id is None for tensor in request.inputs.values())
+    )
 
 
 def plan_stored_run(
@@ -221,7 +238,7 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
     )  # fmt: skip
 
     def cancel_runs(connection: Connection) -> None:
-        job_store.request_cancel_of(connection, before, Kind.INFERENCE_RUN.value)
+        job_store.request_cancel_of(connection, before, but_not_of=model_id)
 
     return Plan(job, record=cancel_runs if request.force and before else None)
 
@@ -235,11 +252,3 @@ def plan_close(context: Context, request: CloseSession, job_id: str) -> Plan:
         resource_type="inference_session", resource_id=session["session_id"], needs=[session["session_id"]],
     )  # fmt: skip
     return Plan(job, exclusive=(session["session_id"],))
-
-
-PLANNERS = {
-    Kind.INFERENCE_LOAD_MODEL: plan_load,
-    Kind.INFERENCE_RUN: plan_run,
-    Kind.INFERENCE_UNLOAD_MODEL: plan_unload,
-    Kind.INFERENCE_CLOSE_SESSION: plan_close,
-}

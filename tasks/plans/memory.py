@@ -21,11 +21,12 @@ from device_operations.tensors import FIXED_DTYPES, Tensor
 from tasks.owners import absent, found
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, check_blobs, new_job, owner_of, place
+from tasks.plans.earlier import Earlier
+from tasks.plans.plan import Plan, Recorded, body_hash
 from tasks.queues import device_queue
 from tasks.store import allocations as store
 from tasks.store.connection import Row
 from tasks.store.jobs import NewJob
-from tasks.submit import Plan, Recorded, body_hash
 
 GIB = 2**30
 
@@ -67,6 +68,11 @@ def plan_allocate(context: Context, request: Allocate, job_id: str) -> Plan:
         "is_chosen": request.allocation_id is not None,
     }  # fmt: skip
     return Plan(job, exclusive=(allocation_id,), together=record_allocations, makes=makes)
+
+
+def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+    """Notes the allocation that an entry makes; of several with one id the first counts."""
+    earlier.allocations.setdefault(made_id, {**makes, "state": "pending", "error": None})
 
 
 def record_allocations(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -325,13 +331,3 @@ def _gone(allocation_id: str, there: Row | None) -> Exception:
         error.args = (error.message,)
         return error
     return failure("allocation_not_found", f"allocation {allocation_id} was freed")
-
-
-PLANNERS = {
-    Kind.MEMORY_ALLOCATE: plan_allocate,
-    Kind.MEMORY_DEALLOCATE: plan_deallocate,
-    Kind.MEMORY_COPY: plan_copy,
-    Kind.MEMORY_CLEAR: plan_clear,
-    Kind.MEMORY_WRITE: plan_write,
-    Kind.MEMORY_READ: plan_read,
-}

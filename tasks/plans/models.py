@@ -150,6 +150,7 @@ def _external_names(file: Path, size: int, *stamp: int) -> tuple[str, ...]:
 
     Read without a protobuf parser, which the gateway does not carry: an external tensor has the entry
     {key: "location", value: NAME}, whose bytes are unmistakable. A name found by accident only adds a file to the key.
+    Names of 128 bytes and more, and those in a graph above 2 GiB, are not found.
     """
     if size > 2**31:
         return ()

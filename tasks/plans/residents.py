@@ -39,7 +39,8 @@ def find_model(
     owner: str | None = None,
     in_session: bool = False,
 ) -> Row:
-    """The model to run: by id, or what the name stands for, on the device with the shortest queue.
+    """The model to run: by id, or what the name stands for: on a device that is online, has it loaded, and the shortest
+    queue.
 
     On behalf of `owner`, where an admin says so: its models come first. A model that was replaced is run by the
     sessions that it has (`in_session`), and by nothing else any more. Raises `model_not_found`.

@@ -25,18 +25,20 @@ from device_operations.requests.training import (
     Validate,
 )
 from device_operations.tensors import ML_DTYPES, NUMPY_DTYPES, Tensor
+from tasks.directory import Directory
 from tasks.effects.training import number_of
-from tasks.owners import absent
+from tasks.owners import Asker, absent
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, check_blobs, new_job, owner_of, place, store_tensors
+from tasks.plans.earlier import Earlier
 from tasks.plans.memory import check_tensors
 from tasks.plans.models import file_hash, model_file
 from tasks.plans.parameters import count_parameters
+from tasks.plans.plan import Plan, Recorded, body_hash
 from tasks.plans.trained import check_open, device_of, find_session, gone, known_session, resumed_from, session_of
 from tasks.store import blobs as blob_store
 from tasks.store import jobs as job_store
 from tasks.store import training as store
-from tasks.submit import Plan, Recorded, body_hash
 
 #: Tensors of a parameter's size that each optimizer keeps beside the parameter and its gradient.
 _SLOTS = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -79,6 +81,11 @@ def plan_initialize(context: Context, request: Initialize, job_id: str) -> Plan:
     return Plan(job, exclusive=(session_id,), together=record_sessions, makes=makes)
 
 
+def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+    """Notes the training session that an entry makes."""
+    earlier.training_sessions[made_id] = {**makes, "state": "initializing", "error": None}
+
+
 def record_sessions(connection: Connection, plans: Sequence[Plan]) -> Recorded:
     """Records sessions and reserves their memory. Raises `insufficient_memory`."""
     after = {}
@@ -91,7 +98,7 @@ def record_sessions(connection: Connection, plans: Sequence[Plan]) -> Recorded:
 
 
 def plan_step(context: Context, request: Step, job_id: str) -> Plan:
-    """One step, or a dataset's. Everything but `evaluate` changes the session, and so has a number."""
+    """One step, or a dataset's. What changes the session has a number; an `evaluate` has one only if it was given."""
     numbered = request.sequence is not None or request.mode != "evaluate"
     # Whether a session is open is looked at where its step is given a number.
     session = known_session(context, request.session_id) if numbered else find_session(context, request.session_id)
@@ -119,6 +126,16 @@ def plan_step(context: Context, request: Step, job_id: str) -> Plan:
         "sha256": _content_hash(context, job.request, blob_ids),
     }
     return Plan(job, exclusive=exclusive, together=record_steps, makes=makes)
+
+
+def is_light(directory: Directory, asker: Asker, request: Step | Validate) -> bool:
+    """Whether a training step, or a validation, names only a session that is known, and brings its tensors along."""
+    if isinstance(request, Step) and request.mode != "train":
+        return False
+    tensors = request.tensors()
+    # A dataset's file is none of them.
+    known = bool(tensors) and directory.knows_training(request.session_id, asker)
+    return known and all(tensor.blob_id is None and tensor.allocation_id is None for tensor in tensors.values())
 
 
 def record_steps(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -332,12 +349,3 @@ def _by_content(value: Any, hashes: dict[str, str]) -> Any:
             for key, inner in value.items()
         }
     return value
-
-
-PLANNERS = {
-    Kind.TRAINING_INITIALIZE: plan_initialize,
-    Kind.TRAINING_STEP: plan_step,
-    Kind.TRAINING_CHECKPOINT: plan_checkpoint,
-    Kind.TRAINING_VALIDATE: plan_validate,
-    Kind.TRAINING_END_SESSION: plan_end,
-}

@@ -24,7 +24,7 @@ devices = Table(
     Column("epoch", Integer, nullable=False),
     Column("draining", Boolean, nullable=False, server_default=text("false")),
     Column("heartbeat_at", Time, nullable=False),
-    # The worker owns the device until then; every write of its says `AND epoch = …` besides.
+    # The worker owns the device until then. Claims and ends of its jobs are guarded by the epoch besides.
     Column("lease_until", Time, nullable=False),
     # Whether what the epoch held has been declared lost (or it ended in order).
     Column("buried", Boolean, nullable=False, server_default=text("false")),

@@ -15,7 +15,8 @@ models = Table(
     Column("model_type", Text, nullable=False),
     Column("device_id", Text, nullable=False),
     Column("epoch", Integer),
-    # loading -> loaded -> unloaded, evicted; failed; lost -> loading (brought back by the next epoch)
+    # loading -> loaded, failed; loaded -> unloaded, evicted, lost (its worker died); lost -> loaded (the next epoch
+    # brought it back), failed, unloaded; unloaded, evicted, failed -> loading (a load of the same was waiting).
     Column("state", Text, nullable=False),
     # sha256 over the content and the options that shape the session: the models of one key on one device share a graph.
     Column("content_key", Text, nullable=False),
@@ -39,7 +40,7 @@ models = Table(
     Column("load_ms", Float),
     Column("provider", Text),
     Column("cpu_fallback_ops", Integer),
-    # {"enabled", "reason", "largest_difference"}: whether runs may be joined, as the worker found out.
+    # Whether runs may be joined, as the worker found out: the fields of `workers.batching.Batching`.
     Column("batching", Json),
     # [{"name", "side", "reason"}]: inputs and outputs that callers cannot give or get, as the worker found out.
     Column("not_offered", Json),

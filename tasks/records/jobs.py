@@ -17,10 +17,12 @@ from sqlalchemy import (
     text,
 )
 
+from device_operations.jobs import TERMINAL
 from tasks.records.base import Json, Texts, Time, metadata
+from tasks.states import listed
 
 #: The states that have ended, as SQL.
-ENDED_SQL = "state IN ('succeeded', 'failed', 'cancelled', 'expired')"
+ENDED_SQL = f"state IN {listed(TERMINAL)}"
 
 jobs = Table(
     "jobs",

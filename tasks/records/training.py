@@ -15,7 +15,7 @@ training_sessions = Table(
     Column("session_id", Text, primary_key=True),
     Column("device_id", Text, nullable=False),
     # The epoch that holds the session in memory; null while it is only recorded (not built yet, unloaded, its worker
-    # dead). Every write about a step says `AND epoch = …`.
+    # dead). A worker records that a step was applied, or how far it came, only under its own epoch.
     Column("epoch", Integer),
     # initializing -> ready -> ended; failed, lost; a dead worker's: initializing -> restored -> ready.
     # `stepping` is derived: a step of it runs.

@@ -48,7 +48,7 @@ def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
     return row(
         connection,
         "SELECT id, owner, device_id, request FROM jobs WHERE resource_type = 'checkpoint' AND resource_id = %(id)s "
-        "AND state IN ('scheduled', 'queued', 'reserved', 'running', 'retrying')",
+        "AND finished_at IS NULL",
         {"id": checkpoint_id},
     )
 

@@ -13,13 +13,13 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
+from device_operations.jobs import BEGIN, CLAIM_AHEAD, State
 from tasks.database import dumps
+from tasks.states import listed
 from tasks.store.connection import Prepared, Row
 from tasks.store.jobs import Claims
 
-_CLAIM_AHEAD = Claims(
-    "claim_jobs_ahead", "state = 'reserved', started_at = NULL", returns="clock_timestamp() AS claimed_at,"
-)
+_CLAIM_AHEAD = Claims("claim_jobs_ahead", CLAIM_AHEAD, "started_at = NULL", returns="clock_timestamp() AS claimed_at,")
 
 
 def claim_ahead(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
@@ -38,10 +38,11 @@ def mark_begun(connection: Connection, started: Mapping[str, datetime], epoch: i
 
 _MARK_BEGUN = Prepared(
     "mark_begun_jobs",
-    """
-    UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = begun.started_at
+    f"""
+    UPDATE jobs SET state = '{State.RUNNING}', attempt = attempt + 1, started_at = begun.started_at
     FROM jsonb_to_recordset(%(begun)s::jsonb) AS begun (id text, started_at timestamptz)
-    WHERE jobs.id = ANY(%(ids)s) AND jobs.id = begun.id AND jobs.state = 'reserved' AND jobs.epoch = %(epoch)s
+    WHERE jobs.id = ANY(%(ids)s) AND jobs.id = begun.id AND jobs.state IN {listed(BEGIN.leaving)}
+      AND jobs.epoch = %(epoch)s
     RETURNING jobs.id
     """,
     {"begun": "jsonb", "ids": "text[]", "epoch": "int"},

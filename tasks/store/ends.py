@@ -9,8 +9,10 @@ from collections.abc import Collection
 
 from sqlalchemy import Connection
 
+from device_operations.jobs import RECOVER, State
+from tasks.states import listed
 from tasks.store.connection import Row, row, rows
-from tasks.store.jobs import CLAIMED, COLUMNS
+from tasks.store.jobs import CLAIMED_UNDER, COLUMNS
 
 #: What is kept of an ended job, with PostgreSQL's types: all of its row that lasts, so that a row can be made anew.
 _KEPT = {
@@ -43,7 +45,7 @@ _RECORD = f"""
     {{where}}
     ON CONFLICT (id) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _CHANGED)}, due_at = NULL,
         webhook_attempt = excluded.webhook_attempt, webhook_due_at = excluded.webhook_due_at
-    WHERE jobs.finished_at IS NULL {{guard}}
+    WHERE jobs.state IN {listed(RECOVER.leaving)} {{guard}}
     RETURNING {COLUMNS}
 """
 
@@ -81,7 +83,12 @@ def held_by(connection: Connection, job_ids: Collection[str], device_id: str, ep
         connection,
         f"SELECT request, {claimed_at} {COLUMNS} FROM jobs WHERE id = ANY(%(ids)s) AND state = %(state)s "
         "AND device_id = %(device)s AND epoch = %(epoch)s AND finished_at IS NULL",
-        {"ids": list(job_ids), "state": "reserved" if ahead else "running", "device": device_id, "epoch": epoch},
+        {
+            "ids": list(job_ids),
+            "state": State.RESERVED if ahead else State.RUNNING,
+            "device": device_id,
+            "epoch": epoch,
+        },
     )
 
 
@@ -113,6 +120,6 @@ def claimed(connection: Connection, device_id: str, epoch: int) -> list[Row]:
         connection,
         "SELECT id, cancel_requested, "
         "extract(epoch FROM clock_timestamp() - coalesce(started_at, submitted_at))::float8 AS age_seconds "
-        f"FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND {CLAIMED}",
+        f"FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND {CLAIMED_UNDER}",
         {"device_id": device_id, "epoch": epoch},
     )

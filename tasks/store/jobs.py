@@ -1,7 +1,8 @@
-"""Jobs: recording, claiming, ending, cancelling, listing. Every UPDATE names the states that it may leave.
+"""Jobs: recording, claiming, ending, cancelling, listing. Every UPDATE of a state is guarded by its transition.
 
 Open jobs are found by `finished_at IS NULL`, which a constraint ties to the states: no index names a state, so a claim
-touches none (PostgreSQL's heap-only update).
+touches none (PostgreSQL's heap-only update). Which states an UPDATE may leave, and for which, stands in
+`device_operations.jobs.TRANSITIONS`, and only there.
 """
 
 from __future__ import annotations
@@ -14,12 +15,23 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from device_operations.jobs import CLAIMABLE, OPEN, State
+from device_operations.jobs import (
+    CLAIM,
+    CLAIMABLE,
+    CLAIMED,
+    FALL_DUE,
+    FINISH,
+    OPEN,
+    RECEIVE,
+    REQUEUE,
+    RETRY,
+    WITHDRAW,
+    State,
+    Transition,
+)
 from tasks.database import dumps
+from tasks.states import listed
 from tasks.store.connection import Prepared, Row, execute, row, rows
-
-_CLAIMABLE = tuple(sorted(CLAIMABLE))
-_OPEN = tuple(sorted(OPEN))
 
 #: The columns that a caller's view of a job is made of, and what decides its further way.
 COLUMNS = """id, seq, kind, state, device_id, queue, priority, attempt, max_attempts, deaths, resource_type,
@@ -232,8 +244,15 @@ def is_claimed(job: Row) -> bool:
     return job["epoch"] is not None and job["finished_at"] is None
 
 
+#: States of jobs that have their place in a device's queue; a scheduled job has none until it is due.
+_IN_QUEUE = tuple(CLAIMABLE - {State.SCHEDULED})
+
+
 def queue_position(connection: Connection, job: Row) -> int | None:
-    """How many claimable jobs of the same device go before `job`; None once it runs, and above 1,000."""
+    """How many jobs in the queue of the same device go before `job`; None once it runs, and above 1,000.
+
+    By priority and order of submission alone: predecessors are not looked at.
+    """
     if job["state"] not in CLAIMABLE or job["device_id"] is None:
         return None
     found = row(
@@ -243,7 +262,7 @@ def queue_position(connection: Connection, job: Row) -> int | None:
             SELECT 1 FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = ANY(%(states)s)
               AND (priority > %(priority)s OR (priority = %(priority)s AND seq < %(seq)s)) LIMIT 1001) AS counted
         """,
-        {**job, "states": ["queued", "reserved", "retrying"]},
+        {**job, "states": list(_IN_QUEUE)},
     )
     assert found is not None
     return found["ahead"] if found["ahead"] <= 1000 else None
@@ -266,36 +285,41 @@ def page(
 
 
 #: Which jobs among `ids` may be claimed. An open job has an epoch exactly while a worker holds a claim on it, so that
-#: nobody claims twice what was claimed ahead of its device and is still `reserved`.
-MAY_BE_CLAIMED = """id = ANY(%(ids)s) AND state = ANY(%(claimable)s) AND epoch IS NULL AND NOT cancel_requested
+#: what was claimed ahead of its device, and is still `reserved`, is not claimed twice.
+_MAY_BE_CLAIMED = """id = ANY(%(ids)s) AND state = ANY(%(leaving)s) AND epoch IS NULL AND NOT cancel_requested
       AND (expires_at IS NULL OR expires_at > clock_timestamp())
       AND EXISTS (SELECT 1 FROM devices WHERE device_id = %(device_id)s AND epoch = %(epoch)s)"""
 
-#: Jobs that require none to succeed, nearly all; and those of the others for which all have. Apart, since asking that
-#: of each job would make a claim a quarter more expensive.
+#: Jobs that require no other to succeed (nearly all), and jobs for which all that they require have succeeded. Two
+#: statements, since the second condition would make each claim a quarter more expensive.
 REQUIRES_NONE = "requires IS NULL"
 REQUIRES_WHAT_SUCCEEDED = """requires IS NOT NULL AND NOT EXISTS (
       SELECT 1 FROM jobs AS before WHERE before.id = ANY(jobs.requires) AND before.state <> 'succeeded')"""
 
 #: The jobs that a worker has claimed under its epoch: those that its device has begun, and those claimed ahead of it.
-CLAIMED = "jobs.state IN ('running', 'reserved') AND jobs.epoch = %(epoch)s"
+CLAIMED_UNDER = f"jobs.state IN {listed(CLAIMED)} AND jobs.epoch = %(epoch)s"
+
+#: The jobs that their worker may end.
+FINISH_GUARD = f"jobs.state IN {listed(FINISH.leaving)} AND jobs.epoch = %(epoch)s"
 
 
 class Claims:
-    """A way to claim jobs: what it sets, and what it returns besides the request and `COLUMNS`."""
+    """A way to claim jobs: its transition, what else it sets, and what it returns besides the request and `COLUMNS`."""
 
-    def __init__(self, name: str, sets: str, returns: str = "") -> None:
-        types = {"ids": "text[]", "epoch": "int", "device_id": "text", "claimable": "text[]"}
+    def __init__(self, name: str, transition: Transition, sets: str, returns: str = "") -> None:
+        types = {"ids": "text[]", "epoch": "int", "device_id": "text", "leaving": "text[]"}
+        (state,) = transition.entering
+        self._leaving = sorted(transition.leaving)
         statement = f"""
-            UPDATE jobs SET {sets}, epoch = %(epoch)s, device_id = %(device_id)s, due_at = NULL
-            WHERE {MAY_BE_CLAIMED} AND {{}} RETURNING request, {returns} {COLUMNS}
+            UPDATE jobs SET state = '{state}', {sets}, epoch = %(epoch)s, device_id = %(device_id)s, due_at = NULL
+            WHERE {_MAY_BE_CLAIMED} AND {{}} RETURNING request, {returns} {COLUMNS}
         """
         self._usual = Prepared(name, statement.format(REQUIRES_NONE), types)
         self._requiring = Prepared(f"{name}_requiring", statement.format(REQUIRES_WHAT_SUCCEEDED), types)
 
     def claim(self, connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
         """The rows of what could be claimed."""
-        parameters = {"epoch": epoch, "device_id": device_id, "claimable": list(_CLAIMABLE)}
+        parameters = {"epoch": epoch, "device_id": device_id, "leaving": self._leaving}
         claimed = self._usual.rows(connection, {**parameters, "ids": list(job_ids)})
         if len(claimed) < len(job_ids):
             left = sorted(set(job_ids) - {row["id"] for row in claimed})
@@ -303,14 +327,15 @@ class Claims:
         return claimed
 
 
-_CLAIM = Claims("claim_jobs", "state = 'running', attempt = attempt + 1, started_at = clock_timestamp()")
+_CLAIM = Claims("claim_jobs", CLAIM, "attempt = attempt + 1, started_at = clock_timestamp()")
 
 
 def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
-    """Claims jobs for one attempt under `epoch`, with their requests. What does not come back is not ours to run.
+    """Claims jobs for one attempt under `epoch`, with their requests. Jobs that were not claimed are not returned.
 
-    A job that was asked to be cancelled, has expired, or waits for predecessors is not claimed; nor is anything once
-    the epoch no longer stands.
+    A job is not claimed if another claim holds it, if it was asked to be cancelled, has expired, or requires a job that
+    has not succeeded (`after_success`), or if the epoch no longer stands. The statement does not look at `after`: the
+    worker's lane claims only jobs whose predecessors have ended.
     """
     return _CLAIM.claim(connection, job_ids, device_id, epoch)
 
@@ -318,14 +343,14 @@ def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoc
 def end_running(
     connection: Connection, endings: Sequence[Ending], epoch: int, claimed: Mapping[str, Row] | None = None
 ) -> list[Row]:
-    """Ends jobs claimed under `epoch`. What does not come back had been ended, or taken over, by someone else.
+    """Ends jobs claimed under `epoch`. Jobs that are not returned had been ended, or put back, by another process.
 
-    `claimed` are the rows as they were claimed: what an end does not change need not be read again.
+    `claimed` are the rows as they were claimed: with them, only the columns that an end changes are read.
     """
     told = dumps(list(endings))
-    # What the database keeps otherwise than it was given (NUL) is read back.
+    # `dumps` replaces NUL, which PostgreSQL refuses: such a result or error is read back as it was recorded.
     if claimed is None or "\\ufffd" in told or not all(ending.id in claimed for ending in endings):
-        return _end(connection, endings, CLAIMED, {"epoch": epoch})
+        return _end(connection, endings, FINISH_GUARD, {"epoch": epoch})
     ids = [ending.id for ending in endings]
     end = _END_RUNNING if all(ending.started_at is None for ending in endings) else _END_AHEAD
     stamped = end.rows(connection, {"endings": told, "ids": ids, "epoch": epoch})
@@ -336,9 +361,12 @@ def end_running(
     ]
 
 
-def end_open(connection: Connection, endings: Sequence[Ending], leaving: Collection[str] = _OPEN) -> list[Row]:
-    """Ends jobs from any of the states `leaving`, whoever holds them."""
-    return _end(connection, endings, "jobs.state = ANY(%(leaving)s)", {"leaving": [str(state) for state in leaving]})
+def end_open(
+    connection: Connection, endings: Sequence[Ending], leaving: Collection[str] = WITHDRAW.leaving
+) -> list[Row]:
+    """Ends jobs from any of the states `leaving`, claimed or not. No job succeeds in this way."""
+    states = {"leaving": sorted(WITHDRAW.leaving & set(leaving)), "entering": sorted(WITHDRAW.entering)}
+    return _end(connection, endings, "jobs.state = ANY(%(leaving)s) AND ended.state = ANY(%(entering)s)", states)
 
 
 #: How a job's row ends, from a row `ended` that says how.
@@ -356,7 +384,7 @@ def _end_claimed(name: str, sets: str, endings: str) -> Prepared:
         name,
         f"""
         UPDATE jobs SET {sets} FROM {endings}
-        WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND {CLAIMED}
+        WHERE jobs.id = ANY(%(ids)s) AND jobs.id = ended.id AND {FINISH_GUARD}
         RETURNING jobs.id, jobs.state, jobs.device_ms, jobs.finished_at, jobs.cancel_requested, jobs.progress
         """,
         {"endings": "jsonb", "ids": "text[]", "epoch": "int"},
@@ -367,7 +395,7 @@ _END_RUNNING = _end_claimed("end_running_jobs", SET_ENDED, _ENDINGS)
 
 #: The same for jobs that were claimed ahead of the device: when it began with them may not be recorded yet.
 _SET_ENDED_AHEAD = f"""{SET_ENDED}, started_at = coalesce(jobs.started_at, ended.started_at),
-            attempt = jobs.attempt + (jobs.state = 'reserved' AND ended.started_at IS NOT NULL)::int"""
+            attempt = jobs.attempt + (jobs.state = '{State.RESERVED}' AND ended.started_at IS NOT NULL)::int"""
 
 _ENDINGS_AHEAD = """jsonb_to_recordset(%(endings)s::jsonb)
             AS ended (id text, state text, result jsonb, error jsonb, device_ms float8, started_at timestamptz)"""
@@ -395,9 +423,9 @@ def retry(connection: Connection, claimed: Row, epoch: int, error: dict[str, Any
     return row(
         connection,
         f"""
-        UPDATE jobs SET state = 'retrying', error = %(error)s::jsonb, attempt = %(attempt)s, epoch = NULL,
+        UPDATE jobs SET state = '{State.RETRYING}', error = %(error)s::jsonb, attempt = %(attempt)s, epoch = NULL,
             started_at = NULL, due_at = clock_timestamp() + make_interval(secs => %(delay)s)
-        WHERE id = %(id)s AND {CLAIMED} RETURNING {COLUMNS}
+        WHERE id = %(id)s AND state IN {listed(RETRY.leaving)} AND epoch = %(epoch)s RETURNING {COLUMNS}
         """,
         {**claimed, "epoch": epoch, "error": dumps(error), "delay": delay_seconds},
     )
@@ -407,7 +435,7 @@ def mark_reserved(connection: Connection, job_ids: Collection[str]) -> None:
     """Notes in bulk that a worker holds these jobs in its lane."""
     execute(
         connection,
-        "UPDATE jobs SET state = 'reserved' WHERE id = ANY(%(ids)s) AND state = 'queued'",
+        f"UPDATE jobs SET state = '{State.RESERVED}' WHERE id = ANY(%(ids)s) AND state IN {listed(RECEIVE.leaving)}",
         {"ids": list(job_ids)},
     )
 
@@ -417,9 +445,9 @@ def request_cancel(connection: Connection, job_ids: Collection[str]) -> list[Row
     return rows(
         connection,
         f"""
-        UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND state = ANY(%(open)s) RETURNING {COLUMNS}
+        UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND state IN {listed(OPEN)} RETURNING {COLUMNS}
         """,
-        {"ids": list(job_ids), "open": list(_OPEN)},
+        {"ids": list(job_ids)},
     )
 
 
@@ -442,10 +470,10 @@ def make_due(connection: Connection, limit: int) -> list[Row]:
     return rows(
         connection,
         f"""
-        UPDATE jobs SET state = 'queued', due_at = NULL WHERE id IN (
+        UPDATE jobs SET state = '{State.QUEUED}', due_at = NULL WHERE id IN (
             SELECT id FROM jobs WHERE due_at <= clock_timestamp() AND finished_at IS NULL
-              AND state IN ('scheduled', 'retrying') ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
-          AND state IN ('scheduled', 'retrying')
+              AND state IN {listed(FALL_DUE.leaving)} ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+          AND state IN {listed(FALL_DUE.leaving)}
         RETURNING request, {COLUMNS}
         """,
         {"limit": limit},
@@ -457,8 +485,8 @@ def expired(connection: Connection, limit: int) -> list[Row]:
     return rows(
         connection,
         f"SELECT {COLUMNS} FROM jobs WHERE expires_at <= clock_timestamp() AND finished_at IS NULL "
-        "AND state = ANY(%(states)s) AND epoch IS NULL LIMIT %(limit)s",
-        {"states": list(_CLAIMABLE), "limit": limit},
+        f"AND state IN {listed(CLAIMABLE)} AND epoch IS NULL LIMIT %(limit)s",
+        {"limit": limit},
     )
 
 
@@ -478,7 +506,7 @@ def claimed_under(connection: Connection, device_id: str, epoch: int) -> list[Ro
         connection,
         f"""
         SELECT {COLUMNS} FROM jobs
-        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN ('running', 'reserved')
+        WHERE device_id = %(device_id)s AND finished_at IS NULL AND state IN {listed(CLAIMED)}
           AND epoch <= %(epoch)s
         ORDER BY seq FOR UPDATE
         """,
@@ -494,9 +522,10 @@ def requeue(connection: Connection, job_ids: Collection[str], *, died: bool) -> 
     return rows(
         connection,
         f"""
-        UPDATE jobs SET state = 'queued', deaths = deaths + %(died)s, attempt = attempt - (state = 'running')::int,
+        UPDATE jobs SET state = '{State.QUEUED}', deaths = deaths + %(died)s,
+            attempt = attempt - (state = '{State.RUNNING}')::int,
             started_at = NULL, epoch = NULL, progress = NULL
-        WHERE id = ANY(%(ids)s) AND state IN ('running', 'reserved') RETURNING request, {COLUMNS}
+        WHERE id = ANY(%(ids)s) AND state IN {listed(REQUEUE.leaving)} RETURNING request, {COLUMNS}
         """,
         {"ids": list(job_ids), "died": int(died)},
     )
@@ -508,10 +537,10 @@ def open_needing(connection: Connection, resource_ids: Collection[str]) -> list[
         connection,
         f"""
         SELECT {COLUMNS} FROM jobs
-        WHERE finished_at IS NULL AND state = ANY(%(states)s) AND epoch IS NULL AND needs && %(ids)s::text[]
+        WHERE finished_at IS NULL AND state IN {listed(CLAIMABLE)} AND epoch IS NULL AND needs && %(ids)s::text[]
         ORDER BY seq
         """,
-        {"states": list(_CLAIMABLE), "ids": list(resource_ids)},
+        {"ids": list(resource_ids)},
     )
 
 
@@ -542,24 +571,36 @@ def failed_before(connection: Connection, job_ids: Collection[str]) -> dict[str,
     return {row.pop("after_id"): row for row in found}
 
 
-def open_ids_needing(connection: Connection, resource_id: str, kinds: Sequence[str] | None = None) -> list[str]:
-    """Jobs, running ones too, that need the resource; of `kinds` only, where given."""
+def open_ids_needing(connection: Connection, resource_id: str) -> list[str]:
+    """Open jobs, running ones too, that need the resource."""
     found = rows(
         connection,
-        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) "
-        "AND (%(kinds)s::text[] IS NULL OR kind = ANY(%(kinds)s)) ORDER BY seq",
-        {"id": resource_id, "kinds": None if kinds is None else list(kinds)},
+        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) ORDER BY seq",
+        {"id": resource_id},
     )
     return [job["id"] for job in found]
 
 
-def request_cancel_of(connection: Connection, job_ids: Collection[str], kind: str) -> list[str]:
-    """Notes for jobs of one kind among `job_ids` that they are to be cancelled; gives those that are open."""
+def open_ids_of(connection: Connection, resource_id: str) -> list[str]:
+    """Those of them whose own resource it is: they make it, or take it away."""
     found = rows(
         connection,
-        "UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND kind = %(kind)s AND state = ANY(%(open)s) "
-        "RETURNING id",
-        {"ids": list(job_ids), "kind": kind, "open": list(_OPEN)},
+        "SELECT id FROM jobs WHERE finished_at IS NULL AND %(id)s = ANY(needs) AND resource_id = %(id)s ORDER BY seq",
+        {"id": resource_id},
+    )
+    return [job["id"] for job in found]
+
+
+def request_cancel_of(connection: Connection, job_ids: Collection[str], *, but_not_of: str) -> list[str]:
+    """Notes for jobs among `job_ids` that they are to be cancelled, but for those whose own resource `but_not_of` is.
+
+    Gives those that are open.
+    """
+    found = rows(
+        connection,
+        "UPDATE jobs SET cancel_requested = true WHERE id = ANY(%(ids)s) AND resource_id IS DISTINCT FROM %(resource)s "
+        f"AND state IN {listed(OPEN)} RETURNING id",
+        {"ids": list(job_ids), "resource": but_not_of},
     )
     return [job["id"] for job in found]
 
@@ -578,7 +619,7 @@ def set_progress(connection: Connection, job_id: str, epoch: int, progress: dict
     """Notes how far a running job is."""
     execute(
         connection,
-        f"UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND {CLAIMED}",
+        f"UPDATE jobs SET progress = %(progress)s::jsonb WHERE id = %(id)s AND {CLAIMED_UNDER}",
         {"id": job_id, "epoch": epoch, "progress": dumps(progress)},
     )
 
@@ -677,7 +718,7 @@ def timings(job: Row) -> dict[str, float | None]:
 
 
 def view(job: Row, queue_position: int | None = None) -> dict[str, Any]:
-    """The job as every caller sees it (contract, section 2); times are aware datetimes."""
+    """The job as every caller sees it: the fields of `device_operations.jobs.Job`. Times are aware datetimes."""
     resource = {"type": job["resource_type"], "id": job["resource_id"]} if job["resource_id"] else None
     return {
         "job_id": job["id"],

@@ -61,7 +61,7 @@ def remember_key(
 
 
 def amend_key(connection: Connection, owner: str, route: str, key: str, job_ids: Sequence[str]) -> None:
-    """The jobs of a key that was just remembered are others: earlier ones that did already what was asked."""
+    """Changes the jobs of a key that was just remembered: earlier jobs already did what was asked."""
     execute(
         connection,
         "UPDATE idempotency SET job_ids = %(ids)s WHERE owner = %(owner)s AND route = %(route)s AND key = %(key)s",

@@ -1,4 +1,4 @@
-"""Training sessions: recording, numbering and applying steps, and bringing sessions back. Checkpoints are next door."""
+"""Training sessions: recording, numbering and applying steps, bringing sessions back. Not their checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from device_operations.jobs import Kind
 from tasks.database import dumps
 from tasks.records.training import OPEN_SESSION_SQL
 from tasks.store.connection import Prepared, Row, execute, row, rows
@@ -62,7 +63,7 @@ def is_stepping(connection: Connection, session: Row) -> bool:
     found = row(
         connection,
         "SELECT 1 AS one FROM jobs WHERE device_id = %(device_id)s AND finished_at IS NULL AND state = 'running' "
-        "AND kind = 'training.step' AND %(session_id)s = ANY(needs) LIMIT 1",
+        f"AND kind = '{Kind.TRAINING_STEP}' AND %(session_id)s = ANY(needs) LIMIT 1",
         session,
     )
     return found is not None
@@ -177,11 +178,12 @@ _END_APPLIED = Prepared(
 
 
 def end_applied(connection: Connection, ending: Ending, epoch: int, applied: dict[str, Any]) -> tuple[bool, Row | None]:
-    """A step is in the parameters: its number, the session's standing, the history and its job move on as one.
+    """Records a step that was applied: its number, the session's standing, the history and its job's end, as one.
 
-    (whether the job was ours to end, its row as it ended). Nothing moved where the row is None: the job is not ours
-    any more, or the number is not the next one, or `epoch` no longer holds the session. One statement, since every
-    step costs it, and a prepared one, since planning it takes longer than running it.
+    Gives whether the job was running under `epoch`, and its row as it ended. The row is None, and nothing was changed,
+    if it was not, or the number is not the next one, or `epoch` no longer holds the session. A step is never claimed
+    ahead of its device, so its job is `running`. One statement, since every step costs it, and a prepared one, since
+    planning it takes longer than running it.
     """
     (found,) = _END_APPLIED.rows(
         connection,

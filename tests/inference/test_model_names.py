@@ -21,7 +21,7 @@ from tasks import submit
 from tasks.blobs import BlobStore
 from tasks.database import open_engine
 from tasks.directory import Directory
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.plans.base import Context
 from tasks.publish import Publisher, connect
 from tests.inference import graphs

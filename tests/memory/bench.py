@@ -20,7 +20,7 @@ from tasks.blobs import BlobStore
 from tasks.database import open_engine
 from tasks.directory import Directory
 from tasks.lifecycle import Outcome
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.plans.base import Context
 from tasks.store import blobs as blob_store
 from tasks.store import devices as device_store

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from device_operations.errors import failure
 from tasks.ring import SLOT_BYTES, Ring, segment_name, sweep
 from tests.memory.calls import Memory, refused
 from tests.support.stack import RunningStack, eventually
@@ -163,8 +164,9 @@ def test_a_ring_passes_pieces_in_order_and_is_full_and_empty_in_time() -> None:
     assert taker.attached
     taker.forget_name()
     assert name not in segments()
-    putter.fail({"code": "worker_lost", "message": "x"})
-    assert taker.error() == {"code": "worker_lost", "message": "x"}
+    error = failure("worker_lost", "x").as_job_error()
+    putter.fail(error)
+    assert taker.error() == error
     taker.close()
     assert putter.closed
     putter.close()

@@ -20,7 +20,7 @@ from device_operations.jobs import Kind
 from device_operations.requests.kinds import parse
 from device_operations.settings import Settings
 from tasks import submit
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.ring import Ring, segment_name
 from tests.memory.bench import Bench
 from tests.memory.calls import Memory

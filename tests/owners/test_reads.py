@@ -16,7 +16,7 @@ from device_operations.settings import Settings
 from tasks.blobs import BlobStore
 from tasks.database import open_engine
 from tasks.directory import Directory
-from tasks.plans import plan
+from tasks.planning import plan
 from tasks.plans.base import Context
 from tests.owners.things import BATCH, FLOATS, Things
 from tests.support.stack import RunningStack

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from device_operations.errors import failure
 from device_operations.jobs import new_id
 from tasks.database import open_engine
 from tasks.effects import inference as effects
@@ -124,7 +125,7 @@ def test_the_load_that_was_submitted_last_is_meant_whichever_ends_first(engine: 
 def test_what_fails_gives_back_what_was_estimated_unless_another_counts_on_it(engine: Engine) -> None:
     first, second = recorded(engine, load("first", "key"), load("second", "key"))
     assert reserved(engine) == BYTES
-    error = {"code": "model_invalid", "message": "no model"}
+    error = failure("model_invalid", "no model").as_job_error()
     for model_id, left in ((first, BYTES), (second, 0)):
         with transaction(engine) as connection:
             model = models.get(connection, model_id)

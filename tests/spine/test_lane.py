@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +55,28 @@ def test_priority_is_lent_to_a_predecessor_that_arrives_later() -> None:
     lane.admit(entry("other", 5, 3))
     lane.admit(entry("first", 1, 1))
     assert drain(lane) == ["first", "urgent", "other"]
+
+
+def test_a_run_does_not_wait_for_others_while_anything_more_urgent_is_eligible() -> None:
+    lane = Lane()
+    lane.admit(entry("run", 5, 1, batch_key="model", batch_limit=2, batch_delay_seconds=30))
+    (run,) = lane.take(timeout_seconds=0)
+    # Entries that left the lane stand at the top of the heap until they are looked at.
+    for number in range(20):
+        lane.admit(entry(f"gone {number}", 9, 2 + number))
+        lane.discard(f"gone {number}")
+    lane.admit(entry("urgent", 6, 50))
+    began = time.monotonic()
+    assert lane.mates(run, 1) == []
+    assert time.monotonic() - began < 10
+    assert drain(lane) == ["urgent"]
+
+
+def test_a_job_that_has_ended_may_be_admitted_again() -> None:
+    lane = Lane()
+    assert lane.admit(entry("a"))
+    assert drain(lane) == ["a"]
+    assert lane.admit(entry("a"))
 
 
 def test_a_duplicate_is_refused_while_it_waits_and_while_it_runs() -> None:
@@ -133,7 +156,7 @@ def test_only_whole_batches_of_the_kind_asked_for_are_given_ahead() -> None:
     lane = Lane()
 
     def full(kind: str) -> list[list[str]]:
-        batches = lane.take_full(kind, (), 3, iter([True, False]).__next__)
+        batches = lane.take_full([kind], (), 3, iter([True, False]).__next__)
         return [[one.job_id for one in batch] for batch in batches]
 
     lane.admit(entry("a", 5, 1, batch_key="m", batch_limit=2))
@@ -167,7 +190,7 @@ def test_nothing_is_given_ahead_that_a_running_job_may_let_something_more_urgent
     assert lane.take(timeout_seconds=0)
     lane.admit(entry("urgent", 9, 2, after={"running"}))
     lane.admit(entry("usual", 5, 3))
-    assert lane.take_full("inference.run", (), 3, iter([True, False]).__next__) == []
+    assert lane.take_full(["inference.run"], (), 3, iter([True, False]).__next__) == []
     lane.ended(["running"])
     assert drain(lane) == ["urgent", "usual"]
 

@@ -1,12 +1,11 @@
-"""The records: migrations, the state machine in the database, and the guards of the store's statements."""
+"""The records: migrations, what statements of the store give back, and what guards them besides states."""
 
 from __future__ import annotations
 
 import pytest
 from sqlalchemy import Engine, inspect
-from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from device_operations.jobs import OPEN, TERMINAL, TRANSITIONS, State, new_id
+from device_operations.jobs import new_id
 from migrations.__main__ import configuration
 from tasks.database import open_engine
 from tasks.records import metadata
@@ -85,17 +84,6 @@ def test_what_recording_gives_back_is_what_the_record_says(engine: Engine) -> No
         assert made == jobs.get(connection, job.id)
 
 
-@pytest.mark.parametrize("state", sorted(TERMINAL))
-def test_the_database_refuses_to_change_a_terminal_state(engine: Engine, state: State) -> None:
-    job = new_job()
-    with engine.connect() as connection:
-        jobs.insert(connection, [job])
-        jobs.end_open(connection, [Ending(job.id, state.value)])
-        with pytest.raises((DBAPIError, IntegrityError), match="has ended"):
-            execute(connection, "UPDATE jobs SET state = 'queued' WHERE id = %(id)s", {"id": job.id})
-        assert jobs.states(connection, [job.id]) == {job.id: state.value}
-
-
 def test_a_job_is_claimed_once_and_only_under_the_epoch_that_stands(engine: Engine) -> None:
     epoch = make_device(engine)
     job = new_job()
@@ -152,9 +140,6 @@ def test_a_transaction_that_raises_leaves_nothing(engine: Engine) -> None:
         assert jobs.get(connection, job.id) is None
 
 
-def test_every_state_has_its_arrows_and_the_device_monitor_can_be_read(engine: Engine) -> None:
-    assert set(TRANSITIONS) == set(State)
-    assert all(TRANSITIONS[state] for state in OPEN)
-    assert not any(TRANSITIONS[state] for state in TERMINAL)
+def test_the_device_monitor_can_be_read(engine: Engine) -> None:
     with engine.connect() as connection:
         assert rows(connection, "SELECT * FROM device_monitor") == []

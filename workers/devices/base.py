@@ -83,8 +83,9 @@ class BufferView:
 class Device(ABC):
     """One accelerator, or the CPU. All calls may be made from any thread; the worker makes them from one.
 
-    Raises `OperationError` only: `out_of_range`, `out_of_memory`, `dtype_unsupported`, `device_lost`,
-    `internal_error`, and what `open_model` adds.
+    Raises `OperationError` only: `out_of_range`, `out_of_memory`, `allocation_not_found` (a buffer that was released),
+    `dtype_unsupported`, `device_unavailable` (a library is missing), `device_lost`, `run_failed`, `internal_error`, and
+    what `open_model` adds.
     """
 
     backend: ClassVar[str]

@@ -32,7 +32,7 @@ class TensorSpec:
     type_text: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """`{"name", "dtype", "shape"}`, as the contract lists them, and `optional` and `type` if they say something."""
+        """`{"name", "dtype", "shape"}`, as the model's record has it; `optional` and `type` if they say something."""
         told: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.optional:
             told["optional"] = True

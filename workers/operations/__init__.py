@@ -7,11 +7,14 @@ raises is the job's failure.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 from device_operations.jobs import Kind
 from tasks.lifecycle import Outcome
+from workers.lane import Entry
 from workers.operations import inference, memory
 from workers.resident import Resident
 from workers.work import Detached, Passed, Progress, Work
@@ -19,21 +22,54 @@ from workers.work import Detached, Passed, Progress, Work
 Steps = Generator[Progress, None, Outcome | Passed | Detached]
 Operation = Callable[[Resident, Work], Outcome | Passed | Detached | Steps]
 
+#: Several jobs of one batch in, an outcome of each out.
+JoinedOperation = Callable[[Resident, list[Work]], list[Outcome]]
 
-def train(resident: Resident, work: Work) -> Any:
-    """Any operation on a training session. The first one loads torch, for which nobody else needs to wait."""
-    from workers.operations import training
-
-    return training.OPERATIONS[work.kind](resident, work)
+#: Notes in an entry with which others it may run, from its request.
+Join = Callable[[Resident, Entry, dict[str, Any]], None]
 
 
-OPERATIONS: dict[str, Operation] = {
-    **inference.OPERATIONS,
-    **memory.OPERATIONS,
-    **{kind.value: train for kind in Kind if kind.value.startswith("training.")},
+@dataclass(frozen=True, slots=True)
+class OperationSpec:
+    """The worker's side of a kind whose `tasks.kinds.KindSpec` says the rest; the last two if that one is `joined`."""
+
+    run: Operation
+    run_joined: JoinedOperation | None = None
+    join: Join | None = None
+
+
+def _training(name: str) -> OperationSpec:
+    """An operation on a training session. The first one loads torch, for which no other kind of job needs to wait."""
+
+    def run(resident: Resident, work: Work) -> Any:
+        return getattr(importlib.import_module("workers.operations.training"), name)(resident, work)
+
+    return OperationSpec(run)
+
+
+SPECS: dict[str, OperationSpec] = {
+    Kind.MEMORY_ALLOCATE: OperationSpec(memory.allocate, memory.allocate_batch, memory.join_small),
+    Kind.MEMORY_DEALLOCATE: OperationSpec(memory.deallocate, memory.deallocate_batch, memory.join_all),
+    Kind.MEMORY_COPY: OperationSpec(memory.copy),
+    Kind.MEMORY_CLEAR: OperationSpec(memory.clear),
+    Kind.MEMORY_WRITE: OperationSpec(memory.write),
+    Kind.MEMORY_READ: OperationSpec(memory.read),
+    Kind.INFERENCE_LOAD_MODEL: OperationSpec(inference.load_model),
+    Kind.INFERENCE_RUN: OperationSpec(inference.run, inference.run_batch, inference.join),
+    Kind.INFERENCE_UNLOAD_MODEL: OperationSpec(inference.unload_model),
+    Kind.INFERENCE_CLOSE_SESSION: OperationSpec(inference.close_session),
+    Kind.TRAINING_INITIALIZE: _training("initialize"),
+    Kind.TRAINING_STEP: _training("step"),
+    Kind.TRAINING_CHECKPOINT: _training("checkpoint"),
+    Kind.TRAINING_VALIDATE: _training("validate"),
+    Kind.TRAINING_END_SESSION: _training("end_session"),
 }
 
-#: Kinds whose jobs may run joined: several works in, an outcome each out.
-BATCHES: dict[str, Callable[[Resident, list[Work]], list[Outcome]]] = {**inference.BATCHES, **memory.BATCHES}
+OPERATIONS: dict[str, Operation] = {kind: spec.run for kind, spec in SPECS.items()}
 
-__all__ = ["BATCHES", "OPERATIONS", "Operation", "Steps"]
+#: Of the kinds whose jobs may run joined.
+BATCHES: dict[str, JoinedOperation] = {
+    kind: spec.run_joined for kind, spec in SPECS.items() if spec.run_joined is not None
+}
+
+__all__ = ["BATCHES", "OPERATIONS", "SPECS", "Operation", "OperationSpec", "Steps"]

@@ -14,13 +14,13 @@ import numpy as np
 import structlog
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import Kind
 from tasks.lifecycle import Outcome
 from tasks.plans.residents import no_model
 from tasks.store import models as store
 from workers.devices.base import BufferView
 from workers.devices.onnx_session import Over
 from workers.devices.onnx_tensors import Feed, Kept
+from workers.lane import Entry
 from workers.models import close, facts, open_model, revive
 from workers.resident import Resident, ResidentModel
 from workers.sessions import fed_by, left_by, session_of
@@ -107,6 +107,17 @@ def read_ahead(resident: Resident, works: Sequence[Work]) -> None:
             with suppress(OperationError):
                 work.feeds = _feeds(resident, work)
                 room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
+
+
+def join(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+    """Notes with which other runs a run may be joined: those of its model and shape, unless it moves a session on."""
+    if request.get("session_id") or request.get("into"):
+        return
+    model = resident.models.get(request.get("model_id", ""))
+    batch = model.batch_of(request["inputs"], request.get("outputs")) if model else None
+    if model is not None and batch is not None:
+        entry.batch_key, entry.batch_limit = batch
+        entry.batch_delay_seconds = model.max_delay_ms / 1000
 
 
 def run(resident: Resident, work: Work) -> Outcome:
@@ -257,7 +268,7 @@ def _outcome(
     *,
     executions: int,
 ) -> Outcome:
-    """The outcome of a run, whose outputs are put into words later, off the device's thread."""
+    """The outcome of a run, whose outputs are serialised later, off the device's thread."""
     session_id = work.request.get("session_id")
     outcome = work.succeeded(
         {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
@@ -350,12 +361,3 @@ def _stopped(work: Work) -> Outcome:
 
 def _since(began: float) -> float:
     return (time.perf_counter() - began) * 1000
-
-
-OPERATIONS = {
-    Kind.INFERENCE_LOAD_MODEL.value: load_model,
-    Kind.INFERENCE_RUN.value: run,
-    Kind.INFERENCE_UNLOAD_MODEL.value: unload_model,
-    Kind.INFERENCE_CLOSE_SESSION.value: close_session,
-}
-BATCHES = {Kind.INFERENCE_RUN.value: run_batch}

@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from device_operations.errors import OperationError, failure, from_job_error
-from device_operations.jobs import Kind
 from tasks.blobs import CHUNK_BYTES
 from tasks.lifecycle import Outcome
 from tasks.ring import Ring
@@ -20,6 +19,7 @@ from tasks.store import allocations as store
 from tasks.store import blobs as blob_store
 from tasks.store import memory as memory_store
 from workers.devices.base import Buffer
+from workers.lane import Entry
 from workers.models import evict_one, make_room
 from workers.resident import Resident
 from workers.work import Progress, Work, named
@@ -41,9 +41,20 @@ PAUSE_SECONDS = 0.0001
 #: Seconds that the rest of a read is kept for its caller.
 PASSING_SECONDS = 60.0
 
-#: Allocations up to this size are made many at a time.
+#: Allocations up to this size are made many at a time, and so many at most.
 SMALL_BYTES = 2**20
 BATCH_LIMIT = 512
+
+
+def join_small(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+    """Joins allocations that are small; a large one runs alone."""
+    if request["size_bytes"] <= SMALL_BYTES:
+        join_all(resident, entry, request)
+
+
+def join_all(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+    """Joins jobs of one kind, whatever they are for."""
+    entry.batch_key, entry.batch_limit = entry.kind, BATCH_LIMIT
 
 
 def allocate(resident: Resident, work: Work) -> Outcome:
@@ -397,14 +408,3 @@ def _held(resident: Resident, allocation_id: str) -> Buffer:
     if there is not None and there["state"] == "failed" and there["error"]:
         raise from_job_error(there["error"])
     raise failure("allocation_not_found", f"{resident.device_id} holds no allocation {allocation_id!r}: it was freed")
-
-
-OPERATIONS = {
-    Kind.MEMORY_ALLOCATE.value: allocate,
-    Kind.MEMORY_DEALLOCATE.value: deallocate,
-    Kind.MEMORY_COPY.value: copy,
-    Kind.MEMORY_CLEAR.value: clear,
-    Kind.MEMORY_WRITE.value: write,
-    Kind.MEMORY_READ.value: read,
-}
-BATCHES = {Kind.MEMORY_ALLOCATE.value: allocate_batch, Kind.MEMORY_DEALLOCATE.value: deallocate_batch}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from device_operations.errors import OperationError, failure
-from device_operations.jobs import Kind
 from tasks.effects.training import number_of
 from tasks.lifecycle import Outcome
 from tasks.store import blobs as blob_store
@@ -407,12 +406,3 @@ def _checkpoint_of(resident: Resident, named: dict[str, Any]) -> Held:
     if row is None:
         raise failure("session_not_found", f"session {named['session_id']}, whose checkpoint it is, is forgotten")
     return begin(resident, {**row, "resumed": named, "reserved_bytes": 0})
-
-
-OPERATIONS = {
-    Kind.TRAINING_INITIALIZE.value: initialize,
-    Kind.TRAINING_STEP.value: step,
-    Kind.TRAINING_CHECKPOINT.value: checkpoint,
-    Kind.TRAINING_VALIDATE.value: validate,
-    Kind.TRAINING_END_SESSION.value: end_session,
-}

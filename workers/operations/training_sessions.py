@@ -3,7 +3,8 @@
     record ─▶ build ─▶ last whole checkpoint ─▶ replay of the steps logged since ─▶ held
 
 The record is the truth. A session whose memory is not where the record says is dropped and brought back from it.
-Everything here runs on the device's thread; only files are written beside.
+Everything here runs on the device's thread; automatic checkpoints are written on another, and recorded on the
+recorder's.
 """
 
 from __future__ import annotations
@@ -306,7 +307,7 @@ def _reserve(resident: Resident, row: Row) -> None:
 
 def _lose(resident: Resident, row: Row, error: OperationError) -> None:
     """Declares a session lost, and fails the jobs that wait for it."""
-    told = {**error.as_job_error(), "code": "session_lost", "retryable": False}
+    told = failure("session_lost", error.message, detail=error.detail).as_job_error()
     with transaction(resident.engine) as connection:
         ended: list[Row] = []
         for session_id, why in effects.over(connection, row["session_id"], "lost", told):

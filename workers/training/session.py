@@ -1,8 +1,9 @@
 """A training session on one device, and the steps that change its state.
 
 A step is a pure function of (state, inputs, targets, learning rate, clip, mode): its random numbers come from the
-session's seed and the step, its kernels are deterministic, and nothing else goes in. So a step recorded with its inputs
-can be replayed, bit for bit, on the same device model, threads and versions. A step that fails changes nothing.
+session's seed and the step, its kernels are deterministic unless the request says otherwise (`deterministic`), and
+nothing else goes in. So a step recorded with its inputs can be replayed, bit for bit, on the same device model, threads
+and versions. A step that fails changes nothing, or, where its update broke off half-way, leaves `intact` False.
 
 One thread at a time: the device's lane. Only what `snapshot` returns may be used elsewhere.
 """
@@ -125,7 +126,8 @@ class TrainingSession:
         """One step on `batch` (None in mode `apply`), as request number `sequence`, which must be above the last.
 
         Raises `sequence_conflict`, `input_mismatch`, `batch_too_large`, `validation_failed`, `model_invalid`,
-        `nonfinite_loss`, `out_of_memory`, `session_lost`. The state is then what it was.
+        `nonfinite_loss`, `run_failed`, `out_of_memory`, `session_lost` (it is not `intact`). While it is `intact`, the
+        state is then what it was.
         """
         self.check_sequence(sequence)
         outcome = self.advance(batch, options)
