@@ -37,7 +37,7 @@ _DONE = DONE_CHANNEL.encode()
 
 #: How the announcement of a load or an unload begins; reading those as JSON that nobody awaits here would cost more
 #: than the rest.
-_CHANGING = frozenset(kind.value for kind, spec in KINDS.items() if spec.changes_models)
+_CHANGING = frozenset(kind for kind, spec in KINDS.items() if spec.changes_models)
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, sorted(_CHANGING)))})"'.encode())
 
 
