@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from api_gateway import answers
+from api_gateway.openai import requests as openai
 from device_operations.requests import inference, memory, training
 from device_operations.requests.kinds import REQUESTS
 
@@ -54,6 +55,8 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
             "targets": {"dtype": "float32", "shape": [1, 1], "data": [[1.0]]},
         },
     ),
+    "embeddings": (openai.Embeddings, {"model": "minilm", "input": ["a first text", "a second one"]}),
+    "images": (openai.Images, {"model": "sdxl", "prompt": "a lighthouse at dusk", "size": "1024x1024", "seed": 7}),
 }
 
 _BULK_SCHEMA: dict[str, Any] = {

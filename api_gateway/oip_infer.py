@@ -143,7 +143,7 @@ async def infer(request: Request) -> Response:
     told: dict[str, dict[str, Any]] = {}
     read_by_all = False
     try:
-        job = await _performed(request, gateway, made, _patience(asked))
+        job = await performed(request, gateway, made, _patience(asked))
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
         told = job["result"]["outputs"]
@@ -255,7 +255,7 @@ def _patience(asked: Asked) -> float | None:
 # ---- waiting
 
 
-async def _performed(
+async def performed(
     request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
 ) -> dict[str, Any] | None:
     """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""

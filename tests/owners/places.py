@@ -24,6 +24,7 @@ NOUNS = {
     "blobs": "blob",
     "model_id": "model",
     "model_name": "model name",
+    "model": "model name",
     "session_id": "session",
     "sequence_id": "inference session",
     "checkpoint_id": "checkpoint",
@@ -40,6 +41,8 @@ FREE = {
     "sha256", "dtype", "data", "base64", "shape", "name", "version", "model_type", "path", "outputs", "output",
     # a model's own parts: inputs and outputs, layers, parameters
     "layers", "targets", "trainable",
+    # links to a blob, and what OpenAI's clients say of texts and images
+    "expires", "signature", "input", "prompt", "negative_prompt", "size", "scheduler", "quality", "style", "moderation", "user",
 }  # fmt: skip
 
 #: Routes that name nothing owned: what is on the service as a whole, and what makes or lists things.
@@ -51,6 +54,7 @@ NAMES_NOTHING = {
     "GET /api/memory/status", "GET /api/memory/device/{device_id}", "GET /api/memory/allocations",
     "GET /api/inference/sessions", "GET /api/inference/models",
     "POST /api/blobs",
+    "GET /v1/models",
     "GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /v2/models/stats", "POST /v2/repository/index",
 }  # fmt: skip
 
