@@ -13,6 +13,7 @@ from device_operations.client import connection
 from device_operations.client.blobs import Blobs
 from device_operations.client.calls import Call, Content, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
+from device_operations.client.embeddings import Embedding
 from device_operations.client.exchange import Course, Policy
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
@@ -21,7 +22,7 @@ from device_operations.client.operations import Async
 from device_operations.client.training import Training
 
 
-class AsyncClient(Jobs[Async]):
+class AsyncClient(Jobs[Async], Embedding[Async]):
     """The HTTP client for asyncio; its arguments are those of `Client`. It belongs to one event loop."""
 
     def __init__(

@@ -14,6 +14,7 @@ from device_operations.client import connection
 from device_operations.client.blobs import Blobs
 from device_operations.client.calls import Call, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
+from device_operations.client.embeddings import Embedding
 from device_operations.client.exchange import Course, Policy
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
@@ -22,7 +23,7 @@ from device_operations.client.operations import Sync
 from device_operations.client.training import Training
 
 
-class Client(Jobs[Sync]):
+class Client(Jobs[Sync], Embedding[Sync]):
     """The HTTP client.
 
     Without `base_url` it finds the gateway that this machine's settings or a running `up` name, at the first request,

@@ -16,9 +16,10 @@ import pytest
 
 from tests.support import embedding
 from workers.devices import Device, open_device
+from workers.devices.onnx import OnnxModel
 from workers.devices.values import ModelOptions
 from workers.pipelines.text.embedder import Embedded, Embedder
-from workers.pipelines.text.layout import read_layout
+from workers.pipelines.text.layout import Layout, read_layout
 from workers.pipelines.text.tokens import Tokens
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,11 +40,23 @@ def open_embedder(cpu: Device) -> Callable[..., Embedder]:
     def open_it(folder: Path, most_rows: int = 8, graph: Path | None = None) -> Embedder:
         layout = read_layout(folder)
         tokens = Tokens(layout)
-        made = Embedder(layout, tokens, cpu.open_model(graph or layout.graph, ModelOptions(root=folder)))
+        model = cpu.open_model(graph or layout.graph, ModelOptions(root=folder))
+        made = embedder_over(layout, tokens, model)
         made.allow(most_rows)
         return made
 
     return open_it
+
+
+def embedder_over(layout: Layout, tokens: Tokens, model: OnnxModel) -> Embedder:
+    """An embedder that runs a loaded graph."""
+    return Embedder(
+        layout,
+        tokens,
+        model.inputs,
+        model.outputs,
+        lambda feeds, outputs, cancel: model.run(feeds, outputs, cancel=cancel),
+    )
 
 
 def embed(embedder: Embedder, texts: Any) -> Embedded:

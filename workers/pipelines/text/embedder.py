@@ -8,7 +8,7 @@ rows do not touch each other, and where attention masks hide the padding: `pads`
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ import numpy as np
 
 from device_operations.errors import failure
 from device_operations.tensors import numpy_dtype
-from workers.devices.onnx_session import Cancel
 from workers.devices.onnx_tensors import TensorSpec
 from workers.pipelines.text.batches import by_length
 from workers.pipelines.text.layout import Layout
@@ -36,17 +35,10 @@ PADDING_TOLERANCE = 1e-3
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 
 
-class Graph(Protocol):
-    """What is used of a loaded ONNX model."""
+class RunGraph(Protocol):
+    """Runs the graph on the device: the wanted outputs by name, for arrays by the inputs' names."""
 
-    @property
-    def inputs(self) -> list[TensorSpec]: ...
-    @property
-    def outputs(self) -> list[TensorSpec]: ...
-    def run(
-        self, feeds: dict[str, Array], outputs: Sequence[str] | None = None, *, cancel: Cancel | None = None
-    ) -> Any:
-        """The outputs by name."""
+    def __call__(self, feeds: Mapping[str, Array], outputs: Sequence[str], cancel: Any) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +50,23 @@ class Embedded:
     truncated: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """How far a job has come: texts whose vectors are there, of so many."""
-
-    texts: int
-    of: int
-
-
 class Embedder:
     """One text embedding model on one device."""
 
-    def __init__(self, layout: Layout, tokens: Tokens, graph: Graph) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        tokens: Tokens,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        run_graph: RunGraph,
+    ) -> None:
         """Raises `model_invalid` where the graph takes or gives something else than the layout says."""
         self._layout = layout
         self._tokens = tokens
-        self._graph = graph
-        self._inputs = {spec.name: spec for spec in graph.inputs}
+        self._run_graph = run_graph
+        self._inputs = {spec.name: spec for spec in inputs}
+        self._outputs = outputs
         self._check_inputs()
         self._output, self._is_pooled = self._find_output()
         #: Numbers in one vector.
@@ -84,8 +76,8 @@ class Embedder:
         #: Whether texts of different lengths may run together.
         self.pads = False
 
-    def allow(self, most_rows: int, cancel: Cancel | None = None) -> float | None:
-        """Lets so many texts run together; the largest difference that padding made, None where it was not tried.
+    def allow(self, most_rows: int, cancel: Any = None) -> float | None:
+        """Lets so many texts run together; the largest difference that padding made as a share, None if not tried.
 
         Texts of different lengths only run together where two, tried here, come out as they do alone.
         """
@@ -102,25 +94,36 @@ class Embedder:
         self.pads = difference <= PADDING_TOLERANCE  # NaN is not
         return difference
 
-    def embed(self, texts: Sequence[Text], cancel: Cancel | None = None) -> Generator[Done, None, Embedded]:
-        """Embeds texts, a portion or a batch each step.
+    def tokenize(self, texts: Sequence[Text], first: int = 0) -> list[Tokenized]:
+        """The tokens of each text; `first` is the place of the first one in its request.
 
-        Raises `input_mismatch` for a text without tokens or ids that are none; `cancelled`, `timeout`, `run_failed`.
+        Raises `input_mismatch` for a text without tokens, and for ids that are none.
         """
-        tokenized: list[Tokenized] = []
-        for portion in _portions(texts):
-            tokenized += self._tokens.encode(portion, first=len(tokenized))
-            yield Done(0, len(texts))
-        vectors = np.empty((len(texts), self.width), np.float32)
+        return self._tokens.encode(texts, first)
+
+    def run(self, tokenized: Sequence[Tokenized], cancel: Any = None) -> Generator[int, None, Embedded]:
+        """Embeds texts that are tokens already, a batch each step; yields how many are done.
+
+        `cancel` is a run's, or those of several as one. Raises `cancelled`, `timeout`, `run_failed`.
+        """
+        vectors = np.empty((len(tokenized), self.width), np.float32)
         done = 0
         for batch in by_length([len(one.ids) for one in tokenized], self.most_rows, pads=self.pads):
             vectors[batch] = self._run([tokenized[index] for index in batch], cancel)
             done += len(batch)
-            yield Done(done, len(texts))
+            yield done
         truncated = [index for index, one in enumerate(tokenized) if one.truncated]
         return Embedded(vectors, [len(one.ids) for one in tokenized], truncated)
 
-    def _run(self, rows: Sequence[Tokenized], cancel: Cancel | None) -> Array:
+    def embed(self, texts: Sequence[Text], cancel: Any = None) -> Generator[int, None, Embedded]:
+        """Embeds texts: a portion is tokenised, or a batch runs, each step; yields how many are done."""
+        tokenized: list[Tokenized] = []
+        for portion in _portions(texts):
+            tokenized += self.tokenize(portion, first=len(tokenized))
+            yield 0
+        return (yield from self.run(tokenized, cancel))
+
+    def _run(self, rows: Sequence[Tokenized], cancel: Any) -> Array:
         """The vectors [rows, width] of texts that run together."""
         longest = max(len(row.ids) for row in rows)
         ids = np.full((len(rows), longest), self._tokens.pad_id, np.int64)
@@ -130,7 +133,7 @@ class Embedder:
             ids[at, :size], mask[at, :size], types[at, :size] = row.ids, 1, row.types
         given = {IDS: ids, MASK: mask, TYPES: types}
         feeds = {name: given[name].astype(numpy_dtype(spec.dtype)) for name, spec in self._inputs.items()}
-        found = np.asarray(self._graph.run(feeds, [self._output], cancel=cancel)[self._output])
+        found = np.asarray(self._run_graph(feeds, [self._output], cancel)[self._output])
         wanted = (len(rows), self.width) if self._is_pooled else (len(rows), longest, self.width)
         if found.shape != wanted:
             raise failure("run_failed", f"output {self._output!r} has shape {list(found.shape)}, not {list(wanted)}")
@@ -156,7 +159,7 @@ class Embedder:
 
     def _find_output(self) -> tuple[str, bool]:
         """The output to take, and whether it is one vector a text already."""
-        floats = [spec for spec in self._graph.outputs if spec.dtype.startswith(("float", "bfloat"))]
+        floats = [spec for spec in self._outputs if spec.dtype.startswith(("float", "bfloat"))]
         by_rank = {rank: [spec.name for spec in floats if len(spec.shape) == rank] for rank in (2, 3)}
         for name in ("token_embeddings", "last_hidden_state"):
             if name in by_rank[3]:
@@ -165,14 +168,14 @@ class Embedder:
             return by_rank[3][0], False
         if "sentence_embedding" in by_rank[2]:
             return "sentence_embedding", True
-        given = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._graph.outputs)[:300]
+        given = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._outputs)[:300]
         raise failure(
             "model_invalid",
             f"the graph gives {given}; a text embedding model gives last_hidden_state of shape [texts, tokens, width]",
         )
 
     def _find_width(self) -> int:
-        declared = next(spec for spec in self._graph.outputs if spec.name == self._output).shape[-1]
+        declared = next(spec for spec in self._outputs if spec.name == self._output).shape[-1]
         expected = self._layout.hidden_size
         if isinstance(declared, int) and expected is not None and declared != expected and not self._is_pooled:
             raise failure(
