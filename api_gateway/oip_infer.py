@@ -36,7 +36,7 @@ from device_operations.jobs import State, new_id
 from device_operations.requests.base import JobOptions
 from tasks.database import unavailable
 from tasks.plans.inference import plan_stored_run
-from tasks.plans.residents import check_against_model, find_model, find_session, state_inputs
+from tasks.plans.residents import check_against_model, find_model, find_session, require_graph, state_inputs
 from tasks.store.connection import Row
 from tasks.submit import Plan
 from tasks.transients import TRANSIENT_BYTES
@@ -204,6 +204,7 @@ def _plan(
         raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
     session = find_session(context, session_id) if session_id else None
     model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
+    require_graph(model, "runs with inputs")
     if asked.raw is not None:
         asked.inputs = only_input(model, asked.raw)
     outputs = [output.name for output in asked.outputs]

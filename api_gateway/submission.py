@@ -23,6 +23,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
+from device_operations.requests.pipelines import PipelineRun
 from device_operations.tensors import INLINE_BYTES
 from tasks.database import unavailable
 from tasks.owners import absent
@@ -285,6 +286,8 @@ def _touches_nothing(gateway: Gateway, caller: Caller, kind: Kind, parsed: Any) 
 
     An inference session is read; a training session that was named before is known.
     """
+    if isinstance(parsed, PipelineRun):
+        return False  # its pictures are decoded, and its tensors stored
     if kind is Kind.INFERENCE_RUN:
         known, tensors = parsed.session_id is None and not parsed.into, parsed.inputs
     elif kind is Kind.TRAINING_VALIDATE or (kind is Kind.TRAINING_STEP and parsed.mode == "train"):

@@ -102,10 +102,10 @@ class Recorder:
         """The device has begun with jobs."""
         self._queue.put(("started", works))
 
-    def progressed(self, work: Work, told: dict[str, Any]) -> None:
-        """A running job got further; written a few times a second at most."""
+    def progressed(self, work: Work, told: dict[str, Any], *, always: bool = False) -> None:
+        """A running job got further; written a few times a second at most, unless `always`."""
         now = time.monotonic()
-        if now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
+        if always or now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
             self._told_at[work.job_id] = now
             self._queue.put(("progress", work, told))
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -22,10 +22,14 @@ from workers.devices.base import BufferView
 from workers.devices.onnx_session import Over
 from workers.devices.onnx_tensors import Feed, Kept
 from workers.models import close, facts, open_model, revive
+from workers.operations import pipelines
 from workers.resident import Resident, ResidentModel
 from workers.sessions import fed_by, left_by, session_of
 from workers.tensors import feed, give, hand_over, staged_bytes, view
 from workers.work import Work, named
+
+if TYPE_CHECKING:
+    from workers.operations import Steps
 
 log = structlog.get_logger(__name__)
 
@@ -102,15 +106,18 @@ def read_ahead(resident: Resident, works: Sequence[Work]) -> None:
     for work in works:
         if room <= 0:
             return
-        inputs = work.request["inputs"].values()
-        if all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
+        inputs = work.request.get("inputs", {}).values()
+        if inputs and all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
             with suppress(OperationError):
                 work.feeds = _feeds(resident, work)
                 room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
 
 
-def run(resident: Resident, work: Work) -> Outcome:
-    """Runs a model once."""
+def run(resident: Resident, work: Work) -> Outcome | Steps:
+    """Runs a model once; a pipeline in steps."""
+    model = resident.models.get(work.request["model_id"])
+    if model is not None and pipelines.takes_steps(resident, work):
+        return pipelines.run(resident, model, work)
     return run_batch(resident, [work])[0]
 
 
@@ -124,6 +131,8 @@ def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
     if model is None:
         missing = _missing(resident, works[0].request["model_id"])
         return [_failed(work, missing) for work in works]
+    if model.pipeline is not None:
+        return pipelines.run_joined(resident, model, works)
     outcomes: dict[str, Outcome] = {}
     fed: list[tuple[Work, Feeds]] = []
     for work in works:
