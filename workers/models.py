@@ -44,9 +44,6 @@ WARMUP_AGAIN_SECONDS = 10.0
 #: Seconds for which a replaced model stays: runs that were being planned when it was replaced are recorded by then.
 REPLACED_SECONDS = MAX_AGE_SECONDS + 1.0
 
-#: What a pipeline's runs are: each decides by itself whether others may join it (`Pipeline.batch_of`).
-OF_PIPELINE = batching.Batching(False, "a pipeline's runs go in steps")
-
 
 def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> ResidentModel:
     """Makes a recorded model resident, on the graph that is there for its content or on one that is opened."""
@@ -107,9 +104,10 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     options = row["options"]
     onnx, asked = graph.loaded, options.get("max_batch_size")
     if not isinstance(onnx, OnnxModel):
+        max_rows, together = onnx.batching(asked)
         return ResidentModel(
-            row["model_id"], row["name"], graph, row["pinned"], asked or 1, options.get("max_delay_ms", 0.0),
-            OF_PIPELINE, time.monotonic(),
+            row["model_id"], row["name"], graph, row["pinned"], max_rows, options.get("max_delay_ms", 0.0), together,
+            time.monotonic(),
         )  # fmt: skip
     # A model that comes back after a death has been tried: what it did then is recorded, and is not done again.
     again = row["state"] == "lost"

@@ -91,7 +91,7 @@ class ResidentModel:
         """
         pipeline = self.pipeline
         if pipeline is not None:
-            batch = pipeline.batch_of(request)
+            batch = pipeline.batch_of(request, self.max_batch_size)
             return None if batch is None else ((self.model_id, batch[0]), batch[1])
         if not self.batching.enabled:
             return None

@@ -30,7 +30,8 @@ async def create_embeddings(request: Request, caller: Known) -> Response:
     asked = checked(Embeddings, await read_body(request))
     gateway = of(request)
     model = await run_in_threadpool(find_that_makes, gateway, caller, asked.model, "embeddings")
-    fields: dict[str, Any] = {"texts": asked.input, "normalize": True}
+    given = "texts" if isinstance(asked.input[0], str) else "tokens"
+    fields: dict[str, Any] = {given: asked.input, "normalize": True}
     if asked.dimensions is not None:
         fields["dimensions"] = asked.dimensions
     async with run(request, caller, model, fields, asked.job) as job:

@@ -12,18 +12,16 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError, 
 
 from device_operations.requests.base import LabelName, LabelValue, Name, Request
 from device_operations.requests.kinds import invalid
-
-#: Texts in one request at most.
-MOST_TEXTS = 8192
+from device_operations.requests.pipelines import MAX_TEXTS
 
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _INPUT_SCHEMA = {
     "anyOf": [
         _TEXT,
-        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MOST_TEXTS},
+        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_TEXTS},
         _IDS,
-        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MOST_TEXTS},
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_TEXTS},
     ]
 }
 
@@ -49,8 +47,8 @@ def _texts(value: Any) -> list[str] | list[list[int]]:
     given = [value] if isinstance(value, str) or _is_ids(value) else value
     if not isinstance(given, list) or not given:
         raise ValueError("is a text, a list of texts, a list of tokens, or a list of such lists, and not empty")
-    if len(given) > MOST_TEXTS:
-        raise ValueError(f"holds {len(given)} texts; at most {MOST_TEXTS} go into one request")
+    if len(given) > MAX_TEXTS:
+        raise ValueError(f"holds {len(given)} texts; at most {MAX_TEXTS} go into one request")
     if all(isinstance(text, str) for text in given):
         if not all(given):
             raise ValueError(f"text {given.index('')} is empty")

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from device_operations.errors import failure
 from device_operations.requests.base import Identifier, JobRequest, Name, Request
@@ -27,6 +38,8 @@ MAX_PIXELS = 2048 * 2048
 SIDE_STEP = 8
 MAX_STEPS = 1000
 MAX_PROMPT = 20_000
+#: Texts of one run.
+MAX_TEXTS = 8192
 
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT, pattern=r"^[^\x00]*$")]
 Side = Annotated[int, Field(ge=SIDE_STEP, le=MAX_SIDE, multiple_of=SIDE_STEP, strict=True)]
@@ -114,8 +127,81 @@ class VaeRun(PipelineRun):
         return self
 
 
+def _as_texts(value: Any) -> Any:
+    """A list of texts as the tensor that it stands for; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    _check_count(len(value))
+    for at, text in enumerate(value):
+        if not isinstance(text, str):
+            raise ValueError(f"entry {at} is no text")
+    return {"dtype": "string", "shape": [len(value)], "data": value}
+
+
+def _as_tokens(value: Any) -> Any:
+    """The same of a list of lists of token ids, which are JSON values."""
+    if not isinstance(value, list):
+        return value
+    _check_count(len(value))
+    for at, ids in enumerate(value):
+        if not isinstance(ids, list) or not ids or not all(type(one) is int for one in ids):
+            raise ValueError(f"entry {at} is no list of whole numbers, or is empty")
+    return {"dtype": "json", "shape": [len(value)], "data": value}
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= MAX_TEXTS:
+        raise ValueError(f"there are {count} texts; one run takes 1 to {MAX_TEXTS}")
+
+
+def _one_axis(tensor: Tensor, dtype: str) -> Tensor:
+    if tensor.dtype != dtype or len(tensor.shape) != 1:
+        raise ValueError(f"as a tensor it is of dtype {dtype} and has one axis")
+    _check_count(tensor.shape[0])
+    return tensor
+
+
+def _listed(items: dict[str, Any]) -> WithJsonSchema:
+    """The schema of a list that stands for a tensor."""
+    return WithJsonSchema({"type": "array", "items": items, "minItems": 1, "maxItems": MAX_TEXTS})
+
+
+#: A list of texts; a tensor of dtype `string` and one axis is the same.
+Texts = Annotated[
+    Tensor,
+    BeforeValidator(_as_texts),
+    AfterValidator(lambda one: _one_axis(one, "string")),
+    _listed({"type": "string"}),
+]
+#: A list of texts, each as the ids of its tokens.
+TokenLists = Annotated[
+    Tensor, BeforeValidator(_as_tokens), AfterValidator(lambda one: _one_axis(one, "json")),
+    _listed({"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}),
+]  # fmt: skip
+
+
+class TextEmbeddingRun(PipelineRun):
+    """Texts to vectors. Exactly one of `texts` and `tokens`, the ids of the model's own tokenizer."""
+
+    texts: Texts | None = None
+    tokens: TokenLists | None = None
+    normalize: bool | None = Field(
+        None, strict=True, description="vectors of length 1; if not given, as the model's files say"
+    )
+    dimensions: int | None = Field(
+        None, ge=1, le=65_536, strict=True, description="cuts vectors, where the model was trained for that"
+    )
+    form: Form = "auto"
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> TextEmbeddingRun:
+        if (self.texts is None) == (self.tokens is None):
+            raise ValueError("give exactly one of texts and tokens")
+        return self
+
+
 #: The type of model: what its runs give. Names of fields mean the same in all of them.
-RUNS: dict[str, type[PipelineRun]] = {"vae": VaeRun}
+RUNS: dict[str, type[PipelineRun]] = {"vae": VaeRun, "text_embedding": TextEmbeddingRun}
 
 _COMMON = frozenset(PipelineRun.model_fields)
 

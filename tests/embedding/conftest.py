@@ -1,7 +1,7 @@
 """Fixtures for text embedding: a device, tiny models, and MiniLM with its real weights.
 
 cpu             session   the CPU device
-open_embedder   function  open_embedder(folder, most_rows=8) -> Embedder over the folder's graph
+open_embedder   function  open_embedder(folder) -> Embedder over the folder's graph
 minilm          session   the folder of MiniLM in float32: the package's files, and model.onnx exported from them
 """
 
@@ -37,12 +37,12 @@ def minilm(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_embedder(cpu: Device) -> Callable[..., Embedder]:
-    def open_it(folder: Path, most_rows: int = 8, graph: Path | None = None) -> Embedder:
+    def open_it(folder: Path) -> Embedder:
         layout = read_layout(folder)
         tokens = Tokens(layout)
-        model = cpu.open_model(graph or layout.graph, ModelOptions(root=folder))
+        model = cpu.open_model(layout.graph, ModelOptions(root=folder))
         made = embedder_over(layout, tokens, model)
-        made.allow(most_rows)
+        made.try_out()
         return made
 
     return open_it
@@ -59,9 +59,9 @@ def embedder_over(layout: Layout, tokens: Tokens, model: OnnxModel) -> Embedder:
     )
 
 
-def embed(embedder: Embedder, texts: Any) -> Embedded:
+def embed(embedder: Embedder, texts: Any, most_rows: int = 8) -> Embedded:
     """All of it at once."""
-    steps = embedder.embed(texts)
+    steps = embedder.embed(texts, most_rows)
     while True:
         try:
             next(steps)

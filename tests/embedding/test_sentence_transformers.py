@@ -54,7 +54,7 @@ def reference(models_dir: Path) -> Any:
 def test_embeddings_equal_sentence_transformers(
     reference: Any, minilm: Path, open_embedder: Callable[..., Embedder], most_rows: int
 ) -> None:
-    found = embed(open_embedder(minilm, most_rows), texts())
+    found = embed(open_embedder(minilm), texts(), most_rows)
     expected = reference.encode(texts(), batch_size=16)
     difference = np.abs(normalized(found.vectors) - expected).max()
     print(f"largest difference with {most_rows} rows: {difference:.2e}")

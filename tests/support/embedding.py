@@ -18,6 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz", "hello", "world", "lighthouse", "dusk"]
 WIDTH = 4
 
+#: A slow graph multiplies square matrices of that side, so often.
+SLOW, SLOW_TURNS = 1000, 8
+
 
 def tokenizer() -> str:
     """The text of a tokenizer.json: words by white space, [CLS] before and [SEP] behind."""
@@ -35,8 +38,18 @@ def tokenizer() -> str:
     return str(made.to_str())
 
 
-def graph(*, heeds_mask: bool = True, types: bool = False, width: int = WIDTH, mean_over_batch: bool = False) -> bytes:
-    """last_hidden_state [texts, tokens, width] of input_ids and attention_mask."""
+def graph(
+    *,
+    heeds_mask: bool = True,
+    types: bool = False,
+    width: int = WIDTH,
+    mean_over_batch: bool = False,
+    slow: bool = False,
+) -> bytes:
+    """last_hidden_state [texts, tokens, width] of input_ids and attention_mask.
+
+    With `mean_over_batch` rows touch each other; with `slow` they also do, and a run takes some tenths of a second.
+    """
     table = np.random.default_rng(3).standard_normal((len(WORDS), width)).astype(np.float32)
     weights = "mask" if heeds_mask else "ones"
     nodes = [
@@ -49,7 +62,7 @@ def graph(*, heeds_mask: bool = True, types: bool = False, width: int = WIDTH, m
         helper.make_node("ReduceSum", ["kept", "axis"], ["sum"], keepdims=1),
         helper.make_node("ReduceSum", [weights, "axis"], ["count"], keepdims=1),
         helper.make_node("Div", ["sum", "count"], ["mean"]),
-        helper.make_node("Add", ["own", "mean"], ["last_hidden_state" if not mean_over_batch else "hidden"]),
+        helper.make_node("Add", ["own", "mean"], ["hidden" if mean_over_batch or slow else "last_hidden_state"]),
     ]
     initializers = [
         numpy_helper.from_array(table, "table"),
@@ -63,6 +76,20 @@ def graph(*, heeds_mask: bool = True, types: bool = False, width: int = WIDTH, m
         nodes += [
             helper.make_node("ReduceMean", ["hidden", "rows"], ["over"], keepdims=1),
             helper.make_node("Add", ["hidden", "over"], ["last_hidden_state"]),
+        ]
+    if slow:
+        initializers += [
+            numpy_helper.from_array(np.full((SLOW, SLOW), 1 / SLOW, np.float32), "large"),
+            numpy_helper.from_array(np.array([0, 1, 2]), "all"),
+        ]
+        nodes.append(helper.make_node("ReduceMean", ["hidden", "all"], ["level"], keepdims=0))
+        nodes.append(helper.make_node("Mul", ["large", "level"], ["power0"]))
+        for turn in range(SLOW_TURNS):
+            nodes.append(helper.make_node("MatMul", [f"power{turn}", "large"], [f"power{turn + 1}"]))
+        nodes += [
+            helper.make_node("ReduceMean", [f"power{SLOW_TURNS}"], ["last"], keepdims=0),
+            helper.make_node("Mul", ["last", "zero"], ["nothing"]),
+            helper.make_node("Add", ["hidden", "nothing"], ["last_hidden_state"]),
         ]
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["texts", "tokens"]) for name in names]

@@ -16,7 +16,7 @@ from tasks.store import blobs as blob_store
 from workers.devices.base import Array, BufferView
 from workers.pipelines.base import MadeImage, Pipeline, Result, Run
 from workers.resident import Resident, ResidentModel
-from workers.tensors import feed, give, keep
+from workers.tensors import feed, give, hand_over, keep
 from workers.work import Detached, Work, named
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run(resident: Resident, model: ResidentModel, work: Work) -> Steps:
     """Runs a pipeline in steps. Encoding and storing what it made happens without the device."""
     pipeline = pipeline_of(model)
     device_seconds = 0.0
-    steps = pipeline.run(context(resident, work))
+    steps = pipeline.run(context(resident, model, work))
     try:
         while True:
             began = time.perf_counter()
@@ -56,7 +56,7 @@ def run_joined(resident: Resident, model: ResidentModel, works: Sequence[Work]) 
     pipeline = pipeline_of(model)
     began = time.perf_counter()
     try:
-        made = pipeline.run_joined([context(resident, work) for work in works])
+        made = pipeline.run_joined([context(resident, model, work) for work in works])
     except Exception as error:
         known = named(error, resident.device)
         if known.code == "device_lost":
@@ -69,18 +69,20 @@ def run_joined(resident: Resident, model: ResidentModel, works: Sequence[Work]) 
         model.last_used = time.monotonic()
     model.device_ms = (time.perf_counter() - began) * 1e3
     outcomes = []
-    for work, one in zip(works, made, strict=True):
+    for index, (work, one) in enumerate(zip(works, made, strict=True)):
         if isinstance(one, OperationError):
             outcomes.append(work.failed(one))
         else:
-            outcomes.append(_pending(resident, work, one, model.device_ms, len(works)))
+            executions = int(index == 0)
+            outcomes.append(_pending(resident, work, one, model.device_ms, len(works), executions=executions))
     return outcomes
 
 
 def takes_steps(resident: Resident, work: Work) -> bool:
     """Whether a run is one of a pipeline that goes in steps."""
     model = resident.models.get(work.request.get("model_id", ""))
-    return model is not None and model.pipeline is not None and model.pipeline.takes_steps(work.request)
+    pipeline = model.pipeline if model is not None else None
+    return model is not None and pipeline is not None and pipeline.takes_steps(work.request, model.max_batch_size)
 
 
 def pipeline_of(model: ResidentModel) -> Pipeline:
@@ -89,7 +91,7 @@ def pipeline_of(model: ResidentModel) -> Pipeline:
     return model.pipeline
 
 
-def context(resident: Resident, work: Work) -> Run:
+def context(resident: Resident, model: ResidentModel, work: Work) -> Run:
     """What a run may reach: its own tensors and pictures, and the blobs of its job's owner."""
 
     def tensor(name: str) -> Array:
@@ -113,14 +115,16 @@ def context(resident: Resident, work: Work) -> Run:
         return bytes(resident.blobs.read(blob_id, 0, None))
 
     return Run(
-        work.request, resident.device, work.cancel, tensor, picture,
+        work.request, resident.device, work.cancel, model.max_batch_size, tensor, picture,
         lambda data: keep(resident, data, work.row["owner"]),
     )  # fmt: skip
 
 
-def _pending(resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int) -> Outcome:
+def _pending(
+    resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int, *, executions: int
+) -> Outcome:
     """The outcome of a short run, whose result is put into words off the device's thread."""
-    outcome = work.succeeded({}, device_ms=device_ms, batch_size=batch_size, executions=1)
+    outcome = work.succeeded({}, device_ms=device_ms, batch_size=batch_size, executions=executions)
     outcome.pending = lambda: _result(resident, work, made, device_ms, batch_size)
     return outcome
 
@@ -133,10 +137,12 @@ def _outcome(resident: Resident, work: Work, made: Result, device_ms: float, bat
 def _result(resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int) -> dict[str, Any]:
     owner = work.row["owner"]
     form = work.request.get("form", "auto")
-    result: dict[str, Any] = {
-        "session_id": work.job_id,
-        "outputs": {name: give(resident, value, form, owner) for name, value in made.outputs.items()},
-    }
+    outputs: Mapping[str, Any]
+    if form == "transient":  # for a request that waits: it reads the bytes and drops them
+        outputs = hand_over(resident, dict(made.outputs))
+    else:
+        outputs = {name: give(resident, value, form, owner) for name, value in made.outputs.items()}
+    result: dict[str, Any] = {"session_id": work.job_id, "outputs": outputs}
     if made.images:
         result["images"] = [_image(resident, image, owner) for image in made.images]
     return {**result, **made.facts, "batch_size": batch_size, "device_ms": round(device_ms, 3)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from device_operations.errors import OperationError, failure
+from workers.batching import Batching
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel
 from workers.devices.values import ModelOptions
@@ -18,6 +19,9 @@ from workers.work import Progress
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
+
+#: What most pipelines say of joining their runs.
+OF_PIPELINE = Batching(False, "a pipeline's runs go in steps")
 
 #: Steps whose mean says how long those to come will take.
 RECENT_STEPS = 8
@@ -173,6 +177,8 @@ class Run:
     request: Mapping[str, Any]
     device: Device
     cancel: Cancel
+    #: Rows that may run together, by the model's load (`Pipeline.batching`).
+    max_rows: int
     tensor: Callable[[str], Array]
     picture: Callable[[Mapping[str, Any]], bytes]
     keep: Callable[[bytes], str]
@@ -228,11 +234,15 @@ class Pipeline(ABC):
         """What callers may want to know of it, for the result of its load."""
         return {}
 
-    def takes_steps(self, request: Mapping[str, Any]) -> bool:
+    def batching(self, asked: int | None) -> tuple[int, Batching]:
+        """How many rows may run together, of one run or of several, where a load asked for `asked`; and why."""
+        return asked or 1, OF_PIPELINE
+
+    def takes_steps(self, request: Mapping[str, Any], max_rows: int) -> bool:
         """Whether a run goes in steps; a short one goes at once, joined with others where `batch_of` says so."""
         return True
 
-    def batch_of(self, request: Mapping[str, Any]) -> tuple[Hashable, int] | None:
+    def batch_of(self, request: Mapping[str, Any], max_rows: int) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone."""
         return None
 

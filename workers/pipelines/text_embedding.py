@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from device_operations.errors import OperationError, failure
-from workers.batching import decide
+from workers.batching import DEFAULT_ROWS, Batching, decide
 from workers.devices.base import Device
 from workers.devices.onnx import Cancel
 from workers.devices.onnx_session import Over
@@ -31,7 +31,7 @@ from workers.work import Progress
 GRAPH = "model"
 
 #: Texts that run together at most where rows are proven apart and the load names no max_batch_size: what keeps a GPU
-#: busy. A CPU gains nothing by more than `batching.DEFAULT_ROWS`.
+#: busy. A CPU gains nothing by more than `DEFAULT_ROWS`.
 ROWS_ON_A_GPU = 32
 
 
@@ -40,16 +40,16 @@ class TextEmbeddingPipeline(Pipeline):
 
     model_type: ClassVar[str] = "text_embedding"
 
-    def __init__(self, parts: Parts, layout: Layout, tokens: Tokens, options: Mapping[str, Any]) -> None:
+    def __init__(self, parts: Parts, layout: Layout, tokens: Tokens) -> None:
         super().__init__(parts)
         self._layout = layout
-        self._asked_rows: int | None = options.get("max_batch_size")
         graph = parts[GRAPH]
         self._embedder = Embedder(
             layout, tokens, list(graph.inputs.values()), list(graph.outputs.values()), self._run_graph
         )
         self._padding_difference: float | None = None
-        self._rows: Verdict | None = None
+        self._rows = Verdict(Proof.UNKNOWN, "the graph is not open")
+        self._default_rows = DEFAULT_ROWS
 
     @classmethod
     def read(cls, source: Path, root: Path, options: Mapping[str, Any]) -> TextEmbeddingPipeline:
@@ -57,48 +57,48 @@ class TextEmbeddingPipeline(Pipeline):
             raise failure("model_invalid", "text embedding needs a folder with tokenizer.json; the source is one file")
         layout = read_layout(source)
         tokens = Tokens(layout)
-        return cls(Parts([read_part(GRAPH, layout.graph, root)], root, options), layout, tokens, options)
+        return cls(Parts([read_part(GRAPH, layout.graph, root)], root, options), layout, tokens)
 
     def open(self, device: Device, cancel: Cancel | None) -> None:
         """Opens the graph, and tries whether texts of different lengths may run together."""
         super().open(device, cancel)
         try:
             self._rows = self.parts.get(GRAPH, cancel).rows
-            most = self._most_rows(self._rows, on_host=device.host_memory)
-            self._padding_difference = self._embedder.allow(most, cancel)
+            self._default_rows = DEFAULT_ROWS if device.host_memory else ROWS_ON_A_GPU
+            self._padding_difference = self._embedder.try_out(cancel)
         except BaseException:
             self.close()
             raise
         self.parts.rest()
 
+    def batching(self, asked: int | None) -> tuple[int, Batching]:
+        """Rows run together where the graph's structure proves them apart, or does not disprove it and a load asks."""
+        rows = self._rows
+        most = self._default_rows if rows.proof is Proof.PROVEN and asked is None else decide(rows, asked)
+        mixed = "texts of any lengths together" if self._embedder.pads else "texts of equal lengths together"
+        reason = f"{rows.reason}; {mixed}" if most > 1 else rows.reason
+        return most, Batching(most > 1, reason, self._padding_difference, rows.proof)
+
     def about(self) -> dict[str, Any]:
-        layout, rows = self._layout, self._rows
+        layout = self._layout
         return {
             "dimensions": self._embedder.width,
             "max_tokens": layout.max_tokens,
             "pooling": layout.pooling.value,
             "normalize": layout.normalize,
-            "batching": {
-                "max_batch_size": self._embedder.most_rows,
-                "proof": None if rows is None else rows.proof.value,
-                "reason": "" if rows is None else rows.reason,
-                "lengths_mixed": self._embedder.pads,
-                "padding_difference": self._padding_difference,
-            },
         }
 
-    def takes_steps(self, request: Mapping[str, Any]) -> bool:
-        return _count(request) > self._embedder.most_rows
+    def takes_steps(self, request: Mapping[str, Any], max_rows: int) -> bool:
+        return _count(request) > max_rows
 
-    def batch_of(self, request: Mapping[str, Any]) -> tuple[Hashable, int] | None:
-        count = _count(request)
-        most = self._embedder.most_rows // count
-        return ((GRAPH,), most) if most > 1 else None
+    def batch_of(self, request: Mapping[str, Any], max_rows: int) -> tuple[Hashable, int] | None:
+        most = max_rows // _count(request)
+        return (GRAPH, most) if most > 1 else None
 
     def run(self, run: Run) -> Steps:
         texts = _texts(run)
         self._check_dimensions(run)
-        steps = self._embedder.embed(texts, run.cancel)
+        steps = self._embedder.embed(texts, run.max_rows, run.cancel)
         while True:
             try:
                 done = next(steps)
@@ -109,7 +109,7 @@ class TextEmbeddingPipeline(Pipeline):
     def run_joined(self, runs: Sequence[Run]) -> list[Result | OperationError]:
         given = [self._tokenized(run) for run in runs]
         joined = [one for tokenized in given if not isinstance(tokenized, OperationError) for one in tokenized]
-        steps = self._embedder.run(joined, _Together([run.cancel for run in runs]))
+        steps = self._embedder.run(joined, runs[0].max_rows, _Together([run.cancel for run in runs]))
         while True:
             try:
                 next(steps)
@@ -134,10 +134,6 @@ class TextEmbeddingPipeline(Pipeline):
             return self._embedder.tokenize(_texts(run))
         except OperationError as error:
             return error
-
-    def _most_rows(self, rows: Verdict, *, on_host: bool) -> int:
-        proven = rows.proof is Proof.PROVEN and self._asked_rows is None
-        return ROWS_ON_A_GPU if proven and not on_host else decide(rows, self._asked_rows)
 
     def _run_graph(self, feeds: Mapping[str, Any], outputs: Sequence[str], cancel: Any) -> Mapping[str, Any]:
         return self.parts.get(GRAPH, cancel).run(feeds, outputs, cancel=cancel)

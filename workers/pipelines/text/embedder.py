@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from device_operations.errors import failure
+from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
 from workers.devices.onnx_tensors import TensorSpec
 from workers.pipelines.text.batches import by_length
@@ -71,24 +71,25 @@ class Embedder:
         self._output, self._is_pooled = self._find_output()
         #: Numbers in one vector.
         self.width = self._find_width()
-        #: Rows in one run at most.
-        self.most_rows = 1
         #: Whether texts of different lengths may run together.
         self.pads = False
 
-    def allow(self, most_rows: int, cancel: Any = None) -> float | None:
-        """Lets so many texts run together; the largest difference that padding made as a share, None if not tried.
+    def try_out(self, cancel: Any = None) -> float | None:
+        """Runs two texts, alone and together; the largest difference that padding made as a share, None if not tried.
 
-        Texts of different lengths only run together where two, tried here, come out as they do alone.
+        Texts of different lengths only run together where these come out as they do alone. Raises `model_invalid` where
+        the graph does not run on tokens or gives another shape than it says.
         """
-        self.most_rows = most_rows
-        if most_rows < 2 or MASK not in self._inputs:
-            return None
         short, long = self._tokens.encode(["a", "a b c d e f g h"])
-        if len(short.ids) == len(long.ids):
-            return None
-        alone = [self._run([one], cancel)[0] for one in (short, long)]
-        together = self._run([short, long], cancel)
+        try:
+            alone = [self._run([one], cancel)[0] for one in (short, long)]
+            if MASK not in self._inputs or len(short.ids) == len(long.ids):
+                return None
+            together = self._run([short, long], cancel)
+        except OperationError as error:
+            if error.code in ("run_failed", "input_mismatch"):
+                raise failure("model_invalid", f"the graph does not run on two short texts: {error.message}") from error
+            raise
         largest = max(float(np.abs(vector).max()) for vector in alone) or 1.0
         difference = max(float(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True)) / largest
         self.pads = difference <= PADDING_TOLERANCE  # NaN is not
@@ -101,27 +102,27 @@ class Embedder:
         """
         return self._tokens.encode(texts, first)
 
-    def run(self, tokenized: Sequence[Tokenized], cancel: Any = None) -> Generator[int, None, Embedded]:
-        """Embeds texts that are tokens already, a batch each step; yields how many are done.
+    def run(self, tokenized: Sequence[Tokenized], most_rows: int, cancel: Any = None) -> Generator[int, None, Embedded]:
+        """Embeds texts that are tokens already, a batch of at most `most_rows` each step; yields how many are done.
 
         `cancel` is a run's, or those of several as one. Raises `cancelled`, `timeout`, `run_failed`.
         """
         vectors = np.empty((len(tokenized), self.width), np.float32)
         done = 0
-        for batch in by_length([len(one.ids) for one in tokenized], self.most_rows, pads=self.pads):
+        for batch in by_length([len(one.ids) for one in tokenized], most_rows, pads=self.pads):
             vectors[batch] = self._run([tokenized[index] for index in batch], cancel)
             done += len(batch)
             yield done
         truncated = [index for index, one in enumerate(tokenized) if one.truncated]
         return Embedded(vectors, [len(one.ids) for one in tokenized], truncated)
 
-    def embed(self, texts: Sequence[Text], cancel: Any = None) -> Generator[int, None, Embedded]:
+    def embed(self, texts: Sequence[Text], most_rows: int, cancel: Any = None) -> Generator[int, None, Embedded]:
         """Embeds texts: a portion is tokenised, or a batch runs, each step; yields how many are done."""
         tokenized: list[Tokenized] = []
         for portion in _portions(texts):
             tokenized += self.tokenize(portion, first=len(tokenized))
             yield 0
-        return (yield from self.run(tokenized, cancel))
+        return (yield from self.run(tokenized, most_rows, cancel))
 
     def _run(self, rows: Sequence[Tokenized], cancel: Any) -> Array:
         """The vectors [rows, width] of texts that run together."""
