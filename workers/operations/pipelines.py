@@ -113,7 +113,7 @@ def context(resident: Resident, work: Work) -> Run:
         return bytes(resident.blobs.read(blob_id, 0, None))
 
     return Run(
-        work.request, resident.device, work.cancel, tensor, picture,
+        work.request, work.cancel, tensor, picture,
         lambda data: keep(resident, data, work.row["owner"]),
     )  # fmt: skip
 

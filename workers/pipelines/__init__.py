@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from workers.pipelines.base import Pipeline
 
 #: Where the class of each type of model is.
-PIPELINES: dict[str, str] = {"vae": "workers.pipelines.vae:VaePipeline"}
+PIPELINES: dict[str, str] = {
+    "vae": "workers.pipelines.vae:VaePipeline",
+    "sdxl": "workers.pipelines.sdxl:SdxlPipeline",
+}
 
 
 def read(model_type: str, source: Path, root: Path, options: Mapping[str, Any]) -> Pipeline:
