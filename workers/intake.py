@@ -143,7 +143,7 @@ class Intake:
         kind = entry.kind
         if kind == Kind.INFERENCE_RUN and not request.get("session_id") and not request.get("into"):
             model = self._resident.models.get(request.get("model_id", ""))
-            batch = model.batch_of(request) if model else None
+            batch = model.batch_of_request(request) if model else None
             if batch is not None:
                 entry.batch_key, entry.batch_limit = batch
                 entry.batch_delay_seconds = model.max_delay_ms / 1000 if model else 0.0

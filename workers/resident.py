@@ -83,19 +83,21 @@ class ResidentModel:
         """The pipeline that runs it, where it is one and not a single graph."""
         return self.graph.pipeline
 
-    def batch_of(self, request: dict[str, Any]) -> tuple[Hashable, int] | None:
+    def batch_of_request(self, request: dict[str, Any]) -> tuple[Hashable, int] | None:
+        """The key under which a run may be joined with others, and how many; a pipeline says so itself."""
+        pipeline = self.pipeline
+        if pipeline is None:
+            return self.batch_of(request["inputs"], request.get("outputs"))
+        batch = pipeline.batch_of(request, self.max_batch_size)
+        return None if batch is None else ((self.model_id, batch[0]), batch[1])
+
+    def batch_of(self, inputs: dict[str, Any], outputs: list[str] | None) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone.
 
-        Joined runs have the same inputs, dtypes and shapes, at least one row, and equal scalars; of a pipeline, what
-        it says itself.
+        Joined runs have the same inputs, dtypes and shapes, at least one row, and equal scalars.
         """
-        pipeline = self.pipeline
-        if pipeline is not None:
-            batch = pipeline.batch_of(request, self.max_batch_size)
-            return None if batch is None else ((self.model_id, batch[0]), batch[1])
         if not self.batching.enabled:
             return None
-        inputs, outputs = request["inputs"], request.get("outputs")
         # What stands for one of the model's own weights holds for a whole run.
         if any(spec.name in inputs for spec in self.onnx.optional_inputs):
             return None

@@ -7,6 +7,7 @@ A new type of pipeline is a subclass of `PipelineRun` and an entry in `RUNS`.
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -200,8 +201,38 @@ class TextEmbeddingRun(PipelineRun):
         return self
 
 
+class SdxlRun(PipelineRun):
+    """A prompt to images; with `image`, that one changed. What is not given is as the model's configuration says."""
+
+    prompt: Prompt
+    negative_prompt: Prompt | None = None
+    width: Side | None = None
+    height: Side | None = None
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, strict=True)
+    guidance_scale: float | None = Field(None, ge=0, le=100, description="1 and below: without guidance")
+    seed: Seed | None = Field(None, description="of the first image; each further one has the next number")
+    images: int = Field(1, ge=1, le=MAX_IMAGES, strict=True)
+    scheduler: Scheduler | None = None
+    image: Picture | None = Field(None, description="the image to start from, which strength changes")
+    strength: float | None = Field(None, gt=0, le=1, description="the share of the steps that change `image`; 0.3")
+    preview_every: int | None = Field(None, ge=1, le=MAX_STEPS, strict=True)
+    output_format: PictureFormat = "png"
+
+    @model_validator(mode="after")
+    def _fits(self) -> SdxlRun:
+        if self.strength is not None and self.image is None:
+            raise ValueError("strength goes with image")
+        if (self.width or SIDE_STEP) * (self.height or SIDE_STEP) > MAX_PIXELS:
+            raise ValueError(f"an image has {MAX_PIXELS} pixels at most (width times height)")
+        return self
+
+    def payload(self) -> dict[str, Any]:
+        # The seed is part of the job, so that a run that starts again after a death makes the same images.
+        return {"seed": secrets.randbelow(2**32), **super().payload()}
+
+
 #: The type of model: what its runs give. Names of fields mean the same in all of them.
-RUNS: dict[str, type[PipelineRun]] = {"vae": VaeRun, "text_embedding": TextEmbeddingRun}
+RUNS: dict[str, type[PipelineRun]] = {"vae": VaeRun, "sdxl": SdxlRun, "text_embedding": TextEmbeddingRun}
 
 _COMMON = frozenset(PipelineRun.model_fields)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from tests.inference.conftest import Api, api, start_api
-from tests.support.pipelines import export_vae, tiny_vae
+from tests.support.pipelines import export_sdxl, export_vae, tiny_sdxl, tiny_vae
 
 __all__ = ["Api", "api", "start_api"]
 
@@ -80,3 +81,23 @@ def png(array: np.ndarray, form: str = "PNG", **more: Any) -> bytes:
     written = io.BytesIO()
     Image.fromarray(array, "RGB").save(written, form, **more)
     return written.getvalue()
+
+
+@pytest.fixture(scope="session")
+def sdxl() -> dict[str, Any]:
+    """diffusers' and transformers' modules, with the weights of `sdxl_folder`."""
+    return tiny_sdxl()
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(sdxl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same exported, with the scheduler that SDXL base has."""
+    return export_sdxl(sdxl, tmp_path_factory.mktemp("sdxl"), base_scheduler())
+
+
+def base_scheduler(**more: Any) -> EulerDiscreteScheduler:
+    """The scheduler of SDXL base."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
+        **more,
+    )  # fmt: skip

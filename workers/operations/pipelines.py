@@ -115,7 +115,7 @@ def context(resident: Resident, model: ResidentModel, work: Work) -> Run:
         return bytes(resident.blobs.read(blob_id, 0, None))
 
     return Run(
-        work.request, resident.device, work.cancel, model.max_batch_size, tensor, picture,
+        work.request, work.cancel, model.max_batch_size, tensor, picture,
         lambda data: keep(resident, data, work.row["owner"]),
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: Where the class of each type of model is.
 PIPELINES: dict[str, str] = {
     "vae": "workers.pipelines.vae:VaePipeline",
+    "sdxl": "workers.pipelines.sdxl:SdxlPipeline",
     "text_embedding": "workers.pipelines.text_embedding:TextEmbeddingPipeline",
 }
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from device_operations.errors import OperationError, failure
 from workers.batching import Batching
@@ -19,6 +19,8 @@ from workers.work import Progress
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
+
+T = TypeVar("T")
 
 #: What most pipelines say of joining their runs.
 OF_PIPELINE = Batching(False, "a pipeline's runs go in steps")
@@ -45,6 +47,12 @@ class Parts:
         self.provider = ""
         #: Makes room on the device when memory runs out while a part is opened; False if there is nothing to evict.
         self.evict: Callable[[], bool] = lambda: False
+
+    @property
+    def device(self) -> Device:
+        """The device that the parts are opened on."""
+        assert self._device is not None, "the parts are opened first"
+        return self._device
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
@@ -128,7 +136,6 @@ class Parts:
         ]
 
     def _open_part(self, part: Part, cancel: Cancel | None) -> OnnxModel:
-        assert self._device is not None
         part.check_unchanged()
         wanted = ModelOptions(
             intra_op_threads=self._options.get("intra_op_threads"),
@@ -138,7 +145,7 @@ class Parts:
         )
         while True:
             try:
-                model = self._device.open_model(part.file, wanted, cancel)
+                model = self.device.open_model(part.file, wanted, cancel)
                 break
             except OperationError as error:
                 if error.code == "model_invalid":
@@ -175,7 +182,6 @@ class Run:
     """
 
     request: Mapping[str, Any]
-    device: Device
     cancel: Cancel
     #: Rows that may run together, by the model's load (`Pipeline.batching`).
     max_rows: int
@@ -287,3 +293,13 @@ class Pace:
         """Yields without ending a step, and without anything to report."""
         yield Progress()
         self._began = time.perf_counter()
+
+
+def run_to_end(steps: Generator[Progress, None, T]) -> T:
+    """What steps give, one after the other with nothing between: for benchmarks and tests of a pipeline alone."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            made: T = stop.value
+            return made
