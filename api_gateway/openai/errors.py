@@ -12,6 +12,9 @@ from device_operations.errors import OperationError
 #: Codes that OpenAI's clients compare, where the service has others. All the rest are the service's own.
 _CODES = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded", "not_found": "unknown_url"}
 
+#: Fields of a pipeline's run that stand for one of OpenAI's.
+_FIELDS = {"width": "size", "height": "size", "images": "n", "texts": "input", "tokens": "input"}
+
 #: Statuses that OpenAI's API does not use for a request that does not fit; there it is a 400.
 _INVALID = (410, 415, 422)
 
@@ -44,4 +47,4 @@ def _parameter(error: OperationError) -> str | None:
         return "model"
     entries: list[dict[str, Any]] = error.errors or []
     place = [str(part) for part in entries[0].get("loc", ())] if entries else []
-    return ".".join(part for part in place if part != "body") or None
+    return ".".join(_FIELDS.get(part, part) for part in place if part != "body") or None

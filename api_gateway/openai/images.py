@@ -73,13 +73,16 @@ def _fields(asked: Images) -> dict[str, Any]:
 
 
 def _answer(gateway: Gateway, asked: Images, job: dict[str, Any], service: str) -> dict[str, Any]:
-    result = job["result"]
+    images = job["result"]["images"]
     made = []
-    for image in result["images"]:
-        entry: dict[str, Any] = {"seed": image.get("seed")}
+    for image in images:
+        entry: dict[str, Any] = {"seed": image["seed"]}
         if asked.response_format == "b64_json":
             entry["b64_json"] = base64.b64encode(gateway.blobs.read(image["blob_id"])).decode()
         else:
             entry["url"] = service + links.path_of(gateway.settings, image["blob_id"])
         made.append(entry)
-    return {"created": int(time.time()), "data": made, "job_id": job["job_id"]}
+    size = f"{images[0]['width']}x{images[0]['height']}"
+    return {
+        "created": int(time.time()), "data": made, "size": size, "output_format": "png", "job_id": job["job_id"],
+    }  # fmt: skip
