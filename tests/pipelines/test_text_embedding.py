@@ -127,6 +127,7 @@ def test_one_bad_run_in_a_joined_one_fails_alone(api: Api, folder: Path) -> None
         jobs = list(at_once.map(lambda fields: run(api, model_name="one-bad", **fields), asked))
     assert [one["state"] for one in jobs] == ["succeeded", "failed", "failed", "succeeded"] * 3
     assert {one["error"]["code"] for one in jobs if one["error"]} == {"input_mismatch", "validation_failed"}
+    assert max(one["result"]["batch_size"] for one in jobs if one["result"]) > 1, "the good ones lost their company"
 
 
 def test_the_options_of_each_load_hold_though_the_graph_is_shared(api: Api, folder: Path) -> None:

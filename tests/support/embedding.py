@@ -34,7 +34,7 @@ def tokenizer() -> str:
     )
     # As in many files: settings of whoever saved it, which do not count.
     made.enable_padding(length=50)
-    made.enable_truncation(5)
+    made.enable_truncation(2)
     return str(made.to_str())
 
 
