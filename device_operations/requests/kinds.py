@@ -30,6 +30,11 @@ REQUESTS: dict[Kind, type[JobRequest]] = {
 }
 
 
+def requests_of(kind: Kind) -> tuple[type[JobRequest], ...]:
+    """The requests that a kind takes: one, and for runs those of each type of pipeline besides."""
+    return (REQUESTS[kind], *pipelines.RUNS.values()) if kind is Kind.INFERENCE_RUN else (REQUESTS[kind],)
+
+
 #: Fields named in one error at most: a caller may send any number of unknown ones, with names of any length.
 MAX_PROBLEMS = 100
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from device_operations.errors import OperationError
 from tests.devices.torch_on_cpu import TorchOnCpu
 from tests.pipelines.conftest import base_scheduler, png
 from tests.pipelines.driving import context, made, opened
-from tests.support.pipelines import export_sdxl, reference, tiny_sdxl, tokenizer_files
+from tests.support.pipelines import export_sdxl, reference, tiny_sdxl, tokenizer_files, write_json
 from workers.devices.base import Device
 from workers.devices.cpu import CpuDevice
 from workers.pipelines import denoising
@@ -152,6 +155,34 @@ def test_a_seed_is_an_image_bit_for_bit_while_other_runs_go_between_its_steps(pi
         between.append(made(pipeline, context(request(steps=2, seed=len(between), width=64, scheduler="unipc"))))
     assert len(between) >= 5
     assert np.array_equal(result.images[0].pixels, alone.images[0].pixels)
+
+
+def test_a_size_that_the_unet_does_not_halve_is_refused_before_the_first_step(
+    sdxl_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sdxl_folder, folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    write_json(folder / "unet" / "config.json", {**config, "block_out_channels": [8, 8, 8, 8, 8]})
+    pipeline = opened("sdxl", folder)
+    with pytest.raises(OperationError, match="sides are multiples of 32"):
+        next(pipeline.run(context(request(width=40))))
+
+
+def test_a_scheduler_that_keeps_what_was_predicted_is_given_its_own(
+    sdxl: dict[str, Any], sdxl_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sdxl_folder, folder)
+    config = base_scheduler(prediction_type="sample").config
+    scheduler = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", {**config, "_class_name": "DDIMScheduler"})
+    asked = {"guidance_scale": 0.0}
+    result = made(opened("sdxl", folder), context(request(scheduler="dpmpp_2m_karras", **asked)))
+    wanted = of_diffusers(
+        sdxl, sdxl_folder, scheduler, 7, prompt=PROMPT, num_inference_steps=5, width=32, height=48, **asked
+    )
+    assert_same(result, wanted)
 
 
 def test_where_nothing_can_be_bound_the_image_is_the_same(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

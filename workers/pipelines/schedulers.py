@@ -72,7 +72,7 @@ class Schedulers:
         """Raises `model_invalid` where the configuration names no scheduler that is known, or does not make one."""
         self._config = {name: value for name, value in config.items() if not name.startswith("_")}
         named = config.get("_class_name", EulerDiscreteScheduler.__name__)
-        if named not in CLASSES:
+        if not isinstance(named, str) or named not in CLASSES:
             raise failure(
                 "model_invalid",
                 f"scheduler_config.json names the scheduler {str(named)[:80]!r}; there are {', '.join(CLASSES)}",
