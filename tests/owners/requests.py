@@ -82,6 +82,7 @@ def _base(things: Things, place: Place) -> dict[str, Any]:
         "Run": own_model | {"inputs": {"x": FLOATS, "before": FLOATS}},
         "VaeRun": {"model_id": ids["vae"]} | ({} if place.keys[0].startswith("image") else {"latents": LATENTS}),
         "SdxlRun": {"model_id": ids["sdxl"], "prompt": "a cat", "steps": 1},
+        "TextEmbeddingRun": {"model_id": ids["text_embedding"], "texts": ["a text"]},
         "UnloadModel": own_model | {"force": True},
         "OpenSession": own_model | {"state": {"total": "before"}, "initial": {"before": FLOATS}},
         "CloseSession": {"session_id": ids["inference session"]},
