@@ -28,7 +28,7 @@ async def list_models(request: Request, caller: Known) -> Response:
     return json_response({"object": "list", "data": [_view(*entry) for entry in _entries(snapshot, caller)]})
 
 
-@router.get("/v1/models/{model_name}")
+@router.get("/v1/models/{model_name:path}")
 async def read_model(request: Request, caller: Known, model_name: str) -> Response:
     """One of them."""
     model = await run_in_threadpool(find, of(request), caller, model_name)

@@ -57,10 +57,11 @@ def test_normalising_gives_length_one_and_leaves_zeros() -> None:
     np.testing.assert_allclose(found, [[0.6, 0.8], [0.0, 0.0]], atol=1e-7)
 
 
-def test_where_a_graph_does_not_heed_its_mask_only_equal_lengths_run_together(
-    tmp_path: Path, open_embedder: Open
+@pytest.mark.parametrize("graph", [embedding.graph(heeds_mask=False), embedding.graph(takes_mask=False)])
+def test_where_a_graph_does_not_heed_its_mask_or_has_none_only_equal_lengths_run_together(
+    tmp_path: Path, open_embedder: Open, graph: bytes
 ) -> None:
-    made = open_embedder(embedding.write(tmp_path, {"model.onnx": embedding.graph(heeds_mask=False)}))
+    made = open_embedder(embedding.write(tmp_path, {"model.onnx": graph}))
     assert not made.pads
     texts = [*TEXTS, "b c", "dusk dusk"]
     np.testing.assert_allclose(embed(made, texts).vectors, alone(made, texts), atol=1e-6)

@@ -37,7 +37,7 @@ def test_versions_have_ids_of_their_own_where_there_are_several(zelda: openai.Op
 def test_anothers_model_is_answered_as_one_that_does_not_exist(zelda: openai.OpenAI, bob: openai.OpenAI) -> None:
     assert "tiny" not in [model.id for model in bob.models.list()]
     refusals = []
-    for name in ("tiny", "nope"):
+    for name in ("tiny", "nope", "organisation/model"):
         for ask in (
             lambda name: bob.models.retrieve(name),
             lambda name: bob.embeddings.create(model=name, input="a"),

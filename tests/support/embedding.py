@@ -41,6 +41,7 @@ def tokenizer() -> str:
 def graph(
     *,
     heeds_mask: bool = True,
+    takes_mask: bool = True,
     types: bool = False,
     width: int = WIDTH,
     mean_over_batch: bool = False,
@@ -92,6 +93,13 @@ def graph(
             helper.make_node("Add", ["hidden", "nothing"], ["last_hidden_state"]),
         ]
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
+    if not takes_mask:  # each token counts, whichever it is
+        names = ["input_ids"]
+        nodes[1:2] = [
+            helper.make_node("Cast", ["input_ids"], ["numbers"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["numbers", "zero"], ["no_numbers"]),
+            helper.make_node("Add", ["no_numbers", "one"], ["mask2"]),
+        ]
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["texts", "tokens"]) for name in names]
     output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["texts", "tokens", width])
     made = helper.make_model(

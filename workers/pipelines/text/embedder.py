@@ -24,8 +24,8 @@ from workers.pipelines.text.tokens import Text, Tokenized, Tokens
 
 Array = np.ndarray[Any, Any]
 
-#: Texts, and characters, that are tokenised in one step.
-PORTION_TEXTS, PORTION_CHARACTERS = 512, 1 << 20
+#: Texts, and characters, that are tokenised in one step: some tens of milliseconds.
+PORTION_TEXTS, PORTION_CHARACTERS = 512, 1 << 18
 
 #: How far a row's vector may move by padding or by other rows, as a share of the largest value, for texts of different
 #: lengths to run together: float32 sums in another order move it by some 1e-7.
