@@ -22,7 +22,7 @@ _INVALID = (410, 415, 422)
 def answer(error: OperationError, headers: dict[str, str]) -> Response:
     """The error with its status, in OpenAI's form.
 
-    The clients send again after 409 and 5xx unless they are told not to: a job that was cancelled is not to run again.
+    The clients send again after 409 and 5xx unless a header says no: a job that was cancelled is not to run again.
     """
     status = 400 if error.status in _INVALID else error.status
     headers = {**headers, "X-Should-Retry": "true" if error.retryable else "false"}

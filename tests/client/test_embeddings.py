@@ -1,9 +1,11 @@
-"""`client.embed` and the command `embed`: texts in, vectors out."""
+"""`client.embed` and the command `embed`: texts in, vectors out; and docs/text-embedding.md, whose example is run."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from device_operations import AsyncClient, Client
 from device_operations.errors import OperationError
 from tests.stack.test_cli import Cli
 from tests.support import embedding
-from tests.support.stack import RunningStack
+from tests.support.stack import REPOSITORY, RunningStack
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,14 @@ def test_one_text_or_several_become_vectors(served: RunningStack) -> None:
     np.testing.assert_allclose(several.vectors[0], one.vectors[0], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(several.vectors, axis=1), 1, atol=1e-6)
     assert (one.tokens, one.truncated, several.truncated) == (4, [], [1])
+
+
+def test_the_guides_example_runs(served: RunningStack) -> None:
+    embedding.write(served.folder / "models" / "minilm")
+    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "text-embedding.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace("Client()", f"Client({served.http_url!r})"), names)
+    assert names["found"].vectors.shape == (2, embedding.WIDTH)
 
 
 def test_many_texts_come_back_through_a_blob(served: RunningStack) -> None:
@@ -69,9 +79,9 @@ def test_the_asynchronous_client_does_the_same(served: RunningStack) -> None:
 
 def test_the_command_prints_or_writes_vectors(served: RunningStack, tmp_path: Path) -> None:
     cli = Cli(served)
-    told = cli.json("embed", "tiny", "hello world", "a")
-    assert (told["shape"], told["tokens"], told["truncated"]) == ([2, 4], 7, [])
-    np.testing.assert_allclose(np.linalg.norm(told["vectors"], axis=1), 1, atol=1e-6)
+    shown = cli.json("embed", "tiny", "hello world", "a")
+    assert (shown["shape"], shown["tokens"], shown["truncated"]) == ([2, 4], 7, [])
+    np.testing.assert_allclose(np.linalg.norm(shown["vectors"], axis=1), 1, atol=1e-6)
     assert "hello world" in cli("embed", "tiny", "hello world").stdout
     source, target = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     source.write_text("hello world\na b c d e f g h i j k\n", encoding="utf-8")
@@ -79,7 +89,7 @@ def test_the_command_prints_or_writes_vectors(served: RunningStack, tmp_path: Pa
     assert "2 vectors of 4 numbers" in done.stdout
     assert "cut at the model's limit of tokens: 1" in done.stderr
     assert np.load(target).shape == (2, 4)
-    np.testing.assert_allclose(told["vectors"][0], np.load(target)[0] / np.linalg.norm(np.load(target)[0]), atol=1e-6)
+    np.testing.assert_allclose(shown["vectors"][0], np.load(target)[0] / np.linalg.norm(np.load(target)[0]), atol=1e-6)
     assert cli("embed", "tiny", "--file", "-", stdin="dusk\n").stdout.count("dusk") == 1
     for arguments, status in (
         (("embed", "tiny"), 2),

@@ -79,9 +79,9 @@ def test_batches_are_of_like_length_the_longest_first() -> None:
 def test_many_texts_go_in_portions_and_say_how_far_they_are(tmp_path: Path, open_embedder: Open) -> None:
     made = open_embedder(embedding.write(tmp_path))
     texts = [f"{'a ' * (at % 9)} {'bcdef'[at % 5]}" for at in range(8192)]
-    told = list(made.embed(texts, 32))
+    reported = list(made.embed(texts, 32))
     portions = 8192 // PORTION_TEXTS
-    assert told == [0] * portions + list(range(32, 8193, 32))
+    assert reported == [0] * portions + list(range(32, 8193, 32))
 
 
 def test_a_cancel_is_heard_between_batches(tmp_path: Path, open_embedder: Open) -> None:
@@ -122,5 +122,5 @@ def test_int8_minilm_is_the_same_joined_as_alone(models_dir: Path, minilm: Path,
     model = cpu.open_model(models_dir / "minilm" / "model.onnx", ModelOptions())
     made = embedder_over(layout, Tokens(layout), model)
     made.try_out()
-    texts = ["a lighthouse", "at dusk the sea is calm and grey and nobody is there", "", "word " * 100]
+    texts = ["a lighthouse", "at dusk the sea is calm and grey", "", "word " * 100]
     np.testing.assert_allclose(embed(made, texts).vectors, alone(made, texts), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Beside sentence-transformers itself, with MiniLM's real float32 weights in torch: equal to 1e-5.
+"""Compared with sentence-transformers itself, with MiniLM's real float32 weights in torch: equal to 1e-5.
 
 Its side reads the package's own files (weights in safetensors); ours runs the graph that was exported from those
 weights, with our tokens, pooling and normalisation.

@@ -78,8 +78,8 @@ def test_what_openai_has_no_field_for_goes_in_the_extra_body(
     answer = generate(zelda, model=painter, extra_body={**extra, "job": {"labels": {"who": "painter"}}})
     with client_of(served, "zelda") as http:
         job = http.get(f"/api/jobs/{answer.job_id}", params={"include": "request"}).json()
-    told = {name: job["result"][name] for name in ("seed", "steps", "guidance_scale", "scheduler")}
-    assert told == {"seed": 11, "steps": 2, "guidance_scale": 3.5, "scheduler": "ddim"}
+    facts = {name: job["result"][name] for name in ("seed", "steps", "guidance_scale", "scheduler")}
+    assert facts == {"seed": 11, "steps": 2, "guidance_scale": 3.5, "scheduler": "ddim"}
     assert job["request"]["negative_prompt"] == "fog"
     assert job["labels"] == {"who": "painter"}
     other = generate(zelda, model=painter, response_format="b64_json")

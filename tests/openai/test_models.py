@@ -57,7 +57,7 @@ def test_a_shared_model_is_everybodys_to_run(bob: openai.OpenAI, load: Load) -> 
 
 
 def test_a_wrong_key_is_an_authentication_error(served: RunningStack) -> None:
-    wrong = client(served, "nobody")
+    wrong = client(served, "stranger")
     for ask in (wrong.models.list, lambda: wrong.embeddings.create(model="tiny", input="a")):
         with pytest.raises(openai.AuthenticationError) as refused:
             ask()

@@ -21,6 +21,9 @@ from workers.pipelines.text.pooling import normalized
 
 __all__ = ["cpu", "minilm", "open_embedder"]
 
+MEAN = {"1_Pooling/config.json": {"pooling_mode": "mean"}}
+SAYS_EIGHT, SAYS_NOTHING = MEAN | {"config.json": {"hidden_size": 8}}, MEAN | {"config.json": None}
+
 MANY = [f"{'a ' * (at % 9)}{'bcdef'[at % 5]} {'hello' if at % 2 else ''}" for at in range(8192)]
 
 
@@ -75,9 +78,8 @@ def test_vectors_come_in_the_form_that_is_asked_for(api: Api, model: str, expect
 
 def test_many_texts_are_one_job_in_portions_with_progress(api: Api, model: str, expected: Any) -> None:
     job = api.post("/api/inference/run", {"model_id": model, "texts": MANY}, wait=0).json()
-    told = []
     with api.http.stream("GET", f"/api/jobs/{job['job_id']}/events") as events:
-        told = [line for line in events.iter_lines() if "total_texts" in line]
+        reported = [line for line in events.iter_lines() if "total_texts" in line]
     job = api.job(job["job_id"])
     found = vectors(api, job)
     assert found.shape == (8192, embedding.WIDTH)
@@ -85,7 +87,7 @@ def test_many_texts_are_one_job_in_portions_with_progress(api: Api, model: str, 
     np.testing.assert_allclose(found[picked], normalized(expected(MANY[picked])), atol=1e-6)
     assert job["progress"]["total_texts"] == 8192
     assert 0 <= job["progress"]["done_texts"] <= 8192
-    assert told, "no progress was reported while it ran"
+    assert reported, "no progress was reported while it ran"
     stored = api.http.get(f"/api/jobs/{job['job_id']}", params={"include": "request"}).json()["request"]
     assert "blob_id" in stored["texts"], "texts above 64 KiB ride in the row"
 
@@ -270,6 +272,8 @@ def test_graphs_and_other_protocols_refuse_texts_in_words(api: Api, model: str, 
         ({"config.json": {"hidden_size": 8}}, "8"),
         ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "max"),
         ({"config.json": {"hidden_size": 4, "vocab_size": 3}}, "vocab_size"),
+        ({"model.onnx": embedding.graph(symbolic_width=True), **SAYS_EIGHT}, "two short texts"),
+        ({"model.onnx": embedding.graph(symbolic_width=True), **SAYS_NOTHING}, "neither graph nor config.json"),
         ({"modules.json": [{"type": "a.Transformer", "path": "../.."}]}, "model's folder"),
     ],
 )

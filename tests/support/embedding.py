@@ -32,7 +32,7 @@ def tokenizer() -> str:
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    # As in many files: settings of whoever saved it, which do not count.
+    # As in many files: settings that were saved with it, which do not count.
     made.enable_padding(length=50)
     made.enable_truncation(2)
     return str(made.to_str())
@@ -44,6 +44,7 @@ def graph(
     takes_mask: bool = True,
     types: bool = False,
     width: int = WIDTH,
+    symbolic_width: bool = False,
     mean_over_batch: bool = False,
     slow: bool = False,
 ) -> bytes:
@@ -101,7 +102,8 @@ def graph(
             helper.make_node("Add", ["no_numbers", "one"], ["mask2"]),
         ]
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["texts", "tokens"]) for name in names]
-    output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["texts", "tokens", width])
+    sides = ["texts", "tokens", "width" if symbolic_width else width]
+    output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, sides)
     made = helper.make_model(
         helper.make_graph(nodes, "embedding", inputs, [output], initializers),
         opset_imports=[helper.make_opsetid("", 18)], ir_version=9,

@@ -1,7 +1,7 @@
 """Texts as token ids, by the tokenizer in a model's folder; and ids that a caller gives, checked and completed.
 
-The library's own padding and truncation are turned off: files carry those of whoever saved them. Truncation is to the
-model's limit, and is reported; padding is the batch's.
+The library's own padding and truncation are turned off: files carry settings of the program that saved them. Texts are
+cut at the model's limit, which is reported; padding is the batch's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Tokens:
         self._before, self._after = self._special_ids()
         room = layout.max_tokens - len(self._before) - len(self._after)
         if room < 1:
-            raise failure("model_invalid", f"{layout.max_tokens} tokens leave no room beside the special ones")
+            raise failure("model_invalid", f"{layout.max_tokens} tokens leave no room for any but the special ones")
         self._room = room
         self._tokenizer.enable_truncation(layout.max_tokens)
         #: The id that fills short rows of a batch up; attention masks leave it out.
