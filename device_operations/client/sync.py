@@ -16,6 +16,7 @@ from device_operations.client.calls import Call, Do, Emit, Flow, Next, Sleep, Wi
 from device_operations.client.devices import Devices
 from device_operations.client.embeddings import Embedding
 from device_operations.client.exchange import Course, Policy
+from device_operations.client.images import Images
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
 from device_operations.client.memory import Memory
@@ -47,6 +48,7 @@ class Client(Jobs[Sync], Embedding[Sync]):
         self.devices: Devices[Sync] = Devices(self._driver)
         self.memory: Memory[Sync] = Memory(self._driver)
         self.inference: Inference[Sync] = Inference(self._driver)
+        self.images: Images[Sync] = Images(self._driver)
         self.training: Training[Sync] = Training(self._driver)
 
     @property

@@ -41,7 +41,7 @@ def job_of(api: Api, job_id: str) -> dict[str, Any]:
 def begun(api: Api, model: str, **more: Any) -> dict[str, Any]:
     """A long run that has done a step, and goes on."""
     job = run(api, wait=0, model_id=model, **{"prompt": PROMPT, "steps": 1000, **LARGE, **more})
-    eventually(lambda: (job_of(api, job["job_id"])["progress"] or {}).get("step", 0) >= 2)
+    eventually(lambda: (job_of(api, job["job_id"])["progress"] or {}).get("done", 0) >= 2)
     return job_of(api, job["job_id"])
 
 
@@ -101,9 +101,9 @@ def test_progress_has_each_step_with_the_time_left_and_previews_as_events(api: A
         client.stream("GET", address) as events,
     ):
         told += [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")]
-    progress = [one for one in told if "step" in one]
-    assert {one["steps"] for one in progress} == {12}
-    assert all(one["seconds_left"] > 0 for one in progress if one["step"] < 12)
+    progress = [one for one in told if "done" in one]
+    assert {one["total"] for one in progress} == {12}
+    assert all(one["seconds_left"] > 0 for one in progress if one["done"] < 12)
     previews = [one["preview"] for one in progress if "preview" in one]
     assert previews, told
     assert pixels(api, previews[-1]).shape == (96, 96, 3)
@@ -112,7 +112,7 @@ def test_progress_has_each_step_with_the_time_left_and_previews_as_events(api: A
 
 def test_a_run_that_is_cancelled_ends_within_its_step(api: Api, model: str) -> None:
     job = begun(api, model)
-    one_step = job["progress"]["seconds_left"] / (1000 - job["progress"]["step"])
+    one_step = job["progress"]["seconds_left"] / (1000 - job["progress"]["done"])
     began = time.monotonic()
     assert api.http.delete(f"/api/jobs/{job['job_id']}").status_code == 202
     ended = api.http.get(f"/api/jobs/{job['job_id']}", params={"wait": 30}).json()
@@ -130,13 +130,13 @@ def test_a_run_ends_when_its_time_is_up(api: Api, model: str) -> None:
 def test_an_urgent_run_of_another_model_goes_between_two_steps(api: Api, model: str) -> None:
     other = api.load(graphs.affine())["model_id"]
     long = begun(api, model)
-    before = job_of(api, long["job_id"])["progress"]["step"]
+    before = job_of(api, long["job_id"])["progress"]["done"]
     urgent = api.run(other, {"x": np.zeros((1, 4), np.float32)}, job={"priority": 9})
     assert urgent["state"] == "succeeded"
     there = job_of(api, long["job_id"])
     assert there["state"] == "running"
-    assert there["progress"]["step"] <= before + 3, "the urgent run waited for more than the step under way"
-    eventually(lambda: job_of(api, long["job_id"])["progress"]["step"] > there["progress"]["step"])
+    assert there["progress"]["done"] <= before + 3, "the urgent run waited for more than the step under way"
+    eventually(lambda: job_of(api, long["job_id"])["progress"]["done"] > there["progress"]["done"])
     # A second image, of the same pipeline, goes between too, and neither is the other.
     small = {"model_id": model, "prompt": PROMPT, "width": 32, "height": 32, "steps": 2, "seed": 5}
     between = run(api, **small, job={"priority": 9})["result"]["images"][0]

@@ -224,7 +224,7 @@ def test_previews_are_small_images_every_few_steps(pipeline: Pipeline) -> None:
     previews = [one["preview"] for one in told if "preview" in one]
     assert [(one["image"], one["width"], one["height"]) for one in previews] == [(0, 16, 24)] * 2 + [(1, 16, 24)] * 2
     assert len(kept) == 4
-    assert [(one["step"], one["steps"]) for one in told] == [(number, 10) for number in range(1, 11)]
+    assert [(one["done"], one["total"]) for one in told] == [(number, 10) for number in range(1, 11)]
     assert all(one["seconds_left"] >= 0 for one in told)
 
 

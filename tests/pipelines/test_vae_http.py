@@ -53,7 +53,7 @@ def test_latents_become_the_image_that_diffusers_makes(api: Api, model: str, vae
         for one, expected in zip(made, wanted, strict=True):
             whole = ((expected / 2 + 0.5).clamp(0, 1) * 255).round().numpy().transpose(1, 2, 0)
             assert np.abs(pixels(api, one).astype(int) - whole).max() <= 1
-    assert job["progress"]["steps"] == 2
+    assert job["progress"]["total"] == 2
 
 
 def test_an_image_becomes_the_latents_that_diffusers_makes(api: Api, model: str, vae: Any) -> None:

@@ -286,7 +286,7 @@ class Pace:
         # The first step of a shape takes longer than those after it.
         recent = self._took[1:][-RECENT_STEPS:] or self._took
         left = (self.steps - self.done) * sum(recent) / len(recent) + then_seconds
-        yield Progress({"step": self.done, "steps": self.steps, "seconds_left": round(left, 3), **more}, always=always)
+        yield Progress({"done": self.done, "total": self.steps, "seconds_left": round(left, 3), **more}, always=always)
         self._began = time.perf_counter()
 
     def pause(self) -> Iterator[Progress]:

@@ -185,9 +185,7 @@ class Embedder:
             )
         width = declared if isinstance(declared, int) else expected
         if width is None:
-            raise failure(
-                "model_invalid", f"neither graph nor config.json says how long {self._output}'s vectors are"
-            )
+            raise failure("model_invalid", f"neither graph nor config.json says how long {self._output}'s vectors are")
         return width
 
 
