@@ -1,11 +1,9 @@
-"""`client.embed` and the command `embed`: texts in, vectors out; and docs/text-embedding.md, whose example is run."""
+"""`client.embed` and the command `embed`: texts in, vectors out."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from device_operations import AsyncClient, Client
 from device_operations.errors import OperationError
 from tests.stack.test_cli import Cli
 from tests.support import embedding
-from tests.support.stack import REPOSITORY, RunningStack
+from tests.support.stack import RunningStack
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +32,6 @@ def test_one_text_or_several_become_vectors(served: RunningStack) -> None:
     np.testing.assert_allclose(several.vectors[0], one.vectors[0], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(several.vectors, axis=1), 1, atol=1e-6)
     assert (one.tokens, one.truncated, several.truncated) == (4, [], [1])
-
-
-def test_the_guides_example_runs(served: RunningStack) -> None:
-    embedding.write(served.folder / "models" / "minilm")
-    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "text-embedding.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(example.replace("Client()", f"Client({served.http_url!r})"), names)
-    assert names["found"].vectors.shape == (2, embedding.WIDTH)
 
 
 def test_many_texts_come_back_through_a_blob(served: RunningStack) -> None:

@@ -173,7 +173,7 @@ def test_a_job_that_is_cancelled_is_not_sent_again(served: RunningStack, zelda: 
         asked = other.submit(retrying.embeddings.create, model=slow, input=["a"] * 500, extra_body=options)
         eventually(lambda: bool(http.get("/api/jobs", params={"label": "who=cancelled"}).json()["jobs"]), seconds=20)
         running = job_of(http, "cancelled")
-        eventually(lambda: (job_of(http, "cancelled")["progress"] or {}).get("total_texts") == 500, seconds=20)
+        eventually(lambda: (job_of(http, "cancelled")["progress"] or {}).get("total") == 500, seconds=20)
         assert http.delete(f"/api/jobs/{running['job_id']}").status_code == 202
         with pytest.raises(openai.ConflictError) as refused:
             asked.result(timeout=30)

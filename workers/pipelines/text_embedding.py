@@ -104,7 +104,7 @@ class TextEmbeddingPipeline(Pipeline):
                 done = next(steps)
             except StopIteration as stop:
                 return self._result(run, stop.value, 0, len(texts))
-            yield Progress({"done_texts": done, "total_texts": len(texts)})
+            yield Progress({"done": done, "total": len(texts)})
 
     def run_joined(self, runs: Sequence[Run]) -> list[Result | OperationError]:
         given = [self._tokenized(run) for run in runs]
