@@ -308,3 +308,16 @@ def test_minilm_with_its_published_int8_weights(api: Api, minilm: Path, models_d
     np.testing.assert_allclose(found, alone, atol=1e-6)
     assert found[0] @ found[1] > 0.4
     assert found[0] @ found[2] < 0.2
+
+
+def test_a_load_and_its_runs_go_in_one_submission(api: Api, folder: Path, expected: Any) -> None:
+    embedding.write(api.models / "in-bulk", {"sentence_bert_config.json": {"max_seq_length": 10}})
+    load = {"name": "in-bulk", "model_type": "text_embedding", "source": {"path": "in-bulk"}}
+    runs = [
+        {"kind": "inference.run", "request": {"model_name": "in-bulk", "texts": ["a", "b"][:count]}} for count in (1, 2)
+    ]
+    answer = api.post("/api/jobs", {"jobs": [{"kind": "inference.load_model", "request": load}, *runs]}, wait=30)
+    assert answer.status_code == 200, answer.text
+    _, first, second = answer.json()["jobs"]
+    np.testing.assert_allclose(vectors(api, first), normalized(expected(["a"])), atol=1e-6)
+    np.testing.assert_allclose(vectors(api, second), normalized(expected(["a", "b"])), atol=1e-6)
