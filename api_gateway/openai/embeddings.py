@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from api_gateway.openai.models import find_that_makes
 from api_gateway.openai.requests import Embeddings, checked
 from api_gateway.openai.runs import run
 from api_gateway.submission import JSON, read_body
-from tasks.transients import Transients
+from device_operations.tensors import Tensor, decode
 
 router = APIRouter(tags=["openai"])
 
@@ -27,14 +28,15 @@ router = APIRouter(tags=["openai"])
 @router.post("/v1/embeddings", openapi_extra=body_schema("embeddings"))
 async def create_embeddings(request: Request, caller: Known) -> Response:
     """Embeds texts. A client that goes away cancels the job. Texts over the model's limit are cut, and listed."""
-    asked = checked(Embeddings, await read_body(request))
+    body = await read_body(request)
+    asked = checked(Embeddings, body)
     gateway = of(request)
-    model = await run_in_threadpool(find_that_makes, gateway, caller, asked.model, "embeddings")
     given = "texts" if isinstance(asked.input[0], str) else "tokens"
     fields: dict[str, Any] = {given: asked.input, "normalize": True}
     if asked.dimensions is not None:
         fields["dimensions"] = asked.dimensions
-    async with run(request, caller, model, fields, asked.job) as job:
+    find = partial(find_that_makes, gateway, caller, asked.model, "embeddings")
+    async with run(request, caller, body, find, fields, asked.job) as job:
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
         return await run_in_threadpool(_answer, gateway, asked, job)
@@ -42,7 +44,7 @@ async def create_embeddings(request: Request, caller: Known) -> Response:
 
 def _answer(gateway: Gateway, asked: Embeddings, job: dict[str, Any]) -> Response:
     result = job["result"]
-    vectors = _vectors(gateway.transients, result["outputs"]["embeddings"])
+    vectors = _vectors(gateway, result["outputs"]["embeddings"])
     used = result["tokens"]
     body = {
         "object": "list",
@@ -58,12 +60,15 @@ def _answer(gateway: Gateway, asked: Embeddings, job: dict[str, Any]) -> Respons
     return Response(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
 
 
-def _vectors(transients: Transients, tensor: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The job's embeddings [texts, width]."""
-    if "base64" in tensor:
-        raw: Any = base64.b64decode(tensor["base64"])
+def _vectors(gateway: Gateway, tensor: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The job's embeddings [texts, width], in whichever form it gave them."""
+    raw: Any
+    if "transient_id" in tensor:
+        raw = gateway.transients.read(tensor["transient_id"], tensor["offset"], tensor["size_bytes"])
+    elif "blob_id" in tensor:
+        raw = gateway.blobs.read(tensor["blob_id"])
     else:
-        raw = transients.read(tensor["transient_id"], tensor["offset"], tensor["size_bytes"])
+        return decode(Tensor.model_validate(tensor), "embeddings")
     return np.frombuffer(raw, "<f4").reshape(tensor["shape"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -28,14 +29,15 @@ router = APIRouter(tags=["openai"])
 @router.post("/v1/images/generations", openapi_extra=body_schema("images"))
 async def create_images(request: Request, caller: Known) -> Response:
     """Makes images of a prompt. A client that goes away cancels the job. A `url` is good for an hour, without a key."""
-    asked = checked(Images, await read_body(request))
+    body = await read_body(request)
+    asked = checked(Images, body)
     gateway = of(request)
-    model = await run_in_threadpool(_model, gateway, caller, asked.model)
-    async with run(request, caller, model, _fields(asked), asked.job) as job:
+    find = partial(_model, gateway, caller, asked.model)
+    async with run(request, caller, body, find, _fields(asked), asked.job) as job:
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
-        body = await run_in_threadpool(_answer, gateway, asked, job, str(request.base_url).rstrip("/"))
-    return json_response(body)
+        answer = await run_in_threadpool(_answer, gateway, asked, job, str(request.base_url).rstrip("/"))
+    return json_response(answer)
 
 
 def _model(gateway: Gateway, caller: Caller, name: str | None) -> Row:

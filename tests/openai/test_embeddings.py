@@ -181,7 +181,28 @@ def test_a_job_that_is_cancelled_is_not_sent_again(served: RunningStack, zelda: 
         assert job_of(http, "cancelled")["state"] == "cancelled"
 
 
-def test_a_rate_limit_is_told_as_openais(start_stack: Any) -> None:
+@pytest.mark.parametrize("count", [2, 8000], ids=["in the row", "in a blob"])
+def test_the_same_key_and_body_give_the_first_answer_again(
+    served: RunningStack, zelda: openai.OpenAI, load: Load, expected: Any, count: int
+) -> None:
+    model = load("zelda", f"for-{count}")
+    asked: Any = {"model": f"for-{count}", "extra_headers": {"Idempotency-Key": f"key-{count}"}}
+    texts = ["hello", "dusk"] * (count // 2)
+    first = zelda.embeddings.create(input=texts, **asked)
+    np.testing.assert_allclose([one.embedding for one in first.data[:2]], expected(texts[:2]), atol=1e-6)
+    with client_of(served, "zelda") as http:
+        http.delete(
+            f"/api/inference/unload-model/{model['model_id']}", headers={"Prefer": "wait=30"}
+        ).raise_for_status()
+    assert zelda.embeddings.create(input=texts, **asked) == first
+    with pytest.raises(openai.ConflictError) as refused:
+        zelda.embeddings.create(input="another", **asked)
+    assert refused.value.code == "idempotency_conflict"
+    with pytest.raises(openai.NotFoundError):
+        zelda.embeddings.create(input=texts, model=f"for-{count}")
+
+
+def test_a_rate_limit_has_openais_form(start_stack: Any) -> None:
     stack = start_stack(API_KEYS="zelda:key-of-zelda", HTTP__RATE_LIMIT_PER_SECOND=3)
     with client_of(stack, "zelda") as http:
         loaded(http, "tiny")
