@@ -328,7 +328,7 @@ def _told(resident: Resident, work: Work, outputs: dict[str, Any]) -> dict[str, 
 def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
     loaded = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
     about = model.pipeline.about() if model.pipeline is not None else {}
-    return {**loaded, "about": about} if about else loaded
+    return {**loaded, "pipeline": about} if about else loaded
 
 
 # ---- failing

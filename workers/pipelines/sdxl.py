@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from device_operations.errors import failure
+from device_operations.requests.pipelines import MAX_PIXELS
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
 from workers.pipelines import images
@@ -285,10 +286,6 @@ class SdxlPipeline(Pipeline):
             "height": pixels.shape[0],
             "image": number,
         }
-
-
-#: Pixels of an image at most.
-MAX_PIXELS = 2048 * 2048
 
 
 def _cut(field: str, encoder: str, tokens: Tokens) -> dict[str, Any]:
