@@ -74,6 +74,7 @@ def test_without_a_seed_each_run_has_one_of_its_own_that_makes_the_same_image(ap
 def test_blobs_load_it_with_little_memory_and_an_image_starts_from_one(api: Api, model: str, sdxl_folder: Path) -> None:
     job = load_folder(api, sdxl_folder, "sdxl", options={"low_memory": True})
     assert job["state"] == "succeeded", job["error"]
+    assert job["result"]["pipeline"] == {"scheduler": "euler", "image_to_image": True}
     frugal, whole = api.model(job["result"]["model_id"]), api.model(model)
     parts = {part["name"]: part["memory_bytes"] for part in frugal["parts"]}
     assert parts.keys() == {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"}

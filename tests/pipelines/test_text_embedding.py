@@ -39,7 +39,7 @@ def model(api: Api, folder: Path) -> str:
     body = {"name": "tiny", "model_type": "text_embedding", "source": {"path": "tiny"}}
     job = api.post("/api/inference/load-model", body).json()
     assert job["state"] == "succeeded", job["error"]
-    assert job["result"]["about"] == {"dimensions": 4, "max_tokens": 12, "pooling": "mean", "normalize": True}
+    assert job["result"]["pipeline"] == {"dimensions": 4, "max_tokens": 12, "pooling": "mean", "normalize": True}
     return str(job["result"]["model_id"])
 
 
