@@ -115,8 +115,8 @@ def context(resident: Resident, model: ResidentModel, work: Work) -> Run:
         return bytes(resident.blobs.read(blob_id, 0, None))
 
     return Run(
-        work.request, work.cancel, model.max_batch_size, tensor, picture,
-        lambda data: keep(resident, data, work.row["owner"]),
+        work.request, work.cancel, tensor, picture, lambda data: keep(resident, data, work.row["owner"]),
+        max_rows=model.max_batch_size,
     )  # fmt: skip
 
 
