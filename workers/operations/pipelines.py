@@ -119,7 +119,7 @@ def context(resident: Resident, model: ResidentModel, work: Work) -> Run:
         # A preview waits for a database that is away, as everything of a job does.
         return until_reachable(lambda: keep(resident, data, work.row["owner"]))
 
-    return Run(work.request, work.cancel, model.max_batch_size, tensor, picture, kept)
+    return Run(work.request, work.cancel, tensor, picture, kept, max_rows=model.max_batch_size)
 
 
 def _pending(

@@ -191,11 +191,11 @@ class Run:
 
     request: Mapping[str, Any]
     cancel: Cancel
-    #: Rows that may run together, by the model's load (`Pipeline.batching`).
-    max_rows: int
     tensor: Callable[[str], Array]
     picture: Callable[[Mapping[str, Any]], bytes]
     keep: Callable[[bytes], str]
+    #: Rows that may run together, by the model's load (`Pipeline.batching`).
+    max_rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
