@@ -1,4 +1,4 @@
-"""What the sdxl pipeline computes, beside diffusers' own pipeline in torch with the same weights and initial noise."""
+"""What the sdxl pipeline computes, compared with diffusers in torch with the same weights and initial noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the vae pipeline computes: tiles beside the whole, halves alone, scales, formats of pictures, fp16, big weights."""
+"""What the vae pipeline computes: tiles and the whole, halves alone, scales, formats of pictures, fp16, big weights."""
 
 from __future__ import annotations
 
