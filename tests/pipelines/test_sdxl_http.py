@@ -63,6 +63,28 @@ def test_a_prompt_becomes_images_that_belong_to_the_caller(api: Api, model: str,
     assert np.array_equal(pixels(api, image), pixels(api, result["images"][1]))
 
 
+def test_a_load_and_its_runs_go_in_one_submission(api: Api, model: str) -> None:
+    load = {
+        "name": "in-bulk",
+        "model_type": "sdxl",
+        "source": {"path": "tiny-sdxl"},
+        "options": {"intra_op_threads": 1},
+    }
+    asked = {"prompt": PROMPT, "width": 32, "height": 32, "steps": 2, "seed": 1}
+    jobs = [
+        {"kind": "inference.load_model", "request": load},
+        {"kind": "inference.run", "request": {"model_id": {"$entry": 0}, **asked}},
+        {"kind": "inference.run", "request": {"model_name": "in-bulk", **asked}},
+    ]
+    ended = api.post("/api/jobs", {"jobs": jobs}, wait=60).json()["jobs"]
+    assert [job["state"] for job in ended] == ["succeeded"] * 3, [job["error"] for job in ended]
+    assert np.array_equal(*(pixels(api, job["result"]["images"][0]) for job in ended[1:]))
+    wrong = {"kind": "inference.run", "request": {"model_id": {"$entry": 0}, **asked, "steps": 0}}
+    refusal = api.post("/api/jobs", {"jobs": [{**jobs[0], "request": {**load, "name": "other"}}, wrong]})
+    assert (refusal.status_code, refusal.json()["code"]) == (422, "validation_failed")
+    assert not [one for one in api.http.get("/api/inference/models").json()["models"] if one["name"] == "other"]
+
+
 def test_without_a_seed_each_run_has_one_of_its_own_that_makes_the_same_image(api: Api, model: str) -> None:
     asked = {"model_id": model, "prompt": PROMPT, "width": 32, "height": 32, "steps": 2}
     first, second = run(api, **asked)["result"], run(api, **asked)["result"]

@@ -201,11 +201,17 @@ def test_float16_and_weights_outside_the_graph_are_as_the_files_have_them(vae: A
         place.unlink()
         onnx.save(model, place, save_as_external_data=True, location="weights.bin", size_threshold=0)
     outside = opened("vae", folder)
+    frugal = opened("vae", folder, low_memory=True)
     assert outside.parts.file_bytes >= sum(file.stat().st_size for file in folder.rglob("weights.bin"))
     latents = latents_of(16, 16)
     exact = decoded(opened("vae", export_vae(vae, tmp_path / "whole")), latents)
     assert np.array_equal(decoded(outside, latents), exact)
     assert 0 < np.abs(decoded(pipeline, latents.astype(np.float16)) - exact).max() < 0.02
+    assert np.array_equal(decoded(frugal, latents), exact)
+    frugal.parts.rest()
+    (folder / "vae_decoder" / "weights.bin").write_bytes(bytes(10))
+    with pytest.raises(OperationError, match="has changed since the load"):
+        decoded(frugal, latents)
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

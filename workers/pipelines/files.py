@@ -31,11 +31,12 @@ class Part:
     symbols: frozenset[str]
     file_bytes: int
     dtype: str
-    stamp: tuple[int, int]
+    #: The sizes and times of the file and of its external data.
+    stamp: Mapping[Path, tuple[int, int] | None]
 
     def check_unchanged(self) -> None:
-        """Raises `model_invalid` where the file is another than the one that was read."""
-        if not self.file.is_file() or _stamp(self.file) != self.stamp:
+        """Raises `model_invalid` where a file is another than the one that was read."""
+        if any(_stamp(file) != stamp for file, stamp in self.stamp.items()):
             raise failure("model_invalid", f"the file of {self.name} has changed since the load; load it again")
 
     def input(self, *names: str) -> TensorSpec:
@@ -82,7 +83,7 @@ def read_part(name: str, file: Path, root: Path) -> Part:
     floats = [spec.dtype for spec in (*inputs.values(), *outputs.values()) if "float" in spec.dtype]
     return Part(
         name, resolved, inputs, outputs, frozenset(about.symbols), about.size_bytes, floats[0] if floats else "float32",
-        _stamp(resolved),
+        {one: _stamp(one) for one in (resolved, *(resolved.parent / name for name in about.locations))},
     )  # fmt: skip
 
 
@@ -162,6 +163,10 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, dtype, tuple(sides))
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """The file's size and time; None where it is gone."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
     return about.st_size, about.st_mtime_ns
