@@ -169,7 +169,7 @@ def test_an_urgent_run_of_another_model_goes_between_two_steps(api: Api, model: 
 
 
 def test_unloading_by_force_stops_a_run_and_frees_the_memory(api: Api, sdxl_folder: Path) -> None:
-    job = load_folder(api, sdxl_folder, "sdxl", name="to-go", version="2", options={"intra_op_threads": 1})
+    job = load_folder(api, sdxl_folder, "sdxl", name="to-go", version="2", options={"intra_op_threads": 3})
     model_id = job["result"]["model_id"]
     reserved = api.http.get("/api/memory/device/cpu_0").json()["models_bytes"]
     running = begun(api, model_id)
