@@ -290,18 +290,19 @@ def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monk
 
 
 def test_a_cancel_stops_inside_a_step(pipeline: Pipeline) -> None:
+    # By the processor's time: what else runs on the machine makes no difference.
     run = context(request(width=224, height=224))
     steps = pipeline.run(run)
     for wanted in (1, 2):
-        began = time.perf_counter()
+        began = time.process_time()
         while (next(steps).told or {}).get("done") != wanted:
-            began = time.perf_counter()
-    one_step = time.perf_counter() - began
+            began = time.process_time()
+    one_step = time.process_time() - began
     assert one_step > 0.2, "the step is too short to be stopped inside"
-    timer = threading.Timer(one_step / 10, run.cancel.trip)
-    began = time.perf_counter()
+    timer = threading.Timer(0.02, run.cancel.trip)
+    began = time.process_time()
     timer.start()
     with pytest.raises(OperationError) as raised:
         next(steps)
     assert raised.value.code == "cancelled"
-    assert time.perf_counter() - began < 0.7 * one_step
+    assert time.process_time() - began < 0.7 * one_step
