@@ -145,8 +145,8 @@ def test_a_run_that_is_cancelled_ends_within_its_step(api: Api, model: str) -> N
 
 
 def test_a_run_ends_when_its_time_is_up(api: Api, model: str) -> None:
-    job = begun(api, model, job={"timeout_seconds": 2})
-    ended = api.http.get(f"/api/jobs/{job['job_id']}", params={"wait": 30}).json()
+    asked = {"prompt": PROMPT, "steps": 1000, **LARGE, "job": {"timeout_seconds": 1.5}}
+    ended = run(api, wait=50, model_id=model, **asked)
     assert (ended["state"], ended["error"]["code"]) == ("failed", "timeout")
 
 
