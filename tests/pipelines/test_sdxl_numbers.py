@@ -1,9 +1,10 @@
-"""What the sdxl pipeline computes, beside diffusers' own pipeline in torch with the same weights and initial noise."""
+"""What the sdxl pipeline computes, compared with diffusers in torch with the same weights and initial noise."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,23 @@ def test_prompts_are_cut_into_the_tokens_that_transformers_makes(prompt: str, pa
     folder = tokenizer_files(tmp_path / "tokenizer", pad)
     theirs = CLIPTokenizer.from_pretrained(folder)(prompt, padding="max_length", max_length=77, truncation=True)
     assert PromptTokenizer(folder, tmp_path).tokens(prompt).ids == theirs["input_ids"]
+
+
+def test_float16_is_as_the_files_have_it(pipeline: Pipeline, tmp_path: Path) -> None:
+    modules = tiny_sdxl()
+    for name in ("unet", "vae"):
+        modules[name] = modules[name].half()
+    half = opened("sdxl", export_sdxl(modules, tmp_path, base_scheduler()))
+    dtypes = {part["name"]: part["dtype"] for part in half.parts.facts()}
+    assert (dtypes["unet"], dtypes["vae_decoder"], dtypes["text_encoder"]) == ("float16", "float16", "float32")
+    exact, rounded = (made(one, context(request())).images[0].pixels.astype(int) for one in (pipeline, half))
+    assert 0 < np.abs(exact - rounded).mean() < 4
+
+
+def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("workers.pipelines.sdxl", "workers.pipelines.prompts", "workers.pipelines.sdxl_parts"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(OperationError, match=r"device-operations\[pipelines\]") as raised:
+        opened("sdxl", sdxl_folder)
+    assert raised.value.code == "model_invalid"

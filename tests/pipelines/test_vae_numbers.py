@@ -1,4 +1,4 @@
-"""What the vae pipeline computes: tiles beside the whole, halves alone, scales, formats of pictures, fp16, big weights."""
+"""What the vae pipeline computes: tiles and the whole, halves alone, scales, formats of pictures, fp16, big weights."""
 
 from __future__ import annotations
 
@@ -244,3 +244,38 @@ def _png_of(values: np.ndarray) -> bytes:
     written = io.BytesIO()
     Image.fromarray(values).save(written, "PNG")
     return written.getvalue()
+
+
+def test_what_one_run_takes_is_bounded(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pipelines.vae.MAX_RUN_PIXELS", 32 * 32 * 3)
+    files = {str(number): png(smooth(32, 32)) for number in range(8)}
+    read: list[str] = []
+
+    def request(count: int) -> Any:
+        run = context({"images": [{"blob_id": str(number)} for number in range(count)]}, files=files)
+        run.picture = lambda place: (read.append(place["blob_id"]), files[place["blob_id"]])[1]
+        return run
+
+    assert made(pipeline, request(3)).outputs["latents"].shape == (3, 4, 16, 16)
+    read.clear()
+    with pytest.raises(OperationError, match="in one run"):
+        made(pipeline, request(8))
+    assert len(read) == 4, "what is too much is not decoded"
+    with pytest.raises(OperationError, match="in one run"):
+        decoded(pipeline, latents_of(16, 16, 4))
+    with pytest.raises(OperationError, match="1 to 64 images"):
+        decoded(pipeline, np.zeros((65, 4, 1, 1), np.float32))
+    with pytest.raises(OperationError, match="of one size"):
+        given = context(
+            {"images": [{"blob_id": "a"}, {"blob_id": "b"}]}, files={"a": png(smooth(8, 8)), "b": png(smooth(8, 16))}
+        )
+        made(pipeline, given)
+    with pytest.raises(OperationError, match="multiples of 2"):
+        encoded(pipeline, smooth(32, 33))
+    for wrong in (
+        np.zeros((4, 8, 8), np.float32),
+        np.zeros((1, 3, 8, 8), np.float32),
+        np.zeros((1, 4, 8, 8), np.int32),
+    ):
+        with pytest.raises(OperationError, match="latents are"):
+            decoded(pipeline, wrong)

@@ -87,7 +87,7 @@ class Parts:
         return model
 
     def open_apart(self, name: str, content: bytes, cancel: Cancel | None) -> OnnxModel:
-        """A changed graph of a part, out of its bytes, on the device; whoever asked for it closes it."""
+        """A changed graph of a part, out of its bytes, on the device; the caller closes it."""
         self.rest()
         return self._opened(self._parts[name], content, cancel)
 

@@ -121,10 +121,10 @@ def denoise(
             made: Array = stop.value
             return made
         number += 1
-        told: dict[str, Any] = {}
+        shown: dict[str, Any] = {}
         if preview_every and number % preview_every == 0 and number < len(schedule.timesteps):
-            told["preview"] = preview(foreseen.float().cpu().numpy())
-        yield from pace.step(then_seconds=then_seconds, always=bool(told), **told)
+            shown["preview"] = preview(foreseen.float().cpu().numpy())
+        yield from pace.step(then_seconds=then_seconds, always=bool(shown), **shown)
 
 
 #: Yields the foreseen latents after each step, and returns those after the last.

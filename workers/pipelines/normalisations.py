@@ -4,7 +4,7 @@
     pooled over all tiles                  means and mean squares of the whole image
     second run of a tile    own = false    normalised by what was pooled
 
-The cores of the tiles are the whole image, each point once. Statistics are float32, whatever the graph's dtype.
+The cores of the tiles are the whole image, each point once. Statistics are float32 for graphs of any dtype.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from device_operations.errors import failure
+from device_operations.requests.pipelines import MAX_PIXELS
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
-from workers.pipelines import images
+from workers.pipelines import images, previews
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder
 from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
 from workers.pipelines.denoising import Conditions, denoise
@@ -43,13 +44,6 @@ PLACES = {
 #: Steps, guidance and strength where neither the run nor the model says them; of models that take few steps.
 STEPS, GUIDANCE, STRENGTH = 30, 5.0, 0.3
 FEW_STEPS = 4
-
-#: How the colours of SDXL's latents look, roughly: of each channel, red, green and blue; for previews only.
-_COLOURS = np.array(
-    [[0.3651, 0.4232, 0.4341], [-0.2533, -0.0042, 0.1068], [0.1076, 0.1111, -0.0362], [-0.3165, -0.2492, -0.2188]],
-    np.float32,
-)
-_COLOUR_BIAS = np.array([0.1084, -0.0175, -0.0011], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +119,7 @@ class SdxlPipeline(Pipeline):
         asked = self._asked(run)
         schedule = self._schedule(asked)
         self._check(asked, run)
-        conditions, told = yield from self._conditions(asked, run)
+        conditions, said = yield from self._conditions(asked, run)
         encoded = None
         pace = Pace(len(schedule.timesteps) * asked.images)
         if asked.image is not None:
@@ -157,7 +151,7 @@ class SdxlPipeline(Pipeline):
             )
         facts = {
             "seed": asked.seed, "steps": len(schedule.timesteps), "guidance_scale": asked.guidance_scale,
-            "scheduler": schedule.name, **told,
+            "scheduler": schedule.name, **said,
         }  # fmt: skip
         return Result(images=made, facts=facts)
 
@@ -272,12 +266,7 @@ class SdxlPipeline(Pipeline):
 
     def _preview(self, foreseen: Array, number: int, run: Run) -> dict[str, Any]:
         """A small image of the latents, as a blob: a pixel for each of them."""
-        latents = foreseen[0].transpose(1, 2, 0)
-        if latents.shape[2] == len(_COLOURS):
-            colours = latents @ _COLOURS + _COLOUR_BIAS
-        else:
-            colours = np.repeat(latents[..., :1], 3, axis=2) / max(float(np.abs(latents).max()), 1e-6)
-        pixels = images.to_pixels(colours.transpose(2, 0, 1))
+        pixels = previews.pixels_of(foreseen[0])
         return {
             "blob_id": run.keep(images.encode(pixels, "png")),
             "media_type": "image/png",
@@ -285,10 +274,6 @@ class SdxlPipeline(Pipeline):
             "height": pixels.shape[0],
             "image": number,
         }
-
-
-#: Pixels of an image at most.
-MAX_PIXELS = 2048 * 2048
 
 
 def _cut(field: str, encoder: str, tokens: Tokens) -> dict[str, Any]:
