@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from device_operations.jobs import FOLLOWING, State
+from device_operations.jobs import FOLLOWING, OPEN, State
 
 #: The name of the trigger on `jobs`, and of its function.
 TRIGGER = "refuse_transition"
@@ -19,28 +19,38 @@ def listed(states: Collection[State]) -> str:
     return "(" + ", ".join(f"'{state}'" for state in State if state in states) + ")"
 
 
-def refused() -> str:
-    """The condition, over the rows OLD and NEW of an UPDATE, that the state changes and no transition does that."""
-    cases = [
-        f"WHEN '{state}' THEN\n            NEW.state IN {listed(after)}" for state, after in FOLLOWING.items() if after
-    ]
-    allowed = "\n        ".join(cases)
-    return f"NEW.state <> OLD.state AND NOT CASE OLD.state\n        {allowed}\n        ELSE false END"
-
-
 def trigger() -> tuple[str, str]:
-    """The statements that make the function and its trigger. What is allowed never calls the function."""
+    """The statements that make the function and its trigger.
+
+    The function decides. The trigger's `WHEN` only keeps it from being called where every open state may change to the
+    new one, as to `running` and to an end. PostgreSQL parses a `WHEN` anew for each statement: with the whole table in
+    it, an UPDATE of one job took twice the CPU time.
+    """
+    ends = [state for state in State if not FOLLOWING[state]]
+    free = [state for state in State if all(state in FOLLOWING[before] | {before} for before in OPEN)]
+    cases = [
+        f"WHEN '{state}' THEN\n                NEW.state IN {listed(after)}"
+        for state, after in FOLLOWING.items()
+        if after
+    ]
+    allowed = "\n            ".join(cases)
     return (
         f"""
     CREATE FUNCTION {TRIGGER}() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        RAISE EXCEPTION 'job % is %, and cannot become %', OLD.id, OLD.state, NEW.state
-            USING ERRCODE = 'check_violation';
+        IF NEW.state <> OLD.state AND NOT (CASE OLD.state
+            {allowed}
+            ELSE false END) THEN
+            RAISE EXCEPTION 'job % is %, and cannot become %', OLD.id, OLD.state, NEW.state
+                USING ERRCODE = 'check_violation';
+        END IF;
+        RETURN NEW;
     END $$
 """,
         f"""
     CREATE TRIGGER {TRIGGER} BEFORE UPDATE OF state ON jobs FOR EACH ROW
-    WHEN ({refused()})
+    WHEN (OLD.state IN {listed(ends)}
+        OR NEW.state NOT IN {listed(free)})
     EXECUTE FUNCTION {TRIGGER}()
 """,
     )
