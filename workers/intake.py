@@ -149,9 +149,9 @@ class Intake:
 
     def _join(self, entry: Entry, request: dict[str, Any]) -> None:
         """Notes with which others the entry may run."""
-        join = SPECS[entry.kind].join
-        if join is not None:
-            join(self._resident, entry, request)
+        spec = SPECS.get(entry.kind)
+        if spec is not None and spec.join is not None:
+            spec.join(self._resident, entry, request)
 
     def _admit(self, entry: Entry) -> None:
         if not self._lane.admit(entry):

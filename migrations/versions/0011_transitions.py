@@ -33,7 +33,10 @@ _FUNCTION = """
 """
 
 _TRIGGER = """
-    CREATE TRIGGER refuse_transition BEFORE UPDATE OF state ON jobs FOR EACH ROW EXECUTE FUNCTION refuse_transition()
+    CREATE TRIGGER refuse_transition BEFORE UPDATE OF state ON jobs FOR EACH ROW
+    WHEN (OLD.state IN ('succeeded', 'failed', 'cancelled', 'expired')
+        OR NEW.state NOT IN ('queued', 'running', 'succeeded', 'failed', 'cancelled', 'expired'))
+    EXECUTE FUNCTION refuse_transition()
 """
 
 _BEFORE = (
