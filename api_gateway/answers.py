@@ -14,6 +14,9 @@ Schema = dict[str, Any]
 #: Statuses that a submission may be refused with, beside those of every route.
 SUBMISSION = (404, 409, 410, 413, 422, 429, 507)
 
+#: The same below /v1, where what does not fit is a 400.
+_OPENAI_SUBMISSION = (404, 409, 413, 429, 507)
+
 #: Statuses that a job may end with whose caller waits for its bytes or its outputs.
 RUN = (500, 504)
 
@@ -65,6 +68,19 @@ def _json(status: int, schema: Schema, *refusals: int) -> Answer:
 
 _SUBMITTED: Answer = ({200: ("application/json", _JOB), 202: ("application/json", _JOB)}, SUBMISSION)
 _DONE = _json(200, {"type": "object"}, *SUBMISSION, *RUN)
+
+_OPENAI_MODEL = _object("created", "owned_by", id=_TEXT, object={"const": "model"})
+_OPENAI_USAGE = _object(prompt_tokens=_COUNT, total_tokens=_COUNT)
+_EMBEDDINGS: Answer = (
+    {
+        200: ("application/json", _object("data", object={"const": "list"}, model=_TEXT, usage=_OPENAI_USAGE)),
+        499: None,
+    },
+    (*_OPENAI_SUBMISSION, *RUN),
+)
+_IMAGES: Answer = (
+    {200: ("application/json", _object("data", created=_COUNT)), 499: None}, (*_OPENAI_SUBMISSION, *RUN)
+)  # fmt: skip
 
 _READY_OR_NOT: Answer = ({200: ("application/json", {}), 503: ("application/json", {})}, (404,))
 _INFERRED: Answer = (
@@ -124,6 +140,10 @@ ANSWERS: dict[str, Answer] = {
     ),
     "HEAD /api/blobs/{blob_id}": ({200: None}, (404,)),
     "DELETE /api/blobs/{blob_id}": ({204: None}, (404, 409)),
+    "GET /v1/models": _json(200, _object(object={"const": "list"}, data={"type": "array", "items": _OPENAI_MODEL})),
+    "GET /v1/models/{model_name}": _json(200, _OPENAI_MODEL, 404),
+    "POST /v1/embeddings": _EMBEDDINGS,
+    "POST /v1/images/generations": _IMAGES,
     "GET /v2": _json(200, _object("name", "version", "extensions")),
     "GET /v2/health/live": _json(200, _object("live")),
     "GET /v2/health/ready": ({200: ("application/json", _object("ready")), 503: ("application/json", {})}, ()),
@@ -142,6 +162,10 @@ ANSWERS: dict[str, Answer] = {
     "GET /v2/models/{model_name}/versions/{model_version}/stats": _json(200, _STATISTICS, 404),
     "POST /v2/models/{model_name}/versions/{model_version}/infer": _INFERRED,
 }  # fmt: skip
+
+_OPENAI_ERROR = _object(
+    message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}
+)
 
 #: Routes that anybody may ask.
 OPEN_TO_ALL = {"/healthz", "/readyz", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready"}
@@ -185,7 +209,7 @@ def describe(method: str, path: str, operation: Schema) -> None:
         if name not in declared
     )
     statuses = {*ALWAYS, *refusals} | (set() if path in OPEN_TO_ALL else {401, 403})
-    if operation["parameters"]:
+    if operation["parameters"] and not path.startswith("/v1"):
         statuses.add(422)
     for status in sorted(statuses - good.keys()):
         responses[str(status)] = _refusal(status, path)
@@ -206,14 +230,14 @@ def describe(method: str, path: str, operation: Schema) -> None:
 def _refusal(status: int, path: str) -> Schema:
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
     content: Schema = {"application/problem+json": problem}
-    if path.startswith("/v2"):
+    if path.startswith(("/v1", "/v2")):
         # What the connection itself refuses is a problem there too.
-        own = {"schema": _object(error=_TEXT)}
+        own = {"schema": _object(error=_TEXT if path.startswith("/v2") else _OPENAI_ERROR)}
         content = {"application/json": own, **(content if status in ALWAYS else {})}
     refusal: Schema = {"description": _phrase(status), "content": content}
     if status in (429, 503):
         refusal["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "string"}}}
-    if status == 401 and not path.startswith("/v2"):
+    if status == 401 and not path.startswith(("/v1", "/v2")):
         refusal["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}}}
     return refusal
 

@@ -26,6 +26,7 @@ from api_gateway import (
     problems,
     training,
 )
+from api_gateway.openai import routes as openai_routes
 from api_gateway.reaper import Reaper
 from device_operations import collector
 from device_operations.settings import Settings
@@ -50,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     for part in (health, jobs, devices, memory, inference, training, blobs, pages):
         app.include_router(part.router)
     oip.install(app)
+    openai_routes.install(app)
     return app
 
 

@@ -8,8 +8,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from api_gateway import answers
+from api_gateway.openai import requests as openai
+from device_operations.jobs import Kind
 from device_operations.requests import inference, memory, training
-from device_operations.requests.kinds import REQUESTS
+from device_operations.requests.kinds import REQUESTS, requests_of
 
 _TENSOR = {"dtype": "float32", "shape": [1, 2], "data": [[1.0, 2.0]]}
 
@@ -54,6 +56,8 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
             "targets": {"dtype": "float32", "shape": [1, 1], "data": [[1.0]]},
         },
     ),
+    "embeddings": (openai.Embeddings, {"model": "minilm", "input": ["a first text", "a second one"]}),
+    "images": (openai.Images, {"model": "sdxl", "prompt": "a lighthouse at dusk", "size": "1024x1024", "seed": 7}),
 }
 
 _BULK_SCHEMA: dict[str, Any] = {
@@ -75,7 +79,8 @@ _BULK_SCHEMA: dict[str, Any] = {
                         },
                         "additionalProperties": False,
                     }
-                    for kind, model in REQUESTS.items()
+                    for kind in REQUESTS
+                    for model in requests_of(kind)
                 ],
             },
         }
@@ -102,9 +107,15 @@ def body_schema(name: str, *, required: bool = True) -> dict[str, Any]:
         example = {"jobs": [{"kind": "memory.allocate", "request": {"size_bytes": 4096}}]}
     else:
         model, example = BODIES[name]
-        schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+        schema = _reference(model)
+        if model is inference.Run:
+            schema = {"anyOf": [_reference(one) for one in requests_of(Kind.INFERENCE_RUN)]}
     content = {"application/json": {"schema": schema, "example": example}}
     return {"requestBody": {"required": required, "content": content}}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
 def install(app: FastAPI) -> None:
@@ -115,7 +126,8 @@ def install(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = made()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (*(model for model, _ in BODIES.values()), *REQUESTS.values()):
+            of_kinds = [model for kind in REQUESTS for model in requests_of(kind)]
+            for model in (*(model for model, _ in BODIES.values()), *of_kinds):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

@@ -175,8 +175,8 @@ def view(model: Row) -> dict[str, Any]:
         name: model[name]
         for name in (
             "model_id", "name", "version", "model_type", "device_id", "state", "inputs", "outputs", "not_offered",
-            "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned", "shared",
-            "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
+            "parts", "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned",
+            "shared", "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
             "replaced_by", "replaced_at", "created_at", "ended_at",
         )
     }  # fmt: skip

@@ -36,7 +36,7 @@ from device_operations.jobs import State, new_id
 from device_operations.requests.base import JobOptions
 from tasks.database import unavailable
 from tasks.plans.inference import plan_stored_run
-from tasks.plans.residents import check_against_model, find_model, find_session, state_inputs
+from tasks.plans.residents import check_against_model, find_model, find_session, require_graph, state_inputs
 from tasks.store.connection import Row
 from tasks.submit import Plan
 from tasks.transients import TRANSIENT_BYTES
@@ -143,7 +143,7 @@ async def infer(request: Request) -> Response:
     told: dict[str, dict[str, Any]] = {}
     read_by_all = False
     try:
-        job = await _performed(request, gateway, made, _patience(asked))
+        job = await performed(request, gateway, made, _patience(asked))
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
         told = job["result"]["outputs"]
@@ -204,6 +204,7 @@ def _plan(
         raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
     session = find_session(context, session_id) if session_id else None
     model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
+    require_graph(model, "runs with inputs")
     if asked.raw is not None:
         asked.inputs = only_input(model, asked.raw)
     outputs = [output.name for output in asked.outputs]
@@ -255,7 +256,7 @@ def _patience(asked: Asked) -> float | None:
 # ---- waiting
 
 
-async def _performed(
+async def performed(
     request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
 ) -> dict[str, Any] | None:
     """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api_gateway import answers
+from api_gateway.openai import errors as openai_errors
 from device_operations.errors import CODES, OperationError, failure
 from tasks.database import unavailable
 
@@ -40,19 +41,25 @@ def answer(error: OperationError, instance: str) -> Response:
         body["errors"] = error.errors
     if error.detail:
         body["context"] = error.detail
-    headers = {}
-    if error.status in (429, 503):
-        headers["Retry-After"] = str(error.retry_after_seconds or 1)
+    headers = _headers(error)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.code == "internal_error":
-        # Starlette raises the fault again behind the answer, for which the server closes the connection.
-        headers["Connection"] = "close"
     return Response(orjson.dumps(body, default=str), error.status, headers, media_type=PROBLEM)
 
 
+def _headers(error: OperationError) -> dict[str, str]:
+    """The headers that go with an error in every form."""
+    headers = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after_seconds or 1)
+    if error.code == "internal_error":
+        # Starlette raises the fault again behind the answer, for which the server closes the connection.
+        headers["Connection"] = "close"
+    return headers
+
+
 def install(app: FastAPI) -> None:
-    """Makes every way to fail answer with a problem; below /v2 the protocol's own form is used instead."""
+    """Makes every way to fail answer with a problem; below /v1 and /v2 their own forms are used instead."""
 
     @app.exception_handler(OperationError)
     async def _refused(request: Request, error: OperationError) -> Response:
@@ -104,10 +111,12 @@ def unexpected(request: Request, error: Exception) -> Response:
 
 
 def shape(request: Request, error: OperationError) -> Response:
-    """The answer to a request that failed with `error`: a problem, or the Open Inference Protocol's form below /v2."""
-    if request.url.path.startswith("/v2"):
-        headers = {"Retry-After": str(error.retry_after_seconds or 1)} if error.status in (429, 503) else {}
-        if error.code == "internal_error":
-            headers["Connection"] = "close"
-        return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")
-    return answer(error, request.url.path)
+    """The answer to a request that failed with `error`: a problem, or the form of what is spoken below /v1 and /v2."""
+    path = request.url.path
+    if f"{path}/".startswith("/v1/"):
+        return openai_errors.answer(error, _headers(error))
+    if path.startswith("/v2"):
+        return Response(
+            orjson.dumps({"error": error.message}), error.status, _headers(error), media_type="application/json"
+        )
+    return answer(error, path)

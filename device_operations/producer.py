@@ -10,10 +10,10 @@ from celery.result import AsyncResult
 from device_operations.jobs import Kind, new_id
 from device_operations.queues import ANY_QUEUE, PRIORITY_STEPS, celery_priority, device_queue, short
 from device_operations.requests.base import JobRequest
-from device_operations.requests.kinds import REQUESTS, parse
+from device_operations.requests.kinds import REQUESTS, parse, requests_of
 from device_operations.settings import load
 
-_KINDS: dict[type[JobRequest], Kind] = {request: kind for kind, request in REQUESTS.items()}
+_KINDS: dict[type[JobRequest], Kind] = {request: kind for kind in REQUESTS for request in requests_of(kind)}
 
 
 class Producer:

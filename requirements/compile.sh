@@ -30,11 +30,11 @@ without_cuda=$(printf ' --no-emit-package %s' cuda-bindings cuda-pathfinder cuda
     nvidia-nvshmem-cu13 nvidia-nvtx triton)
 
 # shellcheck disable=SC2086 # a list of options
-compile dev --universal --extra cpu --extra local --extra dev $without_cuda "$@"
+compile dev --universal --extra cpu --extra pipelines --extra local --extra dev $without_cuda "$@"
 # shellcheck disable=SC2086
-compile cpu --universal --extra cpu --extra local -c requirements/dev.lock $without_cuda "$@"
-compile cuda --python-platform linux --extra cuda --extra local -c requirements/dev.lock "$@"
-compile directml --python-platform windows --extra directml --extra local "$@"
+compile cpu --universal --extra cpu --extra pipelines --extra local -c requirements/dev.lock $without_cuda "$@"
+compile cuda --python-platform linux --extra cuda --extra pipelines --extra local -c requirements/dev.lock "$@"
+compile directml --python-platform windows --extra directml --extra pipelines --extra local "$@"
 compile windowsml --python-platform windows --extra windowsml --extra local -c requirements/dev.lock "$@"
 
 # Not ours: what benchmarks compare with. PyTriton has wheels for Linux with glibc 2.35 and later only.

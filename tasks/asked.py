@@ -13,9 +13,10 @@ from typing import Any
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, State
+from device_operations.json_text import loads
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
-from device_operations.tensors import Tensor
+from device_operations.tensors import TEXT_DTYPES, Tensor
 from device_operations.texts import unpack_texts
 from tasks.store.connection import Row
 
@@ -106,9 +107,11 @@ def _sendable(value: Any, job_id: str, read_blob: Callable[[str], Any]) -> Any:
         return {name: _sendable(inner, job_id, read_blob) for name, inner in value.items()}
     if not any(value.get(source) is not None for source in _SOURCES):
         raise failure("blob_not_found", f"the tensors of job {job_id} came over /v2 and are not kept; give them anew")
-    if value["dtype"] == "string" and value.get("blob_id"):
+    if value["dtype"] in TEXT_DTYPES and value.get("blob_id"):
         count = 1
         for side in value["shape"]:
             count *= side
-        return {"dtype": "string", "shape": value["shape"], "data": unpack_texts(read_blob(value["blob_id"]), count)}
+        texts = unpack_texts(read_blob(value["blob_id"]), count)
+        data = [loads(text, anywhere=True) for text in texts] if value["dtype"] == "json" else texts
+        return {"dtype": value["dtype"], "shape": value["shape"], "data": data}
     return value

@@ -1,21 +1,13 @@
-"""How each type of model is made resident: the one registry that a new type is added to.
-
-A loader takes the device, the model's file, the folder that it may read, the options as recorded, and a `Cancel`; it
-returns a loaded model with the methods of `OnnxModel`. A pipeline of several graphs is another entry here, and another
-name in `tasks.plans.inference.MODEL_TYPES`.
-"""
+"""How a single graph is made resident, with the options of its load; for pipelines see `workers.pipelines`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from workers.devices.base import Device
 from workers.devices.onnx import Cancel, OnnxModel
 from workers.devices.values import ModelOptions
-
-Loader = Callable[[Device, Path, Path, dict[str, Any], Cancel | None], OnnxModel]
 
 
 def load_onnx(device: Device, file: Path, root: Path, options: dict[str, Any], cancel: Cancel | None) -> OnnxModel:
@@ -27,6 +19,3 @@ def load_onnx(device: Device, file: Path, root: Path, options: dict[str, Any], c
         root=root,
     )
     return device.open_model(file, wanted, cancel)
-
-
-LOADERS: dict[str, Loader] = {"onnx": load_onnx}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -28,11 +28,14 @@ from tasks.store import devices as device_store
 from tasks.store import graphs as graph_store
 from tasks.store import models as store
 from tasks.store.connection import Row, transaction
-from workers import batching
+from workers import batching, pipelines
 from workers.devices.onnx import Cancel, OnnxModel
-from workers.loaders import LOADERS
+from workers.loaders import load_onnx
 from workers.resident import Graph, Resident, ResidentModel
 from workers.work import named
+
+if TYPE_CHECKING:
+    from workers.pipelines.base import Pipeline
 
 log = structlog.get_logger(__name__)
 
@@ -57,16 +60,14 @@ def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> Re
 def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
     """Opens a model's graph on the device and keeps it; idle unpinned models make room where memory runs out."""
     key = row["content_key"]
-    loader = LOADERS.get(row["model_type"])
-    if loader is None:
-        raise failure("model_invalid", f"this worker cannot load models of type {row['model_type']!r}")
     file, root = _files(resident, row)
+    opens = _opener(resident, row, file, root, cancel)
     reserved_bytes = resident.read(graph_store.reserved, resident.device_id, key)
     make_room(resident)
     while True:
         try:
             with resident.loading(reserved_bytes):
-                onnx = loader(resident.device, file, root, row["options"], cancel)
+                loaded = opens()
             break
         except OperationError as error:
             if error.code != "out_of_memory":
@@ -74,15 +75,40 @@ def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
             if not evict_one(resident):
                 raise failure("insufficient_memory", error.message, detail=error.detail) from error
     # At least the file's own size: the system's figure is rounded, shared, or not to be had.
-    graph = Graph(key, onnx, max(onnx.memory_bytes or 0, onnx.file_bytes or 0, ESTIMATE_BYTES))
+    if isinstance(loaded, OnnxModel):
+        graph = Graph(key, loaded, max(loaded.memory_bytes or 0, loaded.file_bytes or 0, ESTIMATE_BYTES))
+    else:
+        graph = Graph(key, loaded, max(loaded.parts.memory_bytes, ESTIMATE_BYTES))
     resident.graphs[key] = graph
-    log.info("graph opened", content_key=key, load_ms=onnx.load_ms, memory_bytes=graph.memory_bytes)
+    log.info("graph opened", content_key=key, memory_bytes=graph.memory_bytes)
     return graph
+
+
+def _opener(
+    resident: Resident, row: Row, file: Path, root: Path, cancel: Cancel | None
+) -> Callable[[], OnnxModel | Pipeline]:
+    """What opens a model's files on the device. A pipeline is read and checked here, before any of it is loaded."""
+    if row["model_type"] == "onnx":
+        return lambda: load_onnx(resident.device, file, root, row["options"], cancel)
+    pipeline = pipelines.read(row["model_type"], file, root, row["options"])
+    pipeline.parts.evict = lambda: evict_one(resident)
+
+    def opened() -> Pipeline:
+        pipeline.open(resident.device, cancel)
+        return pipeline
+
+    return opened
 
 
 def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     options = row["options"]
-    onnx, asked = graph.onnx, options.get("max_batch_size")
+    onnx, asked = graph.loaded, options.get("max_batch_size")
+    if not isinstance(onnx, OnnxModel):
+        max_rows, together = onnx.batching(asked)
+        return ResidentModel(
+            row["model_id"], row["name"], graph, row["pinned"], max_rows, options.get("max_delay_ms", 0.0), together,
+            time.monotonic(),
+        )  # fmt: skip
     # A model that comes back after a death has been tried: what it did then is recorded, and is not done again.
     again = row["state"] == "lost"
     earlier = row["batching"] if again else None
@@ -130,6 +156,19 @@ def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mappin
 
 def facts(model: ResidentModel) -> dict[str, Any]:
     """What the model's record is to hold of it, as found and measured."""
+    pipeline = model.pipeline
+    if pipeline is not None:
+        return {
+            "inputs": [],
+            "outputs": [],
+            "not_offered": [],
+            "parts": pipeline.parts.facts(),
+            "memory_bytes": model.graph.memory_bytes,
+            "load_ms": round(pipeline.parts.load_ms, 3),
+            "provider": pipeline.parts.provider,
+            "cpu_fallback_ops": pipeline.parts.cpu_fallback_ops,
+            "batching": model.batching.as_json(),
+        }
     onnx = model.onnx
     return {
         "inputs": [spec.as_json() for spec in (*onnx.inputs, *onnx.optional_inputs)],
@@ -175,7 +214,7 @@ def bring_back(resident: Resident) -> None:
             continue
         with transaction(resident.engine) as connection:
             settled(connection, row["model_id"], resident.epoch, facts(model))
-        log.info("model is back", model_id=row["model_id"], name=row["name"], load_ms=model.onnx.load_ms)
+        log.info("model is back", model_id=row["model_id"], name=row["name"])
 
 
 def make_room(resident: Resident) -> bool:
@@ -252,7 +291,7 @@ def _leave(resident: Resident, graph: Graph) -> int | None:
     if any(model.graph is graph for model in resident.models.values()):
         return 0
     del resident.graphs[graph.content_key]
-    freed = graph.onnx.close()
+    freed = graph.loaded.close()
     shutil.rmtree(_folder(resident, graph.content_key), ignore_errors=True)
     return freed
 
@@ -265,6 +304,8 @@ def _files(resident: Resident, row: Row) -> tuple[Path, Path]:
         if key_of_files(found, row["model_type"], row["options"]) != row["content_key"]:
             # Else models of the content that was asked for would be given this one.
             raise failure("model_invalid", f"{source['path']!r} has changed since it was loaded; load it again")
+        if row["model_type"] != "onnx":
+            return (found, found) if found.is_dir() else (found, found.parent)
         return (entry_file(found), found) if found.is_dir() else (found, found.parent)
     if "blob_id" in source:
         stored = resident.blobs.file(source["blob_id"])
@@ -277,7 +318,7 @@ def _files(resident: Resident, row: Row) -> tuple[Path, Path]:
         target = folder / relative
         private_folder(target.parent)
         resident.blobs.fetch(blob_id, target)
-    return entry_file(folder), folder
+    return (entry_file(folder) if row["model_type"] == "onnx" else folder), folder
 
 
 def _folder(resident: Resident, content_key: str) -> Path:

@@ -116,10 +116,10 @@ class Recorder:
         if self._looks_at > now + STARTED_SECONDS or any(work.job_id in self._followed for work in works):
             self._queue.put(_LOOK)
 
-    def progressed(self, work: Work, told: dict[str, Any]) -> None:
-        """A running job got further; written a few times a second at most."""
+    def progressed(self, work: Work, told: dict[str, Any], *, always: bool = False) -> None:
+        """A running job got further; written a few times a second at most, unless `always`."""
         now = time.monotonic()
-        if now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
+        if always or now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
             self._told_at[work.job_id] = now
             self._queue.put((work, told))
 

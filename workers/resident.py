@@ -23,6 +23,7 @@ from workers.devices.onnx import OnnxModel
 from workers.devices.onnx_tensors import Feed
 
 if TYPE_CHECKING:
+    from workers.pipelines.base import Pipeline
     from workers.transfers import Transfers
 
 P = ParamSpec("P")
@@ -40,8 +41,19 @@ class Graph:
     """What lies on the device for models of equal content and session options; it goes with the last of them."""
 
     content_key: str
-    onnx: OnnxModel
+    loaded: OnnxModel | Pipeline
     memory_bytes: int
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline, where it is one and not a single graph."""
+        return None if isinstance(self.loaded, OnnxModel) else self.loaded
+
+    @property
+    def cpu_fallback_ops(self) -> int | None:
+        """How many of its operators run on the CPU instead of the device; None if that cannot be counted."""
+        loaded = self.loaded
+        return loaded.cpu_fallback_ops if isinstance(loaded, OnnxModel) else loaded.parts.cpu_fallback_ops
 
 
 @dataclass(slots=True, eq=False)
@@ -61,8 +73,23 @@ class ResidentModel:
 
     @property
     def onnx(self) -> OnnxModel:
-        """The session that runs it, maybe shared with other models."""
-        return self.graph.onnx
+        """The session that runs it, maybe shared with other models; a pipeline has several."""
+        loaded = self.graph.loaded
+        assert isinstance(loaded, OnnxModel), f"{self.name} is a pipeline"
+        return loaded
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline that runs it, where it is one and not a single graph."""
+        return self.graph.pipeline
+
+    def batch_of_request(self, request: dict[str, Any]) -> tuple[Hashable, int] | None:
+        """The key under which a run may be joined with others, and how many; a pipeline says so itself."""
+        pipeline = self.pipeline
+        if pipeline is None:
+            return self.batch_of(request["inputs"], request.get("outputs"))
+        batch = pipeline.batch_of(request, self.max_batch_size)
+        return None if batch is None else ((self.model_id, batch[0]), batch[1])
 
     def batch_of(self, inputs: dict[str, Any], outputs: list[str] | None) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone.
@@ -170,4 +197,4 @@ class Resident:
 
     def cpu_fallback_ops(self) -> int:
         """How many operators of the resident graphs run on the CPU instead of the device."""
-        return sum(graph.onnx.cpu_fallback_ops or 0 for graph in list(self.graphs.values()))
+        return sum(graph.cpu_fallback_ops or 0 for graph in list(self.graphs.values()))

@@ -33,6 +33,7 @@ from workers.lane import Entry, Lane
 from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS, Steps
 from workers.operations.inference import read_ahead
+from workers.operations.pipelines import takes_steps
 from workers.recorder import Recorder
 from workers.resident import Resident
 from workers.work import Detached, Passed, Progress, Work, clear_calls, named
@@ -213,7 +214,7 @@ class Runner:
                 work.deadline = time.monotonic() + work.row["timeout_seconds"]
             work.started = began
         self._recorder.started(works)
-        if works[0].kind in BATCHES:
+        if works[0].kind in BATCHES and not takes_steps(self._resident, works[0]):
             if not self._paused:
                 self._ahead.begin(self._resident.device_ms(works[0].request.get("model_id")), works[0].entry.needs)
             outcomes = self._perform_batch(works)
@@ -313,7 +314,7 @@ class Runner:
         try:
             told = self._next(paused)
             if isinstance(told, Progress) and told.told is not None:
-                self._recorder.progressed(work, told.told)
+                self._recorder.progressed(work, told.told, always=told.always)
         except StopIteration as stop:
             self._paused.remove(paused)
             self._made(work, stop.value)

@@ -73,6 +73,8 @@ class Progress:
     """What a long job yields between two steps: the lane may run something more urgent before it goes on."""
 
     told: dict[str, Any] | None = None
+    #: Whether it is reported even if another was a moment ago: it has what no later one has.
+    always: bool = False
 
 
 @dataclass(frozen=True, slots=True)

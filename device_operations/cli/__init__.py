@@ -34,6 +34,8 @@ COMMANDS = {
     "upload": "device_operations.cli.models:upload",
     "load-model": "device_operations.cli.models:load_model",
     "run": "device_operations.cli.models:run",
+    "image": "device_operations.cli.images:image",
+    "embed": "device_operations.cli.embed:embed",
     "train": "device_operations.cli.train:train",
 }
 

@@ -12,6 +12,7 @@ from device_operations.cli.gateway_options import with_client
 from device_operations.cli.output import json_option, print_json, print_object
 from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
+from device_operations.requests.pipelines import RUNS
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _EXISTING = click.Path(exists=True, path_type=Path)
@@ -38,7 +39,7 @@ def upload(client: Client, file: Path, as_json: bool) -> None:
 @click.argument("file", type=_EXISTING)
 @click.option("--name", help="The model's name; by default the file's, without its ending.")
 @click.option("--version", default="1", show_default=True)
-@click.option("--type", "model_type", type=click.Choice(["onnx", "vae", "sdxl"]), default="onnx", show_default=True)
+@click.option("--type", "model_type", type=click.Choice(["onnx", *RUNS]), default="onnx", show_default=True)
 @click.option("--device", "device_id", metavar="ID")
 @click.option("--pin", is_flag=True, help="Keep it loaded, however long nobody runs it.")
 @click.option("--shared", is_flag=True, help="Let other owners run it.")

@@ -8,7 +8,7 @@ calls.py          what one request to the gateway is made of, and what flows may
 exchange.py       one call until it is answered: retries, and errors by their code
 operations.py     how a method that is written once serves both clients
 jobs.py           jobs: submit, wait, list, follow, cancel
-blobs.py, devices.py, memory.py, inference.py, training.py      one file per noun
+blobs.py, devices.py, memory.py, inference.py, embeddings.py, images.py, training.py      one file per noun
 arrays.py         NumPy arrays as tensors, and back
 sync.py, asynchronous.py    the two clients
 """
@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from device_operations.client.asynchronous import AsyncClient
 from device_operations.client.blobs import Blob
+from device_operations.client.embeddings import Embedded
+from device_operations.client.images import ImagesResult, MadeImage
 from device_operations.client.inference import RunResult
 from device_operations.client.jobs import Event
 from device_operations.client.sync import Client
 
-__all__ = ["AsyncClient", "Blob", "Client", "Event", "RunResult"]
+__all__ = ["AsyncClient", "Blob", "Client", "Embedded", "Event", "ImagesResult", "MadeImage", "RunResult"]

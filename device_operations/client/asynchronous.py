@@ -13,7 +13,9 @@ from device_operations.client import connection
 from device_operations.client.blobs import Blobs
 from device_operations.client.calls import Call, Content, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
+from device_operations.client.embeddings import Embedding
 from device_operations.client.exchange import Course, Policy
+from device_operations.client.images import Images
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
 from device_operations.client.memory import Memory
@@ -21,7 +23,7 @@ from device_operations.client.operations import Async
 from device_operations.client.training import Training
 
 
-class AsyncClient(Jobs[Async]):
+class AsyncClient(Jobs[Async], Embedding[Async]):
     """The HTTP client for asyncio; its arguments are those of `Client`. It belongs to one event loop."""
 
     def __init__(
@@ -39,6 +41,7 @@ class AsyncClient(Jobs[Async]):
         self.devices: Devices[Async] = Devices(self._driver)
         self.memory: Memory[Async] = Memory(self._driver)
         self.inference: Inference[Async] = Inference(self._driver)
+        self.images: Images[Async] = Images(self._driver)
         self.training: Training[Async] = Training(self._driver)
 
     @property

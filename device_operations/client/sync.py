@@ -14,7 +14,9 @@ from device_operations.client import connection
 from device_operations.client.blobs import Blobs
 from device_operations.client.calls import Call, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
+from device_operations.client.embeddings import Embedding
 from device_operations.client.exchange import Course, Policy
+from device_operations.client.images import Images
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
 from device_operations.client.memory import Memory
@@ -22,7 +24,7 @@ from device_operations.client.operations import Sync
 from device_operations.client.training import Training
 
 
-class Client(Jobs[Sync]):
+class Client(Jobs[Sync], Embedding[Sync]):
     """The HTTP client.
 
     Without `base_url` it finds the gateway that this machine's settings or a running `up` name, at the first request,
@@ -46,6 +48,7 @@ class Client(Jobs[Sync]):
         self.devices: Devices[Sync] = Devices(self._driver)
         self.memory: Memory[Sync] = Memory(self._driver)
         self.inference: Inference[Sync] = Inference(self._driver)
+        self.images: Images[Sync] = Images(self._driver)
         self.training: Training[Sync] = Training(self._driver)
 
     @property

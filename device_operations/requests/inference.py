@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,6 +42,16 @@ class ModelOptions(Request):
     free_dimensions: dict[TensorName, Side] = Field(default_factory=dict, max_length=1000)
     graph_optimization: Literal["disable", "basic", "extended", "all", "rewrite"] = "all"
     intra_op_threads: int | None = Field(None, ge=1, le=1024, strict=True)
+    low_memory: bool = Field(
+        False, strict=True, description="of a pipeline: its parts are loaded one at a time, as a run comes to them"
+    )
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as they are recorded. What came later than records is left out where it was not asked for."""
+        options = self.model_dump(mode="json")
+        if not self.low_memory:
+            del options["low_memory"]
+        return options
 
 
 class LoadModel(JobRequest):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind
-from device_operations.requests import inference, memory, training
+from device_operations.requests import inference, memory, pipelines, training
 from device_operations.requests.base import JobRequest
 
 REQUESTS: dict[Kind, type[JobRequest]] = {
@@ -30,14 +30,22 @@ REQUESTS: dict[Kind, type[JobRequest]] = {
 }
 
 
+def requests_of(kind: Kind) -> tuple[type[JobRequest], ...]:
+    """The requests that a kind takes: one, and for runs those of each type of pipeline besides."""
+    return (REQUESTS[kind], *pipelines.RUNS.values()) if kind is Kind.INFERENCE_RUN else (REQUESTS[kind],)
+
+
 #: Fields named in one error at most: a caller may send any number of unknown ones, with names of any length.
 MAX_PROBLEMS = 100
 
 
 def parse(kind: Kind, request: Any) -> JobRequest:
     """The checked request of `kind`; `validation_failed` names every field that does not fit."""
+    schema = REQUESTS[kind]
+    if kind is Kind.INFERENCE_RUN and pipelines.is_pipeline_run(request):
+        schema = pipelines.AnyPipelineRun
     try:
-        return REQUESTS[kind].model_validate(request)
+        return schema.model_validate(request)
     except ValidationError as error:
         raise invalid(error, f"The request of {kind.value} does not fit the contract") from error
 

@@ -13,6 +13,7 @@ from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
+from device_operations.requests.pipelines import RUNS, AnyPipelineRun, PipelineRun
 from tasks.asked import asked_of
 from tasks.directory import Directory
 from tasks.owners import Asker, found, may_see
@@ -21,6 +22,7 @@ from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, 
 from tasks.plans.earlier import Earlier
 from tasks.plans.memory import forget_hashes
 from tasks.plans.models import content_of, load_key
+from tasks.plans.pipelines import stored_run
 from tasks.plans.plan import Plan, Recorded
 from tasks.plans.residents import (
     allocations_of,
@@ -37,8 +39,8 @@ from tasks.store import jobs as job_store
 from tasks.store import models as model_store
 from tasks.store.connection import Row
 
-#: The types of model that can be loaded. Each has its loader in `workers.loaders`, and pipelines enter there too.
-MODEL_TYPES = ("onnx",)
+#: The types of model that can be loaded: a graph, or a pipeline (`workers.pipelines`).
+MODEL_TYPES = ("onnx", *RUNS)
 
 
 def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
@@ -51,9 +53,11 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
         raise failure(
             "validation_failed", f"model_type {request.model_type!r} is not known; there are: {', '.join(MODEL_TYPES)}"
         )
+    if request.options.low_memory and request.model_type == "onnx":
+        raise failure("validation_failed", "low_memory is for pipelines, and model_type is 'onnx': it is of one part")
     owner = owner_of(context, request.job)
     key, sha256, estimate = content_of(context, request)
-    options = request.options.model_dump(mode="json")
+    options = request.options.recorded()
     same = {"owner": owner, "name": request.name, "version": request.version, "load_key": load_key(key, options)}
     device = place(context, request.device_id, size_bytes=estimate, holding=_holding(context, key, same))
     device_id = device["device_id"]
@@ -140,8 +144,10 @@ def _holding(context: Context, content_key: str, same: dict[str, str]) -> list[s
     return loads or [model["device_id"] for model in models if model["content_key"] == content_key]
 
 
-def plan_run(context: Context, request: Run, job_id: str) -> Plan:
+def plan_run(context: Context, request: Run | PipelineRun, job_id: str) -> Plan:
     """Runs a model where it is. A run without a session has one of its own, whose id is the job's."""
+    if isinstance(request, PipelineRun):
+        return plan_pipeline_run(context, request, job_id)
     owner = owner_of(context, request.job)
     session = find_session(context, request.session_id) if request.session_id else None
     model = find_model(
@@ -167,8 +173,24 @@ def plan_run(context: Context, request: Run, job_id: str) -> Plan:
     return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
 
 
-def is_light(directory: Directory, asker: Asker, request: Run) -> bool:
-    """Whether a run names nothing but its model, and brings its tensors along."""
+def plan_pipeline_run(context: Context, request: PipelineRun, job_id: str) -> Plan:
+    """Runs a pipeline where it is.
+
+    Raises `validation_failed` where the fields are not those of the model's type, and what `stored_run` raises.
+    """
+    owner = owner_of(context, request.job)
+    model = find_model(context, request.model_id, request.model_name, owner=owner)
+    run = request.fitted(model["model_type"]) if isinstance(request, AnyPipelineRun) else request
+    payload, allocations, blob_ids = stored_run(context, run, model, owner)
+    return plan_stored_run(
+        context, run.job, job_id, model, payload, allocations=allocations, blob_ids=blob_ids, asked=asked_of(run)
+    )
+
+
+def is_light(directory: Directory, asker: Asker, request: Run | PipelineRun) -> bool:
+    """Whether a run names nothing but its model, and brings its tensors along. A pipeline's are decoded and stored."""
+    if isinstance(request, PipelineRun):
+        return False
     return (
         request.session_id is None
         and not request.into

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ import orjson
 
 from device_operations.errors import failure
 from device_operations.requests.inference import LoadModel
+from device_operations.requests.pipelines import RUNS
 from tasks.plans.base import Context, check_blobs
 
 #: What an ONNX session takes on top of its file until it was measured, as a share of the file's size and in bytes.
@@ -22,30 +24,50 @@ ESTIMATE_BYTES = 4 * 2**20
 SHAPING_OPTIONS = ("free_dimensions", "graph_optimization", "intra_op_threads")
 #: What file systems take as one name.
 MAX_NAME_BYTES = 255
+#: Files that a pipeline's folder may have.
+MAX_FILES = 1000
 
 
 def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
     """The key of equal content, the sha256 of the model's file, and the bytes to reserve until it is measured."""
     if request.source.path is not None:
-        parts, size = _files(model_file(context.settings.model_cache_path, request.source.path))
+        parts, sizes = _files(model_file(context.settings.model_cache_path, request.source.path), request.model_type)
     else:
-        parts, size = _blobs(context, request)
-    sha256 = next(iter(parts.values()))
-    if request.sha256 is not None and request.sha256 not in parts.values():
+        parts, sizes = _blobs(context, request)
+    # A pipeline is as much its configuration as its graphs.
+    sha256 = _whole(parts) if request.model_type in RUNS and len(parts) > 1 else next(iter(parts.values()))
+    if request.sha256 is not None and request.sha256 not in (sha256, *parts.values()):
         raise failure("checksum_mismatch", f"the model's sha256 is {sha256}, not {request.sha256}")
-    key = _content_key(request.model_type, parts, request.options.model_dump(mode="json"))
+    key = _content_key(request.model_type, parts, request.options.recorded())
+    size = _largest_part(sizes) if request.options.low_memory else sum(sizes.values())
     return key, sha256, int(size * ESTIMATE_FACTOR) + ESTIMATE_BYTES
 
 
 def key_of_files(path: Path, model_type: str, options: Mapping[str, Any]) -> str:
     """The content key of what lies at `path` now: a file (with its external data) or a folder."""
-    return _content_key(model_type, _files(path)[0], options)
+    return _content_key(model_type, _files(path, model_type)[0], options)
+
+
+def _whole(parts: Mapping[str, str]) -> str:
+    """The sha256 over the names and hashes of several files."""
+    return hashlib.sha256(orjson.dumps(sorted(parts.items()))).hexdigest()
+
+
+def _largest_part(sizes: Mapping[str, int]) -> int:
+    """The bytes of a pipeline's largest part: of the files in one folder."""
+    parts: Counter[str] = Counter()
+    for name, size in sizes.items():
+        folder, _, file = name.replace("\\", "/").rpartition("/")
+        parts[folder or file] += size
+    return max(parts.values())
 
 
 def _content_key(model_type: str, parts: Mapping[str, str], options: Mapping[str, Any]) -> str:
     # A lone file's name does not matter; the names of several, which refer to each other, do.
     names = sorted(parts.items()) if len(parts) > 1 else list(parts.values())
     shaping = {name: options.get(name) for name in SHAPING_OPTIONS}
+    if options.get("low_memory"):
+        shaping["low_memory"] = True
     return hashlib.sha256(orjson.dumps([model_type, names, shaping], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -95,15 +117,18 @@ def entry_file(folder: Path) -> Path:
     return found[0]
 
 
-def _files(path: Path) -> tuple[dict[str, str], int]:
+def _files(path: Path, model_type: str) -> tuple[dict[str, str], dict[str, int]]:
+    """The sha256 and the size in bytes of each of a model's files, by its path below the model's folder."""
     if path.is_dir():
-        entry = entry_file(path)
-        files = [entry, *sorted(file for file in path.rglob("*") if file.is_file() and file != entry)]
+        files = _pipeline_files(path) if model_type in RUNS else _graph_files(path)
         parts = {str(file.relative_to(path)): _sha256(file, *_stamp(file)) for file in files}
-        return parts, sum(file.stat().st_size for file in files)
+        return parts, {str(file.relative_to(path)): file.stat().st_size for file in files}
     digest = _sha256(path, *_stamp(path))
     parts = {path.name: digest}
-    size = path.stat().st_size
+    sizes = {path.name: path.stat().st_size}
+    config = path.parent / "config.json"
+    if model_type in RUNS and config.is_file() and config.resolve().is_relative_to(path.parent):
+        parts[config.name] = _sha256(config, *_stamp(config))
     for name in _external_names(path, *_stamp(path)):
         neighbour = path.parent / name
         # A location that leaves the folder is the loader's to refuse; here it only must not be read.
@@ -113,11 +138,29 @@ def _files(path: Path) -> tuple[dict[str, str], int]:
             and neighbour.is_file()
         ):
             parts[name] = _sha256(neighbour, *_stamp(neighbour))
-            size += neighbour.stat().st_size
-    return parts, size
+            sizes[name] = neighbour.stat().st_size
+    return parts, sizes
 
 
-def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], int]:
+def _graph_files(folder: Path) -> list[Path]:
+    entry = entry_file(folder)
+    return [entry, *sorted(file for file in folder.rglob("*") if file.is_file() and file != entry)]
+
+
+def _pipeline_files(folder: Path) -> list[Path]:
+    """All files of a pipeline's folder. Raises `path_not_allowed` where a link leads out of it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if not files:
+        raise failure("model_invalid", f"the folder {folder.name!r} is empty")
+    if len(files) > MAX_FILES:
+        raise failure("model_invalid", f"the folder {folder.name!r} has {len(files)} files; {MAX_FILES} at most")
+    for file in files:
+        if not file.resolve().is_relative_to(folder):
+            raise failure("path_not_allowed", f"{str(file.relative_to(folder))!r} leads out of the model's folder")
+    return files
+
+
+def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], dict[str, int]]:
     named = {"model.onnx": request.source.blob_id} if request.source.blob_id else dict(request.source.blobs or {})
     for relative in named:
         pure = PurePosixPath(relative.replace("\\", "/"))
@@ -129,7 +172,7 @@ def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], int]:
     known = check_blobs(context, ids)
     ordered = sorted(named.items(), key=lambda item: (not item[0].endswith(".onnx"), item[0]))
     parts = {relative: known[str(blob_id)]["sha256"] for relative, blob_id in ordered}
-    return parts, sum(known[blob_id]["size_bytes"] for blob_id in ids)
+    return parts, {relative: known[str(blob_id)]["size_bytes"] for relative, blob_id in named.items()}
 
 
 def _stamp(file: Path) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from device_operations.errors import OperationError, failure
 from device_operations.requests.inference import Run
+from device_operations.requests.pipelines import RUNS, PipelineRun
 from device_operations.tensors import carries
 from tasks.directory import Snapshot
 from tasks.owners import absent, found
@@ -127,7 +128,8 @@ def check_against_model(
     model: Row, inputs: Mapping[str, Shaped], outputs: Sequence[str] | None, fed: Collection[str] = ()
 ) -> None:
     """Refuses names, dtypes and shapes that the loaded model does not take, with all that is wrong at once."""
-    if not model["inputs"] or model["model_type"] != "onnx":
+    require_graph(model, "runs with inputs")
+    if not model["inputs"]:
         return
     specs = {spec["name"]: spec for spec in model["inputs"]}
     wrong = [f"unknown input {name!r}" for name in inputs if name not in specs]
@@ -147,6 +149,18 @@ def check_against_model(
             "input_mismatch",
             f"{'; '.join(wrong)} (model {model['name']!r})",
             detail={"errors": wrong, "inputs": takes, "outputs": sorted(known)},
+        )
+
+
+def require_graph(model: Row, what: str) -> None:
+    """Refuses `what` of a pipeline, which has no inputs and outputs of its own. Raises `validation_failed`."""
+    if model["model_type"] in RUNS:
+        fields = RUNS[model["model_type"]].model_fields
+        takes = ", ".join(name for name in fields if name not in PipelineRun.model_fields)
+        raise failure(
+            "validation_failed",
+            f"model {model['name']!r} is of type {model['model_type']!r}, which has no {what}: its runs "
+            f"(POST /api/inference/run) give {takes}",
         )
 
 

@@ -10,7 +10,7 @@ from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import OpenSession
 from tasks.plans.base import Context, owner_of, store_tensors
 from tasks.plans.memory import check_tensors
-from tasks.plans.residents import find_model, unfit
+from tasks.plans.residents import find_model, require_graph, unfit
 from tasks.store import models as store
 from tasks.store.connection import Row, transaction
 from tasks.submit import Promise, keep, recall
@@ -41,6 +41,7 @@ def _earlier(context: Context, promise: Promise) -> Row | None:
 def _open_session(context: Context, request: OpenSession, promise: Promise | None) -> Row:
     owner = owner_of(context, JobOptions(owner=request.owner))
     model = find_model(context, request.model_id, request.model_name, owner=owner)
+    require_graph(model, "sessions")
     device_id = model["device_id"]
     device = context.directory.snapshot().devices.get(device_id) or context.directory.device(device_id)
     context.directory.require_online(device)

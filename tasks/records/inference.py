@@ -44,6 +44,8 @@ models = Table(
     Column("batching", Json),
     # [{"name", "side", "reason"}]: inputs and outputs that callers cannot give or get, as the worker found out.
     Column("not_offered", Json),
+    # Of a pipeline, [{"name", "memory_bytes", "file_bytes", "dtype", "load_ms"}]; of a single graph, nothing.
+    Column("parts", Json),
     Column("run_count", BigInteger, nullable=False, server_default=text("0")),
     Column("failed_count", BigInteger, nullable=False, server_default=text("0")),
     Column("statistics", Json, nullable=False, server_default=text("'{}'")),

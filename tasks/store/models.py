@@ -141,7 +141,8 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
         UPDATE models SET state = 'loaded', epoch = %(epoch)s, inputs = %(inputs)s::jsonb, outputs = %(outputs)s::jsonb,
             memory_bytes = %(memory_bytes)s, load_ms = %(load_ms)s,
             provider = %(provider)s, cpu_fallback_ops = %(cpu_fallback_ops)s, last_used_at = clock_timestamp(),
-            error = NULL, batching = %(batching)s::jsonb, not_offered = %(not_offered)s::jsonb
+            error = NULL, batching = %(batching)s::jsonb, not_offered = %(not_offered)s::jsonb,
+            parts = %(parts)s::jsonb
         WHERE model_id = %(id)s AND state IN ('loading', 'lost')
         """,
         {
@@ -152,6 +153,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             "outputs": dumps(facts["outputs"]),
             "batching": dumps(facts["batching"]),
             "not_offered": dumps(facts["not_offered"]),
+            "parts": None if facts.get("parts") is None else dumps(facts["parts"]),
         },
     )
     return bool(changed)

@@ -1,4 +1,4 @@
-"""Runs a page's blocks of Python in order, in one process: `python -m tests.direct.guide_runner FILE…`.
+"""Runs a page's blocks of Python in order, in one process: `python -I guide_runner.py FILE…`.
 
 No block may have imported anything of this project.
 """

@@ -137,7 +137,7 @@ def test_a_source_that_is_not_there_and_a_wrong_checksum(api: Api) -> None:
     path = api.save(graphs.affine(77.0))
     answer = api.post("/api/inference/load-model", {"name": "sum", "source": {"path": path}, "sha256": "0" * 64})
     assert (answer.status_code, answer.json()["code"]) == (422, "checksum_mismatch")
-    answer = api.post("/api/inference/load-model", {"name": "x", "source": {"path": path}, "model_type": "vae"})
+    answer = api.post("/api/inference/load-model", {"name": "x", "source": {"path": path}, "model_type": "diffusion"})
     assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
     answer = api.post("/api/inference/load-model", {"name": "x", "source": {"path": path}, "device_id": "gpu_9"})
     assert (answer.status_code, answer.json()["code"]) == (404, "device_not_found")

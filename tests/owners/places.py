@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from device_operations.jobs import Kind
-from device_operations.requests.kinds import REQUESTS
+from device_operations.requests.kinds import requests_of
 
 #: What each name of a parameter or field stands for; `session` is a training session's or an inference session's.
 NOUNS = {
@@ -24,6 +24,7 @@ NOUNS = {
     "blobs": "blob",
     "model_id": "model",
     "model_name": "model name",
+    "model": "model name",
     "session_id": "session",
     "sequence_id": "inference session",
     "checkpoint_id": "checkpoint",
@@ -37,9 +38,11 @@ FREE = {
     # how a request is carried out
     "limit", "wait", "include", "map", "offset", "size_bytes", "force", "recycle", "history", "checkpoint", "webhook_url", "labels",
     # content, and the caller's own names for what is made
-    "sha256", "dtype", "data", "base64", "shape", "name", "version", "model_type", "path", "outputs", "output",
+    "prompt", "negative_prompt", "sha256", "dtype", "data", "base64", "shape", "name", "version", "model_type", "path", "outputs", "output",
     # a model's own parts: inputs and outputs, layers, parameters
     "layers", "targets", "trainable",
+    # links to a blob, and what OpenAI's clients say of texts and images
+    "expires", "signature", "input", "texts", "size", "scheduler", "quality", "style", "moderation", "user",
 }  # fmt: skip
 
 #: Routes that name nothing owned: what is on the service as a whole, and what makes or lists things.
@@ -51,6 +54,7 @@ NAMES_NOTHING = {
     "GET /api/memory/status", "GET /api/memory/device/{device_id}", "GET /api/memory/allocations",
     "GET /api/inference/sessions", "GET /api/inference/models",
     "POST /api/blobs",
+    "GET /v1/models",
     "GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /v2/models/stats", "POST /v2/repository/index",
 }  # fmt: skip
 
@@ -118,11 +122,12 @@ def find(document: dict[str, Any]) -> list[Place]:
             if _name(keys) in NOUNS and _name(keys) not in in_address:
                 found.append(Place(route, "body", keys, _noun(request or route, _name(keys)), request))
     for kind in Kind:
-        schema = REQUESTS[kind].model_json_schema()
-        for keys in _fields(schema, schema.get("$defs", {})):
-            if _name(keys) in NOUNS:
-                noun = _noun(kind.value, _name(keys))
-                found.append(Place(BULK, "body", keys, noun, REQUESTS[kind].__name__, kind.value))
+        for request in requests_of(kind):
+            schema = request.model_json_schema()
+            for keys in _fields(schema, schema.get("$defs", {})):
+                if _name(keys) in NOUNS:
+                    noun = _noun(kind.value, _name(keys))
+                    found.append(Place(BULK, "body", keys, noun, request.__name__, kind.value))
     return list(dict.fromkeys(found))
 
 
@@ -145,9 +150,10 @@ def complaints(document: dict[str, Any]) -> list[str]:
             if _name(keys) not in known:
                 lines.append(f"{route}: is the field {'.'.join(keys)} an id? add its name to NOUNS or FREE")
     for kind in Kind:
-        schema = REQUESTS[kind].model_json_schema()
+        schemas = [request.model_json_schema() for request in requests_of(kind)]
         lines += [
             f"{kind.value}: is the field {'.'.join(keys)} an id? add its name to NOUNS or FREE"
+            for schema in schemas
             for keys in _fields(schema, schema.get("$defs", {}))
             if _name(keys) not in known
         ]
@@ -182,9 +188,9 @@ def _bodies(document: dict[str, Any], route: str, operation: dict[str, Any]) -> 
     """The fields of a route's body that may hold text, each with the name of the body's schema."""
     yield from (("", keys) for keys in UNDESCRIBED.get(route, []))
     schema = _schema(operation)
-    if schema is not None:
-        request = schema.get("$ref", "").rpartition("/")[2]
-        yield from ((request, keys) for keys in _fields(schema, document["components"]["schemas"]))
+    for way in [] if schema is None else schema.get("anyOf", [schema]) if "$ref" not in schema else [schema]:
+        request = way.get("$ref", "").rpartition("/")[2]
+        yield from ((request, keys) for keys in _fields(way, document["components"]["schemas"]))
 
 
 def _fields(schema: dict[str, Any], named: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from tests.owners.places import BULK, Place
-from tests.owners.things import BATCH, FLOATS, NETWORK, Things
+from tests.owners.things import BATCH, FLOATS, LATENTS, NETWORK, Things
 
 #: What the addresses need as well as the id that is tried.
 _ADDRESS = {"model_version": "1"}
@@ -47,6 +47,10 @@ def _changed(things: Things, place: Place, thing_id: str) -> dict[str, Any]:
     body = _base(things, place)
     at: Any = body
     for key, following in zip(place.keys[:-1], place.keys[1:], strict=True):
+        if key == "[]":
+            at.append({})
+            at = at[-1]
+            continue
         name = next(iter(at)) if key == "{}" else key
         at = at.setdefault(name, [] if following == "[]" else {})
     last = place.keys[-1]
@@ -76,6 +80,9 @@ def _base(things: Things, place: Place) -> dict[str, Any]:
         "Write": at_allocation | {"blob_id": ids["blob"]},
         "LoadModel": {"name": "another", "source": {"blob_id": ids["blob"]}},
         "Run": own_model | {"inputs": {"x": FLOATS, "before": FLOATS}},
+        "VaeRun": {"model_id": ids["vae"]} | ({} if place.keys[0].startswith("image") else {"latents": LATENTS}),
+        "SdxlRun": {"model_id": ids["sdxl"], "prompt": "a cat", "steps": 1},
+        "TextEmbeddingRun": {"model_id": ids["text_embedding"], "texts": ["a text"]},
         "UnloadModel": own_model | {"force": True},
         "OpenSession": own_model | {"state": {"total": "before"}, "initial": {"before": FLOATS}},
         "CloseSession": {"session_id": ids["inference session"]},
@@ -84,6 +91,8 @@ def _base(things: Things, place: Place) -> dict[str, Any]:
         "Checkpoint": in_training,
         "Validate": in_training | BATCH,
         "EndSession": in_training,
+        "Embeddings": {"model": ids["model name"], "input": "a text"},
+        "Images": {"model": ids["model name"], "prompt": "a lighthouse"},
     }  # fmt: skip
     # Routes whose body is nothing but `job` have no schema of their own; the address names the rest.
     body = copy.deepcopy(bodies[place.request] if place.request else {})
@@ -98,6 +107,8 @@ def _base(things: Things, place: Place) -> dict[str, Any]:
         body["source"] = {}
     elif place.request == "Initialize" and place.keys[0] == "model":
         body["model"] = {"kind": "onnx"}
+    elif place.request == "VaeRun" and place.keys == ("image", "allocation_id"):
+        body["image"] = copy.deepcopy(LATENTS)
     elif place.keys == ("checkpoint_id",):
         del body["session_id"]
     elif place.keys == ("model_name",):

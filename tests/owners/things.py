@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,9 @@ from tests.support.stack import RunningStack
 KEYS = "zelda:key-of-zelda,bob:key-of-bob,root:key-of-root:admin"
 
 FLOATS = {"dtype": "float32", "shape": [1], "data": [1.0]}
+
+#: Latents of the smallest image, in as many bytes as the owner's allocation has.
+LATENTS = {"dtype": "float32", "shape": [1, 4, 4, 4], "data": [0.0] * 64}
 
 #: A batch for the training session, whose tensors take 8 and 4 bytes.
 BATCH = {
@@ -81,8 +86,11 @@ class Things:
         return answer.status_code, {name: value for name, value in answer.json().items() if name != without}
 
 
-def make_things(client: httpx.Client, owner: str, step: float) -> Things:
-    """Makes one thing of every kind for the client's owner; `step` makes the model's content."""
+def make_things(client: httpx.Client, owner: str, step: float, pipelines: Mapping[str, Path] | None = None) -> Things:
+    """Makes one thing of every kind for the client's owner; `step` makes the model's content.
+
+    `pipelines` are folders by the type of model, each of which is loaded.
+    """
     things = Things(owner, client, {})
     ids = things.ids
     ids["blob"] = str(client.post("/api/blobs", content=counting(step)).json()["blob_id"])
@@ -91,6 +99,8 @@ def make_things(client: httpx.Client, owner: str, step: float) -> Things:
     ids["model name"] = f"model-of-{owner}"
     load = {"name": ids["model name"], "source": {"blob_id": ids["blob"]}}
     ids["model"] = done(client, client.post("/api/inference/load-model", json=load))["resource"]["id"]
+    for model_type, folder in (pipelines or {}).items():
+        ids[model_type] = _pipeline(client, model_type, folder)
     opening = {"model_id": ids["model"], "state": {"total": "before"}, "initial": {"before": FLOATS}}
     ids["inference session"] = client.post("/api/inference/sessions", json=opening).json()["session_id"]
     trained = done(client, client.post("/api/training/initialize", json=NETWORK))
@@ -100,6 +110,15 @@ def make_things(client: httpx.Client, owner: str, step: float) -> Things:
     later = {"size_bytes": 16, "job": {"delay_seconds": 86_400, "labels": {"secret": things.label}}}
     ids["job"] = client.post("/api/memory/allocate", json=later).json()["job_id"]
     return things
+
+
+def _pipeline(client: httpx.Client, model_type: str, folder: Path) -> str:
+    """The id of a model that is loaded from a folder's files."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    uploaded = [client.post("/api/blobs", content=file.read_bytes()).json()["blob_id"] for file in files]
+    blobs = {str(file.relative_to(folder)): blob_id for file, blob_id in zip(files, uploaded, strict=True)}
+    load = {"name": f"own-{model_type}", "model_type": model_type, "source": {"blobs": blobs}}
+    return str(done(client, client.post("/api/inference/load-model", json=load))["resource"]["id"])
 
 
 def absent_like(noun: str) -> str:

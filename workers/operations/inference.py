@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -22,10 +22,14 @@ from workers.devices.onnx_session import Over
 from workers.devices.onnx_tensors import Feed, Kept
 from workers.lane import Entry
 from workers.models import close, facts, open_model, revive
+from workers.operations import pipelines
 from workers.resident import Resident, ResidentModel
 from workers.sessions import fed_by, left_by, session_of
 from workers.tensors import feed, give, hand_over, staged_bytes, view
 from workers.work import Work, named
+
+if TYPE_CHECKING:
+    from workers.operations import Steps
 
 log = structlog.get_logger(__name__)
 
@@ -102,8 +106,8 @@ def read_ahead(resident: Resident, works: Sequence[Work]) -> None:
     for work in works:
         if room <= 0:
             return
-        inputs = work.request["inputs"].values()
-        if all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
+        inputs = work.request.get("inputs", {}).values()
+        if inputs and all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
             with suppress(OperationError):
                 work.feeds = _feeds(resident, work)
                 room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
@@ -114,14 +118,17 @@ def join(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
     if request.get("session_id") or request.get("into"):
         return
     model = resident.models.get(request.get("model_id", ""))
-    batch = model.batch_of(request["inputs"], request.get("outputs")) if model else None
+    batch = model.batch_of_request(request) if model else None
     if model is not None and batch is not None:
         entry.batch_key, entry.batch_limit = batch
         entry.batch_delay_seconds = model.max_delay_ms / 1000
 
 
-def run(resident: Resident, work: Work) -> Outcome:
-    """Runs a model once."""
+def run(resident: Resident, work: Work) -> Outcome | Steps:
+    """Runs a model once; a pipeline in steps."""
+    model = resident.models.get(work.request["model_id"])
+    if model is not None and pipelines.takes_steps(resident, work):
+        return pipelines.run(resident, model, work)
     return run_batch(resident, [work])[0]
 
 
@@ -135,6 +142,8 @@ def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
     if model is None:
         missing = _missing(resident, works[0].request["model_id"])
         return [_failed(work, missing) for work in works]
+    if model.pipeline is not None:
+        return pipelines.run_joined(resident, model, works)
     outcomes: dict[str, Outcome] = {}
     fed: list[tuple[Work, Feeds]] = []
     for work in works:
@@ -317,7 +326,8 @@ def _told(resident: Resident, work: Work, outputs: dict[str, Any]) -> dict[str, 
 
 
 def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
-    return {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
+    result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
+    return result if model.pipeline is None else {**result, "pipeline": model.pipeline.about()}
 
 
 # ---- failing
