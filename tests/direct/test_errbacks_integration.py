@@ -80,6 +80,15 @@ def test_a_mutable_errback_is_given_the_id_of_what_failed(
     assert [note["args"] for note in s.errors(1)] == [[failed_id, "error"]]
 
 
+def test_each_failing_task_of_a_group_body_calls_the_errback(plain: Caller, s: Shapes) -> None:
+    bad = [s.fails for _ in range(5)]
+    failed_ids = [task.freeze().id for task in bad]
+    made = chord([s.n(1)], group(s.n(2), *bad))
+    made.link_error(plain.plain("note", "error"))
+    fails(made.apply_async())
+    assert sorted(note["args"][0] for note in s.errors(5)) == sorted(failed_ids)
+
+
 def test_an_errback_of_ours_runs_and_may_name_the_failed_task(plain: Caller, s: Shapes) -> None:
     failing = s.fails
     job = {"labels": {"failed": {"$previous": ""}}}
