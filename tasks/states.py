@@ -19,28 +19,32 @@ def listed(states: Collection[State]) -> str:
     return "(" + ", ".join(f"'{state}'" for state in State if state in states) + ")"
 
 
-def refused() -> str:
-    """The condition, over the rows OLD and NEW of an UPDATE, that the state changes and no transition does that."""
-    cases = [
-        f"WHEN '{state}' THEN\n            NEW.state IN {listed(after)}" for state, after in FOLLOWING.items() if after
-    ]
-    allowed = "\n        ".join(cases)
-    return f"NEW.state <> OLD.state AND NOT CASE OLD.state\n        {allowed}\n        ELSE false END"
-
-
 def trigger() -> tuple[str, str]:
-    """The statements that make the function and its trigger. What is allowed never calls the function."""
+    """The statements that make the function and its trigger.
+
+    The condition stands in the function, which a connection plans once: PostgreSQL reads the `WHEN` of a trigger anew
+    for each statement, which made an UPDATE of one job twice as expensive.
+    """
+    cases = [
+        f"WHEN '{state}' THEN\n                NEW.state IN {listed(after)}"
+        for state, after in FOLLOWING.items()
+        if after
+    ]
+    allowed = "\n            ".join(cases)
     return (
         f"""
     CREATE FUNCTION {TRIGGER}() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        RAISE EXCEPTION 'job % is %, and cannot become %', OLD.id, OLD.state, NEW.state
-            USING ERRCODE = 'check_violation';
+        IF NEW.state <> OLD.state AND NOT (CASE OLD.state
+            {allowed}
+            ELSE false END) THEN
+            RAISE EXCEPTION 'job % is %, and cannot become %', OLD.id, OLD.state, NEW.state
+                USING ERRCODE = 'check_violation';
+        END IF;
+        RETURN NEW;
     END $$
 """,
         f"""
-    CREATE TRIGGER {TRIGGER} BEFORE UPDATE OF state ON jobs FOR EACH ROW
-    WHEN ({refused()})
-    EXECUTE FUNCTION {TRIGGER}()
+    CREATE TRIGGER {TRIGGER} BEFORE UPDATE OF state ON jobs FOR EACH ROW EXECUTE FUNCTION {TRIGGER}()
 """,
     )

@@ -13,26 +13,27 @@ depends_on = None
 _FUNCTION = """
     CREATE FUNCTION refuse_transition() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        RAISE EXCEPTION 'job % is %, and cannot become %', OLD.id, OLD.state, NEW.state
-            USING ERRCODE = 'check_violation';
+        IF NEW.state <> OLD.state AND NOT (CASE OLD.state
+            WHEN 'scheduled' THEN
+                NEW.state IN ('queued', 'reserved', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
+            WHEN 'queued' THEN
+                NEW.state IN ('reserved', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
+            WHEN 'reserved' THEN
+                NEW.state IN ('queued', 'running', 'retrying', 'succeeded', 'failed', 'cancelled', 'expired')
+            WHEN 'running' THEN
+                NEW.state IN ('queued', 'retrying', 'succeeded', 'failed', 'cancelled', 'expired')
+            WHEN 'retrying' THEN
+                NEW.state IN ('queued', 'reserved', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
+            ELSE false END) THEN
+            RAISE EXCEPTION 'job % is %, and cannot become %', OLD.id, OLD.state, NEW.state
+                USING ERRCODE = 'check_violation';
+        END IF;
+        RETURN NEW;
     END $$
 """
 
 _TRIGGER = """
-    CREATE TRIGGER refuse_transition BEFORE UPDATE OF state ON jobs FOR EACH ROW
-    WHEN (NEW.state <> OLD.state AND NOT CASE OLD.state
-        WHEN 'scheduled' THEN
-            NEW.state IN ('queued', 'reserved', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
-        WHEN 'queued' THEN
-            NEW.state IN ('reserved', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
-        WHEN 'reserved' THEN
-            NEW.state IN ('queued', 'running', 'retrying', 'succeeded', 'failed', 'cancelled', 'expired')
-        WHEN 'running' THEN
-            NEW.state IN ('queued', 'retrying', 'succeeded', 'failed', 'cancelled', 'expired')
-        WHEN 'retrying' THEN
-            NEW.state IN ('queued', 'reserved', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
-        ELSE false END)
-    EXECUTE FUNCTION refuse_transition()
+    CREATE TRIGGER refuse_transition BEFORE UPDATE OF state ON jobs FOR EACH ROW EXECUTE FUNCTION refuse_transition()
 """
 
 _BEFORE = (

@@ -141,12 +141,12 @@ def test_a_run_that_is_cancelled_ends_within_its_step(api: Api, model: str) -> N
     ended = api.http.get(f"/api/jobs/{job['job_id']}", params={"wait": 30}).json()
     took = time.monotonic() - began
     assert ended["state"] == "cancelled"
-    assert took < one_step + 0.5, f"one step takes {one_step:.2f} s, and the end took {took:.2f} s"
+    assert took < 2 * one_step + 1, f"one step takes {one_step:.2f} s, and the end took {took:.2f} s"
 
 
 def test_a_run_ends_when_its_time_is_up(api: Api, model: str) -> None:
-    job = begun(api, model, job={"timeout_seconds": 2})
-    ended = api.http.get(f"/api/jobs/{job['job_id']}", params={"wait": 30}).json()
+    asked = {"prompt": PROMPT, "steps": 1000, **LARGE, "job": {"timeout_seconds": 1.5}}
+    ended = run(api, wait=50, model_id=model, **asked)
     assert (ended["state"], ended["error"]["code"]) == ("failed", "timeout")
 
 
@@ -169,7 +169,7 @@ def test_an_urgent_run_of_another_model_goes_between_two_steps(api: Api, model: 
 
 
 def test_unloading_by_force_stops_a_run_and_frees_the_memory(api: Api, sdxl_folder: Path) -> None:
-    job = load_folder(api, sdxl_folder, "sdxl", name="to-go", version="2", options={"intra_op_threads": 1})
+    job = load_folder(api, sdxl_folder, "sdxl", name="to-go", version="2", options={"intra_op_threads": 3})
     model_id = job["result"]["model_id"]
     reserved = api.http.get("/api/memory/device/cpu_0").json()["models_bytes"]
     running = begun(api, model_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,27 @@ def test_a_seed_is_an_image_bit_for_bit_alone_and_among_others(device: Device, s
     assert device.allocated_bytes == held, "a run gives back what it held on the device"
 
 
+def test_a_run_that_is_stopped_gives_back_what_it_held_on_the_device(sdxl_folder: Path) -> None:
+    device = TorchOnCpu()
+    pipeline = opened("sdxl", sdxl_folder, device)
+    held = device.allocated_bytes
+    run = context(request())
+    steps = pipeline.run(run)
+    while not (next(steps).told or {}).get("done"):
+        pass
+    assert device.allocated_bytes > held
+    run.cancel.trip("cancelled")
+    with pytest.raises(OperationError) as raised:
+        next(steps)
+    assert raised.value.code == "cancelled"
+    assert device.allocated_bytes == held
+    closed = pipeline.run(context(request()))
+    while not (next(closed).told or {}).get("done"):
+        pass
+    closed.close()
+    assert device.allocated_bytes == held
+
+
 def test_a_seed_is_an_image_bit_for_bit_while_other_runs_go_between_its_steps(pipeline: Pipeline) -> None:
     alone = made(pipeline, context(request()))
     steps = pipeline.run(context(request()))
@@ -264,3 +287,22 @@ def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monk
     with pytest.raises(OperationError, match=r"device-operations\[pipelines\]") as raised:
         opened("sdxl", sdxl_folder)
     assert raised.value.code == "model_invalid"
+
+
+def test_a_cancel_stops_inside_a_step(pipeline: Pipeline) -> None:
+    # By the processor's time: what else runs on the machine makes no difference.
+    run = context(request(width=224, height=224))
+    steps = pipeline.run(run)
+    for wanted in (1, 2):
+        began = time.process_time()
+        while (next(steps).told or {}).get("done") != wanted:
+            began = time.process_time()
+    one_step = time.process_time() - began
+    assert one_step > 0.2, "the step is too short to be stopped inside"
+    timer = threading.Timer(0.02, run.cancel.trip)
+    began = time.process_time()
+    timer.start()
+    with pytest.raises(OperationError) as raised:
+        next(steps)
+    assert raised.value.code == "cancelled"
+    assert time.process_time() - began < 0.7 * one_step

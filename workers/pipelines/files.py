@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from device_operations.errors import failure
+from device_operations.tensors import NUMPY_DTYPES
 from workers.devices.base import tidy
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_graph import read_graph
@@ -80,6 +81,9 @@ def read_part(name: str, file: Path, root: Path) -> Part:
         outputs = {one.name: _spec(one) for one in graph.output}
     except Exception as error:
         raise failure("model_invalid", f"{name}: {tidy(error)}") from error
+    for spec in (*inputs.values(), *outputs.values()):
+        if spec.dtype not in NUMPY_DTYPES:
+            raise failure("model_invalid", f"{name}: {spec.name} is {spec.dtype}; parts have float16 or float32 values")
     floats = [spec.dtype for spec in (*inputs.values(), *outputs.values()) if "float" in spec.dtype]
     return Part(
         name, resolved, inputs, outputs, frozenset(about.symbols), about.size_bytes, floats[0] if floats else "float32",

@@ -25,7 +25,7 @@ from workers.devices.base import Array
 from workers.pipelines import images, previews
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder
 from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
-from workers.pipelines.denoising import Conditions, denoise
+from workers.pipelines.denoising import Conditions, Preview, denoise
 from workers.pipelines.files import find_graph, read_config, read_json, read_part
 from workers.pipelines.prompts import PromptTokenizer, Tokens
 from workers.pipelines.schedulers import Schedule, Schedulers
@@ -134,8 +134,7 @@ class SdxlPipeline(Pipeline):
             denoised = yield from denoise(
                 self.parts, self._unet, schedule, latents, conditions, generator, run.cancel, pace,
                 then_seconds=seconds * (asked.images - number),
-                preview_every=run.request.get("preview_every"),
-                preview=lambda foreseen, number=number: self._preview(foreseen, number, run),
+                preview=self._preview(run, number),
             )  # fmt: skip
             began = time.perf_counter()
             decoded = yield from _paused(self._autoencoder.decode(denoised, run.cancel), pace)
@@ -264,16 +263,19 @@ class SdxlPipeline(Pipeline):
 
     # ---- between steps
 
-    def _preview(self, foreseen: Array, number: int, run: Run) -> dict[str, Any]:
-        """A small image of the latents, as a blob: a pixel for each of them."""
-        pixels = previews.pixels_of(foreseen[0])
-        return {
-            "blob_id": run.keep(images.encode(pixels, "png")),
-            "media_type": "image/png",
-            "width": pixels.shape[1],
-            "height": pixels.shape[0],
-            "image": number,
-        }
+    def _preview(self, run: Run, number: int) -> Preview | None:
+        """Small images of one image's latents, as blobs, if the run asks for them."""
+        every = run.request.get("preview_every")
+        if every is None:
+            return None
+
+        def show(foreseen: Array) -> dict[str, Any]:
+            pixels = previews.pixels_of(foreseen[0])
+            height, width = pixels.shape[:2]
+            blob_id = run.keep(images.encode(pixels, "png"))
+            return {"blob_id": blob_id, "media_type": "image/png", "width": width, "height": height, "image": number}
+
+        return Preview(every, show)
 
 
 def _cut(field: str, encoder: str, tokens: Tokens) -> dict[str, Any]:
