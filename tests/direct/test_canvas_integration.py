@@ -1,6 +1,6 @@
 """Chains, groups and chords as Celery's integration tests make them, with arguments, ids, retries and replacements.
 
-Shapes without those are in `test_canvas_shapes.py`; `upstream.md` says where each of Celery's own tests is found.
+Shapes without those are in `test_canvas_shapes.py`; docs/celery-tests.md says where each of Celery's own tests is found.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
 """The shapes of Celery's own integration tests (5.7, `t/integration/test_canvas.py`) with our tasks in them.
 
 There numbers are added; here allocations are made, whose sizes go on: `n(4)` makes 4 bytes, `same` as many as the
-result before it, `total` (somebody else's task) adds a list of them, `fails` fails. What holds of the tests there:
-
-    test_link_error, test_chain, test_result_set, test_group, test_chord   each shape that is in the tables below
-    test_stamping_mechanism      a stamped task is revoked by its stamps: `test_times.py`
-    test_signature_serialization made at the caller alone, nothing of it reaches a worker
-    everything with `replace`    does not apply: our tasks have no code of a caller's in which to replace themselves
-    retries, time limits managed inside a task, `eager`   does not apply, for the same reason
+result before it, `total` (somebody else's task) adds a list of them, `fails` fails. docs/celery-tests.md says of each of
+Celery's tests whether it holds, and where it is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Errors in chains, groups and chords, and the callbacks for them, as Celery's integration tests try them.
 
-`upstream.md` says where each of Celery's own tests is found.
+docs/celery-tests.md says where each of Celery's own tests is found.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def test_an_errback_keeps_its_own_arguments(plain: Caller, s: Shapes, where: str
         (lambda s, bad: chord([group(s.n(1), bad)], s.listed), "body"),
         (lambda s, bad: chord([s.n(1)], group(s.n(2), bad)), "failed"),
     ],
-)
+    ids=["group", "header", "body", "header chain", "body chain", "header chain's end", "body chain's end",
+         "header group", "body group"],
+)  # fmt: skip
 def test_a_mutable_errback_is_given_the_id_of_what_failed(
     plain: Caller, s: Shapes, shape: Callable[[Shapes, Signature], Signature], whose: str
 ) -> None:
@@ -126,9 +128,10 @@ HEADERS: list[Callable[[Shapes], list[Signature]]] = [
     lambda s: [s.fails, s.n(1), s.n(2)],
     lambda s: [s.fails, s.n(1), s.fails, s.n(2), s.fails],
 ]
+HEADER_IDS = ["one", "three", "one of two", "one of three", "three of five"]
 
 
-@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("header", HEADERS, ids=HEADER_IDS)
 def test_errbacks_of_a_header_and_of_its_body(
     plain: Caller, s: Shapes, header: Callable[[Shapes], list[Signature]], on_headers: None
 ) -> None:
@@ -142,7 +145,7 @@ def test_errbacks_of_a_header_and_of_its_body(
     assert ["body"] not in [note["args"] for note in plain.notes()]
 
 
-@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("header", HEADERS, ids=HEADER_IDS)
 def test_a_chords_errback_is_called_once_whatever_fails(
     plain: Caller, s: Shapes, header: Callable[[Shapes], list[Signature]]
 ) -> None:
@@ -153,7 +156,7 @@ def test_a_chords_errback_is_called_once_whatever_fails(
     assert ["body"] not in [note["args"] for note in plain.notes()]
 
 
-@pytest.mark.parametrize("header", HEADERS[1:])
+@pytest.mark.parametrize("header", HEADERS[1:], ids=HEADER_IDS[1:])
 def test_a_chords_errback_on_its_header_where_the_caller_asks_for_that(
     plain: Caller, s: Shapes, header: Callable[[Shapes], list[Signature]], on_headers: None
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_chords_errback_on_its_header_where_the_caller_asks_for_that(
         lambda s: chord(group(s.n(1), s.n(2)), s.n(3)),
         lambda s: chord(group(s.n(1), s.n(2)), s.listed),
     ],
+    ids=["task", "chain", "group", "chord of ours", "chord"],
 )
 def test_each_form_of_body_fails_with_its_header(s: Shapes, body: Callable[[Shapes], Signature]) -> None:
     fails(chain(group(s.n(1), s.fails), body(s)).apply_async())

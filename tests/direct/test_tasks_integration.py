@@ -1,6 +1,6 @@
 """Single tasks, their results and Celery's remote control, as Celery's integration tests try them.
 
-ETA, expiry, time limits and revocation are in `test_times.py`; `upstream.md` says where each of Celery's own tests is.
+ETA, expiry, time limits and revocation are in `test_times.py`; docs/celery-tests.md says where each of Celery's own is.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_texts_of_any_language(plain: Caller) -> None:
     assert found["label"] == "håå®ƒ hiöäüß 料"
 
 
-def test_a_callback_of_celerys_own_kind_reports_the_state(caller: Caller, long_run: Signature) -> None:
+def test_a_waiting_get_is_given_each_state(caller: Caller, long_run: Signature) -> None:
     seen: list[str] = []
     sent = long_run.apply_async(time_limit=1)
     with pytest.raises(Exception, match="timeout"):
