@@ -1,6 +1,6 @@
 """What the shapes of Celery's canvas are made of in tests: tasks whose results are sizes, which go on.
 
-`n(4)` allocates 4 bytes, `same` as many as the result before it; `total` and `listed` (somebody else's tasks) add a list
+`n(4)` allocates 4 bytes, `same` as many as the result before it; `total` and `listed` (tasks of another service) add a list
 of them and give it back; `fails` fails.
 """
 

@@ -295,7 +295,7 @@ def test_chords_in_a_chords_body_keep_the_id_and_the_last_link(
     assert sizes(plain.app.AsyncResult(called.id).get(timeout=30)) == 24
 
 
-# ---- tasks of another service that replace themselves, add to a chord, or are retried, beside ours
+# ---- tasks of another service that replace themselves, add to a chord, or are retried, next to ours
 
 
 def test_a_task_of_another_service_replaces_itself_by_ours(plain: Caller, s: Shapes) -> None:

@@ -1,7 +1,7 @@
 """The shapes of Celery's own integration tests (5.7, `t/integration/test_canvas.py`) with our tasks in them.
 
 There numbers are added; here allocations are made, whose sizes go on: `n(4)` makes 4 bytes, `same` as many as the
-result before it, `total` (somebody else's task) adds a list of them, `fails` fails. docs/celery-tests.md says of each of
+result before it, `total` (a task of another service) adds a list of them, `fails` fails. docs/celery-tests.md says of each of
 Celery's tests whether it holds, and where it is.
 """
 

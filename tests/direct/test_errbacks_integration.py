@@ -204,7 +204,7 @@ def test_errors_in_nested_chains_and_chords_come_through(s: Shapes) -> None:
     fails((s.n(1) | s.same | group(s.same, s.fails)).apply_async())
 
 
-def test_a_group_at_a_chains_end_after_an_error_is_not_told_as_with_celery(s: Shapes) -> None:
+def test_a_group_at_a_chains_end_after_an_error_stays_pending_as_with_celery(s: Shapes) -> None:
     """Celery marks single tasks of a chain that will not run; its own test of this is expected to fail (#6437)."""
     sent = (s.n(1) | s.fails | group(s.same, s.same)).apply_async()
     fails(sent.parent)

@@ -57,7 +57,7 @@ def occupied(caller: Caller, long_run: Signature) -> Iterator[AsyncResult[Any]]:
 
 
 def channels(caller: Caller) -> set[bytes]:
-    """Where somebody waits for results."""
+    """The channels on which results are waited for."""
     return {name for name in caller.redis.pubsub_channels() if name.startswith(b"celery-task-meta-")}
 
 
@@ -71,7 +71,7 @@ def test_results_of_many_tasks(s: Shapes) -> None:
         assert (result.status, result.ready(), result.successful(), result.failed()) == ("SUCCESS", True, True, False)
 
 
-def test_a_result_that_is_ignored_is_none_and_nobody_waits_for_it(plain: Caller, s: Shapes) -> None:
+def test_a_result_that_is_ignored_is_none_and_not_waited_for(plain: Caller, s: Shapes) -> None:
     before = channels(plain)
     sent = s.n(1).apply_async(ignore_result=True)
     assert (sent.ignored, sent.get()) == (True, None)
