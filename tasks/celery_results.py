@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -66,16 +67,15 @@ class CeleryResults:
         about._children = [result_from_tuple(child, app=self._app) for child in children]
         # What decides is `store_result`; Celery would leave a chord's part out as well.
         about.ignore_result = False
-        if about.chord is not None:
-            about.chord = self._chord_body(about)
-        if row["state"] == State.SUCCEEDED:
-            backend.mark_as_done(row["id"], row["result"], request=about, store_result=stores)
-        elif row["state"] == State.FAILED:
-            with self._once.once(f"{row['id']}.failed"):
-                raised = from_job_error(row["error"])
-                backend.mark_as_failure(row["id"], raised, request=about, store_result=stores)
-        else:
-            backend.mark_as_revoked(row["id"], reason=row["state"], request=about, store_result=stores)
+        with self._chords_once(backend):
+            if row["state"] == State.SUCCEEDED:
+                backend.mark_as_done(row["id"], row["result"], request=about, store_result=stores)
+            elif row["state"] == State.FAILED:
+                with self._once.once(f"{row['id']}.failed"):
+                    raised = from_job_error(row["error"])
+                    backend.mark_as_failure(row["id"], raised, request=about, store_result=stores)
+            else:
+                backend.mark_as_revoked(row["id"], reason=row["state"], request=about, store_result=stores)
 
     def store_if_lost(self, row: Row) -> None:
         """Stores the result of a job that ended before, if the backend has none."""
@@ -133,17 +133,36 @@ class CeleryResults:
             *rest, following = about.chain
             yield signature(following, app=self._app).apply_async((row["result"],), chain=rest, **related)
 
-    def _chord_body(self, about: Context) -> Any:
-        """The chord's body, whose message is published once whoever returns the last part, and however often."""
-        body = signature(about.chord, app=self._app)
-        publish = body.delay
+    @contextmanager
+    def _chords_once(self, backend: Any) -> Iterator[None]:
+        """In the block, a chord's body, or what is linked to its error, is published once, whichever part comes last.
 
-        def publish_once(*results: Any) -> None:
-            with self._once.once(f"{about.group}.chord"):
-                publish(*results)
+        Both while Celery still knows the chord: a process that dies then is followed by another.
+        """
+        return_part, fail = backend.on_chord_part_return, backend.chord_error_from_stack
 
-        body.delay = publish_once
-        return body
+        def return_part_once(request: Any, *arguments: Any, **options: Any) -> Any:
+            if request.chord is not None:
+                request.chord = body = signature(request.chord, app=self._app)
+                body.mark, publish = f"{request.group}.chord", body.delay
+
+                def publish_once(*results: Any) -> None:
+                    with self._once.once(body.mark):
+                        publish(*results)
+
+                body.delay = publish_once
+            return return_part(request, *arguments, **options)
+
+        def fail_once(body: Any, *arguments: Any, **options: Any) -> Any:
+            # One without a mark is a chord in the body of another that fails, which has one.
+            with self._once.once(body.mark) if hasattr(body, "mark") else nullcontext():
+                return fail(body, *arguments, **options)
+
+        backend.on_chord_part_return, backend.chord_error_from_stack = return_part_once, fail_once
+        try:
+            yield
+        finally:
+            del backend.on_chord_part_return, backend.chord_error_from_stack
 
 
 def _event(row: Row) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Caller:
 
     def plain(self, name: str, *args: Any, **options: Any) -> Signature:
         """A task of the other service."""
-        return self.app.signature(f"plain.{name}", args=args, **options)
+        kwargs = {"by": options.pop("by")} if "by" in options else {}
+        return self.app.signature(f"plain.{name}", args=args, kwargs=kwargs, **options)
 
     def job(self, task_id: str) -> dict[str, Any] | None:
         """The job of a task over HTTP; None if there is none."""

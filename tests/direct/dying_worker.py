@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from celery.backends.base import Backend
+
 from tasks.celery_results import CeleryResults
 from tasks.once import Once
 from tasks.outbox import Outbox
@@ -26,8 +28,13 @@ def _die_at(point: str) -> None:
         if not mark.endswith(".chord"):
             with give_once(self, mark) as sent:
                 yield sent
+                if point == "before a part's own errbacks":
+                    _die()
         elif point == "before the body":
             _die()
+        elif point == "before a part's own errbacks":
+            with give_once(self, mark) as sent:
+                yield sent
         else:
             with give_once(self, mark) as sent:
                 yield sent
@@ -39,6 +46,8 @@ def _die_at(point: str) -> None:
         CeleryResults.store = _die  # type: ignore[method-assign]
     elif point == "after the result":
         Outbox._settle = _die  # type: ignore[method-assign]
+    elif point == "within the chord's error":
+        Backend.fail_from_current_stack = _die
     else:
         Once.once = once  # type: ignore[method-assign]
 

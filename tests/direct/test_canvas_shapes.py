@@ -1,13 +1,8 @@
 """The shapes of Celery's own integration tests (5.7, `t/integration/test_canvas.py`) with our tasks in them.
 
 There numbers are added; here allocations are made, whose sizes go on: `n(4)` makes 4 bytes, `same` as many as the
-result before it, `total` (somebody else's task) adds a list of them, `fails` fails. What holds of the tests there:
-
-    test_link_error, test_chain, test_result_set, test_group, test_chord   each shape that is in the tables below
-    test_stamping_mechanism      a stamped task is revoked by its stamps: `test_times.py`
-    test_signature_serialization made at the caller alone, nothing of it reaches a worker
-    everything with `replace`    does not apply: our tasks have no code of a caller's in which to replace themselves
-    retries, time limits managed inside a task, `eager`   does not apply, for the same reason
+result before it, `total` (a task of another service) adds a list of them, `fails` fails. docs/celery-tests.md says of each of
+Celery's tests whether it holds, and where it is.
 """
 
 from __future__ import annotations
@@ -17,56 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from celery import Signature, chain, chord, group, signature
+from celery import Signature, chain, chord, group
 from celery.exceptions import ChordError
 from celery.result import GroupResult, ResultSet
 
 from tests.direct.conftest import Caller
+from tests.direct.shapes import Shapes, sizes
 from tests.support.stack import eventually
-
-
-class Shapes:
-    """The tasks that shapes are made of."""
-
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
-
-    def n(self, size_bytes: int) -> Signature:
-        return self._caller.allocate(size_bytes)
-
-    def taken(self, path: str) -> Signature:
-        return self._caller.task("memory.allocate", {"size_bytes": {"$previous": path}})
-
-    @property
-    def same(self) -> Signature:
-        return self.taken("size_bytes")
-
-    @property
-    def total(self) -> Signature:
-        return self._caller.plain("total")
-
-    @property
-    def listed(self) -> Signature:
-        return self._caller.plain("note")
-
-    @property
-    def fails(self) -> Signature:
-        return self._caller.refused()
-
-    def read(self, text: str) -> Signature:
-        return signature(json.loads(text), app=self._caller.app)
-
-    def noted(self, name: str) -> Signature:
-        """An immutable task of the other service that notes its name."""
-        return self._caller.app.signature("plain.note", args=(name,), immutable=True)
-
-
-def sizes(result: Any) -> Any:
-    """A result with sizes in the place of allocations."""
-    if isinstance(result, list):
-        return [sizes(one) for one in result]
-    return result["size_bytes"] if isinstance(result, dict) else result
-
 
 Shape = Callable[[Shapes], Signature]
 

@@ -65,6 +65,24 @@ def test_a_chords_body_runs_once_wherever_the_worker_dies(plain: Caller, point: 
     assert len(plain.notes()) == 1
 
 
+@pytest.mark.parametrize("last", ["made", "refused"])
+@pytest.mark.parametrize("point", ["within the chord's error", "before a part's own errbacks", "after the body"])
+def test_the_errback_of_a_chord_is_called_once_wherever_the_worker_dies(plain: Caller, last: str, point: str) -> None:
+    plain.forget_notes()
+    good, bad = plain.allocate(16), plain.refused(link_error=plain.plain("note", "part"))
+    (bad if last == "refused" else good).set(countdown=1)
+    with dying_at(plain, point):
+        made = chord([good, bad])(plain.plain("note").on_error(plain.plain("note", "error")))
+    with pytest.raises(Exception, match="not-there"):
+        # The header's error is known at once; the body's own comes once its errback was published.
+        made.get(timeout=90, follow_parents=False)
+    called = [note["args"] for note in plain.noted(2)]
+    assert sorted(called, key=str) == sorted([[made.id, "error"], [made.parent.results[1].id, "part"]], key=str)
+    began = time.monotonic()
+    eventually(lambda: time.monotonic() - began > 8, 10)
+    assert len(plain.notes()) == 2
+
+
 def test_an_end_that_redis_did_not_hear_of_is_given_once_it_is_back(plain: Caller) -> None:
     plain.forget_notes()
     sent = plain.allocate(countdown=1, link=plain.plain("note")).apply_async()
