@@ -26,11 +26,13 @@ from device_operations.errors import OperationError, failure
 from device_operations.tensors import ML_DTYPES, TEXT_DTYPES, numpy_dtype
 from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
+from workers.devices.onnx_diffusion import fused
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_graph import read_graph
 from workers.devices.onnx_offer import offer_of
 from workers.devices.onnx_rewrite import EXTERNAL_FOLDER, rewritten
 from workers.devices.onnx_session import (
+    FUSED,
     REWRITE,
     Cancel,
     cpu_fallbacks,
@@ -86,6 +88,10 @@ class OnnxModel:
                 settings.add_session_config_entry(EXTERNAL_FOLDER, str(source.parent))
             source = rewritten(source, name)
             device.trim()  # what writing took is none of the model's memory
+        elif options.graph_optimization == FUSED and isinstance(source, Path):
+            settings.add_session_config_entry(EXTERNAL_FOLDER, str(source.parent))
+            source = fused(source)
+            device.trim()
         held = device.held_bytes()
         # ONNX Runtime lets other threads run while it loads.
         with ThreadPoolExecutor(1, thread_name_prefix="proof") as prover:

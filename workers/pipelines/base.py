@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 from device_operations.errors import OperationError, failure
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel
+from workers.devices.onnx_session import FUSED
 from workers.devices.values import ModelOptions
 from workers.pipelines.files import Part
 from workers.work import Progress
@@ -135,7 +136,7 @@ class Parts:
         part.check_unchanged()
         wanted = ModelOptions(
             intra_op_threads=self._options.get("intra_op_threads"),
-            graph_optimization=self._options.get("graph_optimization", "all"),
+            graph_optimization=self._level(part),
             free_dimensions={name: size for name, size in self._free_dimensions().items() if name in part.symbols},
             root=self._root,
         )
@@ -155,6 +156,12 @@ class Parts:
             self._load_ms[part.name] = model.load_ms
             self._fallbacks[part.name] = model.cpu_fallback_ops
         return model
+
+    def _level(self, part: Part) -> str:
+        """The level asked for; at all of them, halves on CUDA have their operators joined too."""
+        level: str = self._options.get("graph_optimization", "all")
+        joins = level == "all" and self.device.backend == "cuda" and part.dtype == "float16"
+        return FUSED if joins else level
 
     def _free_dimensions(self) -> Mapping[str, int]:
         return self._options.get("free_dimensions") or {}
