@@ -169,6 +169,7 @@ def _load(stack: RunningStack, folder: Path, name: str, options: dict[str, Any],
     body = {"name": name, "model_type": "sdxl", "source": {"path": folder.name}, "options": options}
     body |= {"device_id": device_id} if device_id else {}
     job = stack.client.post("/api/inference/load-model", json=body, headers=WAIT).json()
+    assert "job_id" in job, job
     done = _ended(stack, job["job_id"])
     return str(done["result"]["model_id"])
 

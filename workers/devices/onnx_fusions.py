@@ -309,6 +309,8 @@ def _silu(value: ir.Value) -> ir.Node | None:
 
 def _skip_layer_norm(norm: ir.Node) -> bool:
     added = _made_by(norm.inputs[0], "Add", alone=False)
+    if any(node is not None and node.outputs[0].is_graph_output() for node in (norm, added)):
+        return False
     gamma, beta = norm.inputs[1], norm.inputs[2] if len(norm.inputs) > 2 else None
     if added is None or gamma is None or beta is None or norm.attributes.get_int("axis", -1) not in (-1, 2):
         return False
