@@ -10,11 +10,12 @@ KSERVE := .cache/kserve-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training up test lint format bench streams soak test-directml lock peers kserve
+.PHONY: help install demo demo-training demo-image up test lint format bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
 	@echo "make demo-training  the same for training"
+	@echo "make demo-image     from a prompt to a PNG, by a tiny pipeline with random weights; SDXL=/path takes a real one"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
 	@echo "make test           linters, types, import rules, all tests"
 	@echo "make bench          each figure beside its yardstick"
@@ -40,6 +41,9 @@ demo: $(INSTALLED)
 
 demo-training: $(INSTALLED)
 	@$(BIN)/python -m examples.training
+
+demo-image: $(INSTALLED)
+	@$(BIN)/python -m examples.image
 
 up: $(INSTALLED)
 	@$(BIN)/device-operations up

@@ -2,6 +2,7 @@
 
 import { Refused, ask, key } from "/static/api.js";
 import { make, reconcile, tickAll } from "/static/dom.js";
+import { gallery, imagesOf } from "/static/images.js";
 import { HISTORY_MS, KINDS, STATES, deviceCard, jobRow, modelRow, sessionRow } from "/static/views.js";
 
 const POLL_MS = 2000;
@@ -178,6 +179,12 @@ async function act(what, thing) {
   try {
     if (what === "show") return showDetails(thing);
     if (what === "cancel") await ask(`/api/jobs/${encodeURIComponent(thing.job_id)}`, { method: "DELETE" });
+    if (what === "again") {
+      const path = `/api/jobs/${encodeURIComponent(thing.job_id)}/retry`;
+      const made = await ask(path, { method: "POST", json: { seed: null } });
+      $("details").close();
+      return showDetails(made);
+    }
     if (what === "drain" || what === "resume") {
       await ask(`/api/devices/${encodeURIComponent(thing.device_id)}/${what}`, { method: "POST" });
     }
@@ -192,9 +199,13 @@ async function act(what, thing) {
 }
 
 async function showDetails(thing) {
-  const whole = thing.job_id ? await ask(`/api/jobs/${encodeURIComponent(thing.job_id)}`) : thing;
+  const path = `/api/jobs/${encodeURIComponent(thing.job_id)}`;
+  let whole = thing.job_id ? await ask(path) : thing;
+  // The settings that made an image are in its request.
+  if (whole.job_id && imagesOf(whole).length) whole = await ask(path, { query: { include: "request" } });
   $("details-title").textContent = whole.kind ?? whole.name ?? "Session";
-  $("details-facts").replaceChildren(make("code", {}, whole.job_id ?? whole.model_id ?? whole.session_id));
+  const id = make("code", {}, whole.job_id ?? whole.model_id ?? whole.session_id);
+  $("details-facts").replaceChildren(id, ...gallery(whole, act));
   $("details-json").textContent = JSON.stringify(whole, null, 2);
   $("details").showModal();
 }

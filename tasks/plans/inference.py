@@ -13,14 +13,14 @@ from device_operations.errors import failure
 from device_operations.jobs import CHANGES_MODELS, Kind, new_id
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
-from device_operations.requests.pipelines import RUNS, PipelineRun
+from device_operations.requests.pipelines import RUNS, AnyPipelineRun, PipelineRun
 from tasks.asked import asked_of
 from tasks.owners import found, may_see
 from tasks.plans.admission import reserve
 from tasks.plans.base import Context, new_job, new_stored_job, owner_of, place, store_tensors
 from tasks.plans.memory import forget_hashes
 from tasks.plans.models import content_of, load_key
-from tasks.plans.pipelines import plan_pipeline_run
+from tasks.plans.pipelines import stored_run
 from tasks.plans.residents import (
     allocations_of,
     check_against_model,
@@ -163,6 +163,21 @@ def plan_run(context: Context, request: Run | PipelineRun, job_id: str) -> Plan:
     written = {place.allocation_id for place in (request.into or {}).values()}
     # What is written into an allocation has a hash that nobody knows.
     return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
+
+
+def plan_pipeline_run(context: Context, request: PipelineRun, job_id: str) -> Plan:
+    """Runs a pipeline where it is.
+
+    Raises `validation_failed` where the fields are not those of the model's type, and what `stored_run` raises.
+    """
+    owner = owner_of(context, request.job)
+    model = find_model(context, request.model_id, request.model_name, owner=owner)
+    run = request.fitted(model["model_type"]) if isinstance(request, AnyPipelineRun) else request
+    payload, allocations, blob_ids = stored_run(context, run, model, owner)
+    return plan_stored_run(
+        context, run.job, job_id, model, payload, allocations=allocations, blob_ids=blob_ids,
+        asked=asked_of(Kind.INFERENCE_RUN, run),
+    )  # fmt: skip
 
 
 def plan_stored_run(

@@ -1,4 +1,4 @@
-"""Plans for runs of pipelines: what such a run gives is held to the schema of its model's type, and stored."""
+"""What a run of a pipeline gives, as it is stored with its job: tensors and pictures where they are found again."""
 
 from __future__ import annotations
 
@@ -7,33 +7,11 @@ import binascii
 from typing import Any
 
 from device_operations.errors import failure
-from device_operations.jobs import Kind
-from device_operations.requests.pipelines import AnyPipelineRun, Picture, PipelineRun
+from device_operations.requests.pipelines import Picture, PipelineRun
 from device_operations.tensors import INLINE_BYTES
-from tasks.asked import asked_of
-from tasks.plans.base import Context, check_blobs, keep_bytes, owner_of, store_tensors
+from tasks.plans.base import Context, check_blobs, keep_bytes, store_tensors
 from tasks.plans.memory import check_tensors
-from tasks.plans.residents import find_model
 from tasks.store.connection import Row
-from tasks.submit import Plan
-
-
-def plan_pipeline_run(context: Context, request: PipelineRun, job_id: str) -> Plan:
-    """Runs a pipeline where it is.
-
-    Raises `model_not_found`, `validation_failed` where the fields are not those of the model's type, and what
-    `stored_run` raises.
-    """
-    from tasks.plans.inference import plan_stored_run
-
-    owner = owner_of(context, request.job)
-    model = find_model(context, request.model_id, request.model_name, owner=owner)
-    run = request.fitted(model["model_type"]) if isinstance(request, AnyPipelineRun) else request
-    payload, allocations, blob_ids = stored_run(context, run, model, owner)
-    return plan_stored_run(
-        context, run.job, job_id, model, payload, allocations=allocations, blob_ids=blob_ids,
-        asked=asked_of(Kind.INFERENCE_RUN, run),
-    )  # fmt: skip
 
 
 def stored_run(

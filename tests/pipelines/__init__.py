@@ -1,1 +1,1 @@
-"""Pipelines: what they compute beside diffusers, and what callers see of them over HTTP."""
+"""Pipelines: what they compute, compared with diffusers, and what callers see of them over HTTP."""

@@ -63,6 +63,10 @@ def _side(name: str, axis: int, size: int) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def _retype(model: onnx.ModelProto, kind: int) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = kind
+
+
 def _outputs(wanted: Callable[[str], bool]) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         kept = [value for value in model.graph.output if wanted(value.name)]
@@ -128,6 +132,8 @@ SDXL = {
     "a graph outside": (_link("unet/model.onnx", "/proc/self/exe"), "leads out of the model's folder"),
     "weights outside": (_graph("unet/model.onnx", _external("../../weights")), "unet: .*not a file inside"),
     "weights that are missing": (_graph("vae_decoder/model.onnx", _external("weights.bin")), "vae_decoder: .*not a file inside"),
+    "a part of bfloat16": (_graph("unet/model.onnx", lambda model: _retype(model, onnx.TensorProto.BFLOAT16)), "is bfloat16"),
+    "a part of text": (_graph("unet/model.onnx", lambda model: _retype(model, onnx.TensorProto.STRING)), "is string"),
     "a graph of noise": (_write("vae_encoder/model.onnx", b"\x08\x07noise"), "vae_encoder"),
     "an empty graph": (_write("unet/model.onnx", b""), "empty"),
     "scaling of text": (_edit("vae_decoder/config.json", scaling_factor="0.1"), "scaling_factor"),

@@ -1,9 +1,12 @@
-"""What the sdxl pipeline computes, beside diffusers' own pipeline in torch with the same weights and initial noise."""
+"""What the sdxl pipeline computes, compared with diffusers in torch with the same weights and initial noise."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,27 @@ def test_a_seed_is_an_image_bit_for_bit_alone_and_among_others(device: Device, s
     assert device.allocated_bytes == held, "a run gives back what it held on the device"
 
 
+def test_a_run_that_is_stopped_gives_back_what_it_held_on_the_device(sdxl_folder: Path) -> None:
+    device = TorchOnCpu()
+    pipeline = opened("sdxl", sdxl_folder, device)
+    held = device.allocated_bytes
+    run = context(request())
+    steps = pipeline.run(run)
+    while not (next(steps).told or {}).get("done"):
+        pass
+    assert device.allocated_bytes > held
+    run.cancel.trip("cancelled")
+    with pytest.raises(OperationError) as raised:
+        next(steps)
+    assert raised.value.code == "cancelled"
+    assert device.allocated_bytes == held
+    closed = pipeline.run(context(request()))
+    while not (next(closed).told or {}).get("done"):
+        pass
+    closed.close()
+    assert device.allocated_bytes == held
+
+
 def test_a_seed_is_an_image_bit_for_bit_while_other_runs_go_between_its_steps(pipeline: Pipeline) -> None:
     alone = made(pipeline, context(request()))
     steps = pipeline.run(context(request()))
@@ -243,3 +267,42 @@ def test_prompts_are_cut_into_the_tokens_that_transformers_makes(prompt: str, pa
     folder = tokenizer_files(tmp_path / "tokenizer", pad)
     theirs = CLIPTokenizer.from_pretrained(folder)(prompt, padding="max_length", max_length=77, truncation=True)
     assert PromptTokenizer(folder, tmp_path).tokens(prompt).ids == theirs["input_ids"]
+
+
+def test_float16_is_as_the_files_have_it(pipeline: Pipeline, tmp_path: Path) -> None:
+    modules = tiny_sdxl()
+    for name in ("unet", "vae"):
+        modules[name] = modules[name].half()
+    half = opened("sdxl", export_sdxl(modules, tmp_path, base_scheduler()))
+    dtypes = {part["name"]: part["dtype"] for part in half.parts.facts()}
+    assert (dtypes["unet"], dtypes["vae_decoder"], dtypes["text_encoder"]) == ("float16", "float16", "float32")
+    exact, rounded = (made(one, context(request())).images[0].pixels.astype(int) for one in (pipeline, half))
+    assert 0 < np.abs(exact - rounded).mean() < 4
+
+
+def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("workers.pipelines.sdxl", "workers.pipelines.prompts", "workers.pipelines.sdxl_parts"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(OperationError, match=r"device-operations\[pipelines\]") as raised:
+        opened("sdxl", sdxl_folder)
+    assert raised.value.code == "model_invalid"
+
+
+def test_a_cancel_stops_inside_a_step(pipeline: Pipeline) -> None:
+    # By the processor's time: what else runs on the machine makes no difference.
+    run = context(request(width=224, height=224))
+    steps = pipeline.run(run)
+    for wanted in (1, 2):
+        began = time.process_time()
+        while (next(steps).told or {}).get("done") != wanted:
+            began = time.process_time()
+    one_step = time.process_time() - began
+    assert one_step > 0.2, "the step is too short to be stopped inside"
+    timer = threading.Timer(0.02, run.cancel.trip)
+    began = time.process_time()
+    timer.start()
+    with pytest.raises(OperationError) as raised:
+        next(steps)
+    assert raised.value.code == "cancelled"
+    assert time.process_time() - began < 0.7 * one_step

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from device_operations import Producer
 from device_operations.client import AsyncClient, Client
 from device_operations.errors import OperationError
+from device_operations.requests.pipelines import SdxlRun
 from tests.inference.conftest import Api
 from tests.pipelines.conftest import load_folder
 from tests.stack.test_cli import Cli
@@ -95,3 +98,16 @@ def test_the_asynchronous_client_makes_the_same_image(api: Api, loaded: None) ->
     with Client(api.stack.http_url) as client:
         wanted = client.images.generate("a cat", model_name="tiny-sdxl", options=ASKED).images[0].array()
     assert np.array_equal(asyncio.run(make()), wanted)
+
+
+def test_a_direct_caller_makes_the_same_image_without_http(api: Api, loaded: None, settings: Any) -> None:
+    settings(REDIS_URL=api.stack.redis_url)
+    with Client(api.stack.http_url) as client, Producer(api.stack.redis_url) as producer:
+        sent = producer.send(SdxlRun(model_name="tiny-sdxl", prompt="a cat", **ASKED))
+        (image,) = sent.get(timeout=60)["images"]
+        wanted = client.images.generate("a cat", model_name="tiny-sdxl", options=ASKED).images[0].data
+        assert client.blobs.read(image["blob_id"]) == wanted
+        again = api.http.post(f"/api/jobs/{sent.id}/retry", json={"seed": 9}, headers={"Prefer": "wait=30"}).json()
+        assert again["result"]["seed"] == 9
+        asked = api.http.get(f"/api/jobs/{sent.id}?include=request").json()["request"]
+        assert asked == {"model_name": "tiny-sdxl", "prompt": "a cat", **ASKED, "job": {"priority": 5}}

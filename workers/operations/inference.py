@@ -315,7 +315,8 @@ def _told(resident: Resident, work: Work, outputs: dict[str, Any]) -> dict[str, 
 
 
 def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
-    return {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
+    result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
+    return result if model.pipeline is None else {**result, "pipeline": model.pipeline.about()}
 
 
 # ---- failing

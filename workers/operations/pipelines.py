@@ -11,6 +11,7 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
+from tasks.database import until_reachable
 from tasks.lifecycle import Outcome
 from tasks.store import blobs as blob_store
 from workers.devices.base import Array, BufferView
@@ -22,7 +23,7 @@ from workers.work import Detached, Work, named
 if TYPE_CHECKING:
     from workers.operations import Steps
 
-#: Bytes of a picture's file.
+#: Bytes of a picture's file; more are not read.
 MAX_PICTURE_BYTES = 64 << 20
 
 
@@ -112,10 +113,11 @@ def context(resident: Resident, work: Work) -> Run:
             )
         return bytes(resident.blobs.read(blob_id, 0, None))
 
-    return Run(
-        work.request, work.cancel, tensor, picture,
-        lambda data: keep(resident, data, work.row["owner"]),
-    )  # fmt: skip
+    def kept(data: bytes) -> str:
+        # A preview waits for a database that is away, as everything of a job does.
+        return until_reachable(lambda: keep(resident, data, work.row["owner"]))
+
+    return Run(work.request, work.cancel, tensor, picture, kept)
 
 
 def _pending(resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int) -> Outcome:

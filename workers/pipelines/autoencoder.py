@@ -14,15 +14,18 @@ from workers.devices.base import Array
 from workers.devices.onnx import Cancel
 from workers.pipelines.base import Parts
 from workers.pipelines.files import number
-from workers.pipelines.tiles import Tiling, mapped
+from workers.pipelines.tiled import Tiled
+from workers.pipelines.tiles import Tiling
 
 #: The names of the parts.
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 #: Pixels above which images go in tiles unless a run says otherwise, a tile's side in pixels, and its share of overlap.
 AUTO_TILE_PIXELS = 1536 * 1536
-TILE_SIZE = 512
+TILE_SIZE = 1024
 TILE_OVERLAP = 0.25
+#: Tiles that do not fit are halved until they have this side.
+SMALLEST_TILE = 256
 
 #: The side in latents of the image that is decoded to find the factor where no configuration says it.
 _PROBE = 8
@@ -137,21 +140,25 @@ class Autoencoder:
         model = (scale or self.scale).to_model(latents)
         factor = self.factor(cancel)
         pixels = latents.shape[2] * latents.shape[3] * factor * factor
-        tiling = _tiling(tile_size, factor)
-        return (
-            yield from _in_tiles(model, pixels, tile, tiling, (factor, 1), lambda part: self._decoded(part, cancel))
-        )
+        given = self._parts[DECODER].input("latent_sample", "latents", "sample").name
+
+        def tiled(side: int) -> Tiled:
+            return Tiled(self._parts, DECODER, given, _tiling(side, factor, 1), (factor, 1), cancel)
+
+        return (yield from _whole_or_tiles(model, pixels, tile, tile_size, lambda: self._decoded(model, cancel), tiled))
 
     def encode(
         self, image: Array, cancel: Cancel, *, tile: str = "auto", tile_size: int | None = None
     ) -> Generator[None, None, Array]:
         """What the encoder gives of one image `[1, 3, H, W]` from -1 to 1: moments or latents; yields between tiles."""
         factor = self.factor(cancel)
-        tiling = _tiling(tile_size, 1)
         pixels = image.shape[2] * image.shape[3]
-        return (
-            yield from _in_tiles(image, pixels, tile, tiling, (1, factor), lambda part: self._encoded(part, cancel))
-        )
+        given = self._parts[ENCODER].input("sample", "image", "pixel_values").name
+
+        def tiled(side: int) -> Tiled:
+            return Tiled(self._parts, ENCODER, given, _tiling(side, 1, factor), (1, factor), cancel)
+
+        return (yield from _whole_or_tiles(image, pixels, tile, tile_size, lambda: self._encoded(image, cancel), tiled))
 
     def latents_of(
         self, encoded: Array, noise: Callable[[tuple[int, ...]], Array] | None, scale: Scale | None = None
@@ -189,27 +196,35 @@ def _run(parts: Parts, name: str, given: str, values: Array, cancel: Cancel | No
     return made.astype(np.float32)
 
 
-def _in_tiles(
-    values: Array, pixels: int, tile: str, tiling: Tiling, scale: tuple[int, int], step: Callable[[Array], Array]
+def _whole_or_tiles(
+    values: Array,
+    pixels: int,
+    tile: str,
+    tile_size: int | None,
+    whole: Callable[[], Array],
+    tiled: Callable[[int], Tiled],
 ) -> Generator[None, None, Array]:
-    """The map of the whole where that is asked for or fits, else of tiles."""
+    """The map of the whole where that is asked for or fits, else of tiles, which are made smaller until they fit."""
     if tile == "never" or (tile == "auto" and pixels <= AUTO_TILE_PIXELS):
         try:
-            return step(values)
+            return whole()
         except OperationError as error:
             if tile == "never" or error.code != "out_of_memory":
                 raise
-    for made in mapped(values, tiling, scale, step):
-        if made is not None:
-            return made
-        yield
-    raise AssertionError("an image has at least one tile")
+    side = tile_size or TILE_SIZE
+    while True:
+        try:
+            return (yield from tiled(side).map(values))
+        except OperationError as error:
+            if error.code != "out_of_memory" or tile_size is not None or side <= SMALLEST_TILE:
+                raise
+        side //= 2
 
 
-def _tiling(tile_size: int | None, factor: int) -> Tiling:
-    size = max(8, (tile_size or TILE_SIZE) // factor)
-    step = 1 if factor > 1 else 8  # a tile of pixels begins at a whole latent
-    return Tiling(size // step * step, max(step, int(size * TILE_OVERLAP) // step * step))
+def _tiling(side: int, factor: int, step: int) -> Tiling:
+    """Tiles of `side` pixels, in elements of `factor` pixels that begin at multiples of `step`."""
+    size = max(step, max(8, side // factor) // step * step)
+    return Tiling(size, max(step, int(size * TILE_OVERLAP) // step * step), step)
 
 
 def _require_rank(shape: tuple[int | str | None, ...], what: str) -> None:

@@ -83,6 +83,11 @@ class Parts:
         self._open[name] = model
         return model
 
+    def open_apart(self, name: str, content: bytes, cancel: Cancel | None) -> OnnxModel:
+        """A changed graph of a part, out of its bytes, on the device; the caller closes it."""
+        self.rest()
+        return self._opened(self._parts[name], content, cancel)
+
     def rest(self) -> None:
         """With `low_memory`, closes what is open: no run needs it for now."""
         if self.low_memory:
@@ -134,6 +139,17 @@ class Parts:
 
     def _open_part(self, part: Part, cancel: Cancel | None) -> OnnxModel:
         part.check_unchanged()
+        model = self._opened(part, part.file, cancel)
+        self.provider = model.provider
+        if part.name not in self._memory_bytes:
+            # At least the file's own size: the system's figure is rounded, shared, or not to be had.
+            self._memory_bytes[part.name] = max(model.memory_bytes or 0, part.file_bytes)
+            self._load_ms[part.name] = model.load_ms
+            self._fallbacks[part.name] = model.cpu_fallback_ops
+        return model
+
+    def _opened(self, part: Part, source: Path | bytes, cancel: Cancel | None) -> OnnxModel:
+        """Opens a graph with the options of the load; pipelines that are idle make room where memory runs out."""
         wanted = ModelOptions(
             intra_op_threads=self._options.get("intra_op_threads"),
             graph_optimization=self._level(part),
@@ -142,20 +158,12 @@ class Parts:
         )
         while True:
             try:
-                model = self.device.open_model(part.file, wanted, cancel)
-                break
+                return self.device.open_model(source, wanted, cancel)
             except OperationError as error:
                 if error.code == "model_invalid":
                     raise failure("model_invalid", f"{part.name}: {error.message}", detail=error.detail) from error
                 if error.code != "out_of_memory" or not self.evict():
                     raise
-        self.provider = model.provider
-        if part.name not in self._memory_bytes:
-            # At least the file's own size: the system's figure is rounded, shared, or not to be had.
-            self._memory_bytes[part.name] = max(model.memory_bytes or 0, part.file_bytes)
-            self._load_ms[part.name] = model.load_ms
-            self._fallbacks[part.name] = model.cpu_fallback_ops
-        return model
 
     def _level(self, part: Part) -> str:
         """The level asked for; at all of them, halves on CUDA have their operators joined too."""

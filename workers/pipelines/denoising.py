@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,14 @@ class Conditions:
     def copies(self) -> int:
         """How many copies of the latents each step takes."""
         return 2 if self.guidance_scale > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """After `every` so many steps, `show` takes the foreseen latents `[1, c, h, w]` and gives what progress says."""
+
+    every: int
+    show: Callable[[Array], dict[str, Any]]
 
 
 class _Bound:
@@ -103,28 +111,29 @@ def denoise(
     pace: Pace,
     *,
     then_seconds: float = 0.0,
-    preview_every: int | None = None,
-    preview: Any = None,
+    preview: Preview | None = None,
 ) -> Generator[Progress, None, Array]:
     """The latents `[1, c, h, w]` of one image after all steps of `schedule`, on the host.
 
-    `latents` are those before the first step, on the host. `preview` takes foreseen latents after every
-    `preview_every` steps and gives what the progress says of them.
+    `latents` are those before the first step, on the host. `then_seconds` is what follows the last step.
     """
     loop = _on_device if binds(parts.device) else _through_host
     steps = loop(parts, unet, schedule, latents, conditions, generator, cancel)
     number = 0
-    while True:
-        try:
-            foreseen = next(steps)
-        except StopIteration as stop:
-            made: Array = stop.value
-            return made
-        number += 1
-        told: dict[str, Any] = {}
-        if preview_every and number % preview_every == 0 and number < len(schedule.timesteps):
-            told["preview"] = preview(foreseen.float().cpu().numpy())
-        yield from pace.step(then_seconds=then_seconds, always=bool(told), **told)
+    try:
+        while True:
+            try:
+                foreseen = next(steps)
+            except StopIteration as stop:
+                made: Array = stop.value
+                return made
+            number += 1
+            shown: dict[str, Any] = {}
+            if preview is not None and number % preview.every == 0 and number < len(schedule.timesteps):
+                shown["preview"] = preview.show(foreseen.float().cpu().numpy())
+            yield from pace.step(then_seconds=then_seconds, always=bool(shown), **shown)
+    finally:
+        steps.close()  # however the run ends, what it held on the device is given back now
 
 
 #: Yields the foreseen latents after each step, and returns those after the last.

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from device_operations.errors import failure
+from device_operations.tensors import NUMPY_DTYPES
 from workers.devices.base import tidy
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_graph import read_graph
@@ -31,11 +32,12 @@ class Part:
     symbols: frozenset[str]
     file_bytes: int
     dtype: str
-    stamp: tuple[int, int]
+    #: The sizes and times of the file and of its external data.
+    stamp: Mapping[Path, tuple[int, int] | None]
 
     def check_unchanged(self) -> None:
-        """Raises `model_invalid` where the file is another than the one that was read."""
-        if not self.file.is_file() or _stamp(self.file) != self.stamp:
+        """Raises `model_invalid` where a file is another than the one that was read."""
+        if any(_stamp(file) != stamp for file, stamp in self.stamp.items()):
             raise failure("model_invalid", f"the file of {self.name} has changed since the load; load it again")
 
     def input(self, *names: str) -> TensorSpec:
@@ -79,10 +81,13 @@ def read_part(name: str, file: Path, root: Path) -> Part:
         outputs = {one.name: _spec(one) for one in graph.output}
     except Exception as error:
         raise failure("model_invalid", f"{name}: {tidy(error)}") from error
+    for spec in (*inputs.values(), *outputs.values()):
+        if spec.dtype not in NUMPY_DTYPES:
+            raise failure("model_invalid", f"{name}: {spec.name} is {spec.dtype}; parts have float16 or float32 values")
     floats = [spec.dtype for spec in (*inputs.values(), *outputs.values()) if "float" in spec.dtype]
     return Part(
         name, resolved, inputs, outputs, frozenset(about.symbols), about.size_bytes, floats[0] if floats else "float32",
-        _stamp(resolved),
+        {one: _stamp(one) for one in (resolved, *(resolved.parent / name for name in about.locations))},
     )  # fmt: skip
 
 
@@ -162,6 +167,10 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, dtype, tuple(sides))
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """The file's size and time; None where it is gone."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
     return about.st_size, about.st_mtime_ns

@@ -127,7 +127,7 @@ def _pair(line: str) -> tuple[str, str]:
 
 
 def _guarded(name: str, step: Callable[[], T]) -> T:
-    """What `step` gives. Whatever the library raises at a file, its own panics included, is `model_invalid`."""
+    """What `step` gives. All that the library raises at a file, its own panics included, is `model_invalid`."""
     try:
         return step()
     except (KeyboardInterrupt, SystemExit, MemoryError, OperationError):

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from device_operations.errors import failure
+from device_operations.requests.pipelines import MAX_PIXELS
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
-from workers.pipelines import images
+from workers.pipelines import images, previews
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder
 from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
-from workers.pipelines.denoising import Conditions, denoise
+from workers.pipelines.denoising import Conditions, Preview, denoise
 from workers.pipelines.files import find_graph, read_config, read_json, read_part
 from workers.pipelines.prompts import PromptTokenizer, Tokens
 from workers.pipelines.schedulers import Schedule, Schedulers
@@ -43,13 +44,6 @@ PLACES = {
 #: Steps, guidance and strength where neither the run nor the model says them; of models that take few steps.
 STEPS, GUIDANCE, STRENGTH = 30, 5.0, 0.3
 FEW_STEPS = 4
-
-#: How the colours of SDXL's latents look, roughly: of each channel, red, green and blue; for previews only.
-_COLOURS = np.array(
-    [[0.3651, 0.4232, 0.4341], [-0.2533, -0.0042, 0.1068], [0.1076, 0.1111, -0.0362], [-0.3165, -0.2492, -0.2188]],
-    np.float32,
-)
-_COLOUR_BIAS = np.array([0.1084, -0.0175, -0.0011], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +119,7 @@ class SdxlPipeline(Pipeline):
         asked = self._asked(run)
         schedule = self._schedule(asked)
         self._check(asked, run)
-        conditions, told = yield from self._conditions(asked, run)
+        conditions, said = yield from self._conditions(asked, run)
         encoded = None
         pace = Pace(len(schedule.timesteps) * asked.images)
         if asked.image is not None:
@@ -140,8 +134,7 @@ class SdxlPipeline(Pipeline):
             denoised = yield from denoise(
                 self.parts, self._unet, schedule, latents, conditions, generator, run.cancel, pace,
                 then_seconds=seconds * (asked.images - number),
-                preview_every=run.request.get("preview_every"),
-                preview=lambda foreseen, number=number: self._preview(foreseen, number, run),
+                preview=self._preview(run, number),
             )  # fmt: skip
             began = time.perf_counter()
             decoded = yield from _paused(self._autoencoder.decode(denoised, run.cancel), pace)
@@ -157,7 +150,7 @@ class SdxlPipeline(Pipeline):
             )
         facts = {
             "seed": asked.seed, "steps": len(schedule.timesteps), "guidance_scale": asked.guidance_scale,
-            "scheduler": schedule.name, **told,
+            "scheduler": schedule.name, **said,
         }  # fmt: skip
         return Result(images=made, facts=facts)
 
@@ -270,25 +263,19 @@ class SdxlPipeline(Pipeline):
 
     # ---- between steps
 
-    def _preview(self, foreseen: Array, number: int, run: Run) -> dict[str, Any]:
-        """A small image of the latents, as a blob: a pixel for each of them."""
-        latents = foreseen[0].transpose(1, 2, 0)
-        if latents.shape[2] == len(_COLOURS):
-            colours = latents @ _COLOURS + _COLOUR_BIAS
-        else:
-            colours = np.repeat(latents[..., :1], 3, axis=2) / max(float(np.abs(latents).max()), 1e-6)
-        pixels = images.to_pixels(colours.transpose(2, 0, 1))
-        return {
-            "blob_id": run.keep(images.encode(pixels, "png")),
-            "media_type": "image/png",
-            "width": pixels.shape[1],
-            "height": pixels.shape[0],
-            "image": number,
-        }
+    def _preview(self, run: Run, number: int) -> Preview | None:
+        """Small images of one image's latents, as blobs, if the run asks for them."""
+        every = run.request.get("preview_every")
+        if every is None:
+            return None
 
+        def show(foreseen: Array) -> dict[str, Any]:
+            pixels = previews.pixels_of(foreseen[0])
+            height, width = pixels.shape[:2]
+            blob_id = run.keep(images.encode(pixels, "png"))
+            return {"blob_id": blob_id, "media_type": "image/png", "width": width, "height": height, "image": number}
 
-#: Pixels of an image at most.
-MAX_PIXELS = 2048 * 2048
+        return Preview(every, show)
 
 
 def _cut(field: str, encoder: str, tokens: Tokens) -> dict[str, Any]:

@@ -6,7 +6,8 @@ the next. What a graph takes from the whole image (a normalisation's mean, atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,23 @@ class Tiling:
 
     size: int
     overlap: int
+    #: Tiles and their cores begin at multiples of this.
+    step: int = 1
 
     def cuts(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """The tiles, row by row."""
         return [(down, across) for down in self._spans(height) for across in self._spans(width)]
+
+    def cores(self, height: int, width: int) -> list[tuple[slice, slice]]:
+        """What of the whole is each tile's own: up to the middle of its overlaps. Together they are the whole, once."""
+        return [(down, across) for down in self._cores(height) for across in self._cores(width)]
+
+    def _cores(self, side: int) -> list[slice]:
+        spans = self._spans(side)
+        middles = [
+            (before.stop + after.start) // 2 // self.step * self.step for before, after in itertools.pairwise(spans)
+        ]
+        return [slice(*ends) for ends in zip([0, *middles], [*middles, side], strict=True)]
 
     def _spans(self, side: int) -> list[slice]:
         if side <= self.size:
@@ -37,7 +51,7 @@ class Tiling:
 
 def mapped(
     values: Array, tiling: Tiling, scale: tuple[int, int], step: Callable[[Array], Array]
-) -> Iterator[Array | None]:
+) -> Generator[Array | None, None, None]:
     """Maps `[1, c, h, w]` tile by tile with `step`, and yields None after each but the last, then the whole.
 
     `scale` is (a, b) where a side of n elements becomes n * a // b.

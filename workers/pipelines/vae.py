@@ -20,6 +20,7 @@ from workers.work import Progress
 #: Images of one run, and pixels of one image, that are decoded or encoded at most.
 MAX_BATCH = 64
 MAX_PIXELS = images.MAX_PIXELS
+MAX_RUN_PIXELS = 4 * MAX_PIXELS
 
 #: Where each half lies in a folder.
 PLACES = {
@@ -84,28 +85,31 @@ class VaePipeline(Pipeline):
         factor = self._autoencoder.factor(run.cancel)
         _check_size(len(latents), latents.shape[2] * factor, latents.shape[3] * factor, "latents")
         pace = Pace(len(latents))
-        decoded = []
-        for number in range(len(latents)):
-            one = self._autoencoder.decode(
-                latents[number : number + 1], run.cancel, **_tile(run), scale=self._scale(run)
-            )
-            decoded.append((yield from _in_steps(one, pace)))
-            yield from pace.step()
         form = run.request.get("output_format", "png")
-        if form == "tensor":
-            return Result(outputs={"image": np.concatenate(decoded)})
-        return Result(images=[MadeImage(images.to_pixels(one[0]), form) for one in decoded])
+        tensors: list[Array] = []
+        made: list[MadeImage] = []
+        for number in range(len(latents)):
+            latent = latents[number : number + 1]
+            work = self._autoencoder.decode(latent, run.cancel, **_tile(run), scale=self._scale(run))
+            decoded = yield from _in_steps(work, pace)
+            if form == "tensor":
+                tensors.append(decoded)
+            else:
+                made.append(MadeImage(images.to_pixels(decoded[0]), form))
+            yield from pace.step()
+        return Result(outputs={"image": np.concatenate(tensors)} if tensors else {}, images=made)
 
     def _encode(self, run: Run) -> Steps:
         self._require(ENCODER, "images are encoded")
         pictures = self._pictures(run)
-        height, width = pictures[0].shape[2:]
+        height, width = pictures[0].shape[2:] if pictures[0].ndim == 4 else pictures[0].shape[:2]
         _check_size(len(pictures), height, width, "the image")
         self._autoencoder.check_sides(height, width, "the image", run.cancel)
         pace = Pace(len(pictures))
         encoded = []
         for number, picture in enumerate(pictures):
-            moments = yield from _in_steps(self._autoencoder.encode(picture, run.cancel, **_tile(run)), pace)
+            values = picture.astype(np.float32) if picture.ndim == 4 else images.to_signed(picture)
+            moments = yield from _in_steps(self._autoencoder.encode(values, run.cancel, **_tile(run)), pace)
             seed = run.request.get("seed")
             noise = None if seed is None else _Noise(seed + number)
             encoded.append(self._autoencoder.latents_of(moments, noise, self._scale(run)))
@@ -113,7 +117,7 @@ class VaePipeline(Pipeline):
         return Result(outputs={"latents": np.concatenate(encoded)})
 
     def _pictures(self, run: Run) -> list[Array]:
-        """The images of a run, `[1, 3, H, W]` each."""
+        """The images of a run: `[1, 3, H, W]` of floats each, or `[H, W, 3]` of uint8."""
         given = run.request.get("images") or [run.request["image"]]
         if "dtype" in given[0]:
             values = run.tensor("image")
@@ -122,12 +126,17 @@ class VaePipeline(Pipeline):
                     "input_mismatch",
                     f"image is {values.dtype.name} {list(values.shape)}, and must be floats [n, 3, H, W] from -1 to 1",
                 )
-            return [values[number : number + 1].astype(np.float32) for number in range(len(values))]
-        decoded = [images.decode(run.picture(one), f"image {number}") for number, one in enumerate(given)]
-        if len({one.shape for one in decoded}) > 1:
-            sizes = ", ".join(f"{one.shape[1]}x{one.shape[0]}" for one in decoded)
-            raise failure("input_mismatch", f"the images of one run are of one size; these have {sizes} pixels")
-        return [images.to_signed(one) for one in decoded]
+            return [values[number : number + 1] for number in range(len(values))]
+        decoded: list[Array] = []
+        for number, one in enumerate(given):
+            decoded.append(images.decode(run.picture(one), f"image {number}"))
+            if decoded[-1].shape != decoded[0].shape:
+                sizes = " and ".join(f"{each.shape[1]}x{each.shape[0]}" for each in (decoded[0], decoded[-1]))
+                raise failure("input_mismatch", f"the images of one run are of one size; these have {sizes} pixels")
+            # Before the next is decoded: many pictures of the largest size would take gigabytes.
+            height, width = decoded[-1].shape[:2]
+            _check_size(number + 1, height, width, "the images")
+        return decoded
 
     def _scale(self, run: Run) -> Scale:
         scale = self._autoencoder.scale
@@ -189,3 +198,5 @@ def _check_size(count: int, height: int, width: int, what: str) -> None:
         raise failure("input_mismatch", f"{what}: a run takes 1 to {MAX_BATCH} images, not {count}")
     if not 1 <= height * width <= MAX_PIXELS:
         raise failure("input_mismatch", f"{what}: an image has 1 to {MAX_PIXELS} pixels, not {width}x{height}")
+    if count * height * width > MAX_RUN_PIXELS:
+        raise failure("input_mismatch", f"{what}: {count} of {width}x{height} pixels; {MAX_RUN_PIXELS} in one run")
