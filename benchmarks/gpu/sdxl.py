@@ -32,8 +32,6 @@ from benchmarks.gpu.two import NotHere
 from benchmarks.measure import Figure, report, table
 
 
-
-
 class Stages:
     """The stages of one run over one folder, with what they found."""
 

@@ -103,7 +103,9 @@ def _times(stack: RunningStack, model: str, facts: dict[str, Any], *, tiny: bool
              absolute(f"{IMAGES} images waiting, seconds of each", "s", each)]  # fmt: skip
     bare = next((one for one in facts.get("bare_seconds", [])), None)
     if bare:
-        found.append(Figure(f"{IMAGES} images waiting, seconds of each", "s", each, bare, "bare loop", each / bare, "", True))
+        found.append(
+            Figure(f"{IMAGES} images waiting, seconds of each", "s", each, bare, "bare loop", each / bare, "", True)
+        )
     return found
 
 

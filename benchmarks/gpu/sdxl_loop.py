@@ -48,6 +48,7 @@ class Bare:
             "time_ids": self._zeros(2, 6),
         }  # fmt: skip
         self._timestep = np.array(501)
+        self.own = _session(pipeline.parts, "unet")
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self._kind, device=self._where)
@@ -89,6 +90,17 @@ class Bare:
                 self._run(session, binding, options)
             self._synchronize()
             return time.perf_counter() - began
+
+    def predicted_by(self, session: ort.InferenceSession) -> torch.Tensor:
+        """What a graph predicts of fixed random inputs, in float32."""
+        with self._on_stream(), torch.no_grad():
+            torch.manual_seed(1)
+            for tensor in (self._sample, *self._fixed.values()):
+                tensor.normal_()
+            self._run(session, self._bind(session), self._options())
+            made = self._predicted.float()
+            self._synchronize()
+            return made
 
     def image(self) -> np.ndarray[Any, Any]:
         """One image, `[H, W, 3]` of uint8."""
@@ -165,7 +177,14 @@ def figures(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
     bare = Bare(pipeline, device, side, steps)
 
     def ours() -> np.ndarray[Any, Any]:
-        request = {"prompt": PROMPT, "seed": SEED, "steps": steps, "guidance_scale": GUIDANCE, "width": side, "height": side}
+        request = {
+            "prompt": PROMPT,
+            "seed": SEED,
+            "steps": steps,
+            "guidance_scale": GUIDANCE,
+            "width": side,
+            "height": side,
+        }
         run = Run(request, Cancel(), lambda _: np.zeros(0), lambda _: b"", lambda _: "")
         made: np.ndarray[Any, Any] = run_to_end(pipeline.run(run)).images[0].pixels
         return made
@@ -191,11 +210,13 @@ def figures(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
     found += [image, absolute("an image, in seconds", "s", image.figure, at_most=1.9),
               absolute(f"of it the UNet's {steps} graphs alone", "s", alone)]  # fmt: skip
     print("image", image.figure, image.yardstick, "unet alone", alone, facts.get("from_torch"), flush=True)
-    decoder = [_seconds(lambda: bare._decoded(bare._sample[:1].float())) for _ in range(4)]
-    facts["decoder_seconds"] = min(decoder)
+    with bare._on_stream(), torch.no_grad():
+        latents = bare._sample[:1].float()
+        facts["decoder_seconds"] = min(_seconds(lambda: bare._decoded(latents)) for _ in range(4))
+    facts["encoders_seconds"] = min(_seconds(lambda: _encode(pipeline)) for _ in range(4))
     for name, level, options in _variants(tiny=tiny):
         try:
-            taken = _variant(device, folder, bare, level, options)
+            taken = _variant(device, folder, bare, level, options, facts.setdefault("joined_from_exported", {}))
         except Exception as error:  # noqa: BLE001 - a variant that this build has not is said
             facts[f"unet {name}"] = str(error)[:300]
         else:
@@ -213,7 +234,22 @@ def _variants(*, tiny: bool) -> Iterator[tuple[str, str, dict[str, str]]]:
         yield "fused, exhaustive", "fused", {"cudnn_conv_algo_search": "EXHAUSTIVE"}
 
 
-def _variant(device: Device, folder: Path, bare: Bare, level: str, options: dict[str, str]) -> float:
+def facts_of_difference(bare: Bare, session: ort.InferenceSession, apart: dict[str, float]) -> None:
+    """How far the joined graph's result, which `bare` has, is from that of the graph as exported, same inputs."""
+    joined = bare.predicted_by(bare.own)
+    exported = bare.predicted_by(session)
+    off = (joined - exported).abs()
+    apart |= {"largest": float(off.max()), "mean": float(off.mean()), "spread": float(exported.std())}
+
+
+def _encode(pipeline: SdxlPipeline) -> None:
+    for encoder in pipeline._encoders:
+        encoder.run(encoder.tokenizer.tokens(PROMPT), Cancel())
+
+
+def _variant(
+    device: Device, folder: Path, bare: Bare, level: str, options: dict[str, str], apart: dict[str, float]
+) -> float:
     from dataclasses import replace
 
     from workers.devices.values import ModelOptions
@@ -229,6 +265,8 @@ def _variant(device: Device, folder: Path, bare: Bare, level: str, options: dict
     session = model._session
     assert session is not None
     bare.unet(session)
+    if level == "all":
+        facts_of_difference(bare, session, apart)
     taken = min(bare.unet(session) for _ in range(2))
     del session
     model.close()

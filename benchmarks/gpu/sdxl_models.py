@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 from tests.support import pipelines
@@ -81,7 +82,12 @@ def modules(*names: str, tiny: bool = False) -> dict[str, Any]:
 def export(folder: Path, part: str, *, tiny: bool = False) -> None:
     """Exports the UNet, or all the rest."""
     if part == "unet":
+        file = folder / "unet" / "model.onnx"
         pipelines.export_unet(modules("unet", tiny=tiny)["unet"], folder / "unet")
+        model = onnx.load(file)
+        for loose in [one for one in file.parent.iterdir() if one.name != "config.json"]:
+            loose.unlink()  # torch writes a file for each tensor; Optimum leaves one
+        onnx.save(model, file, save_as_external_data=True, location="model.onnx_data")
         return
     made = modules("vae", "text_encoder", "text_encoder_2", tiny=tiny)
     pipelines.export_text_encoders(made, folder)

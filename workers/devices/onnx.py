@@ -144,8 +144,12 @@ class OnnxModel:
         into: Mapping[str, BufferView] | None = None,
         keep: Collection[str] = (),
         cancel: Cancel | None = None,
+        queued: bool = False,
     ) -> dict[str, Fetched]:
         """Runs the model once and gives each of `outputs` (all unless said) by name.
+
+        `queued` says that every buffer is written and read in `Device.queue`: where the backend has one, the run is
+        left in it, and `into` is filled when the queue has come by.
 
         An output named in `into` is written to that buffer and comes back as a BufferView with its dtype and shape; one
         named in `keep` stays on the device as a `Kept`; every other is a NumPy array, `Values` where it is no tensor,
@@ -158,7 +162,7 @@ class OnnxModel:
             self._bound.graph_ms = None
         try:
             if into or keep or not only_arrays(feeds):
-                return self._run_with_buffers(feeds, names, into or {}, keep, cancel)
+                return self._run_with_buffers(feeds, names, into or {}, keep, cancel, queued=queued)
             if self._bound is not None and self._bound.carries:
                 return self._bound.run(Wanted(feeds, names), self._on_host, cancel)
             return dict(zip(names, self._call(names, feeds, cancel), strict=True))
@@ -254,10 +258,12 @@ class OnnxModel:
         into: Mapping[str, BufferView],
         keep: Collection[str],
         cancel: Cancel | None,
+        *,
+        queued: bool = False,
     ) -> dict[str, Fetched]:
         self.check(feeds, [*names, *into, *keep])
         names = [*names, *(name for name in [*into, *keep] if name not in names)]
-        wanted = Wanted(feeds, names, self._places(feeds, into), {*keep, *into})
+        wanted = Wanted(feeds, names, self._places(feeds, into), {*keep, *into}, queued)
         try:
             got = self._run_placed(wanted, cancel)
         except Exception as error:

@@ -53,7 +53,13 @@ def fuse(graph: ir.Graph) -> int:
 
 
 def new_node(
-    before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", outputs: int = 1, **attributes: object
+    before: ir.Node,
+    kind: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    domain: str = "",
+    outputs: int = 1,
+    **attributes: object,
 ) -> ir.Node:
     """A node put in front of another."""
     made = ir.node(kind, inputs, attributes=attributes or None, domain=domain, num_outputs=outputs)  # type: ignore[arg-type]
@@ -119,7 +125,7 @@ def computed(value: ir.Value | None, depth: int = 0) -> Array | None:
 def _calculated(kind: str, given: list[Array], *, whole: bool) -> Array | None:
     with np.errstate(all="ignore"):
         match kind, given:
-            case ("Cast" | "Unsqueeze" | "Squeeze"), [one, *_]:
+            case (("Cast" | "Unsqueeze" | "Squeeze"), [one, *_]):
                 return one.reshape(-1) if kind == "Unsqueeze" else one
             case "Sqrt", [one]:
                 return np.asarray(np.sqrt(one))
@@ -233,7 +239,11 @@ def _split_gelu(erf: ir.Node) -> bool:
     last = None if half is None else _read_by(half.outputs[0], "Mul")
     if halved is None or more is None or times is None or half is None or last is None:
         return False
-    root, one, a_half = number(halved.inputs[1]), number(_other(more, erf.outputs[0])), number(_other(half, times.outputs[0]))
+    root, one, a_half = (
+        number(halved.inputs[1]),
+        number(_other(more, erf.outputs[0])),
+        number(_other(half, times.outputs[0])),
+    )
     if root is None or abs(root - math.sqrt(2)) > 1e-3 or one != 1 or a_half != 0.5:
         return False
     gate, x = halved.inputs[0], _other(last, half.outputs[0])
@@ -281,7 +291,12 @@ def _group_norm(norm: ir.Node) -> bool:
     if cut is None or cut.tolist() != [0, ones.size, -1] or not (ones == 1).all() or zeros.any():
         return False
     of_channels = (channels, 1, 1)
-    if gamma.shape[-3:] != of_channels or beta.shape[-3:] != of_channels or gamma.size != channels or beta.size != channels:
+    if (
+        gamma.shape[-3:] != of_channels
+        or beta.shape[-3:] != of_channels
+        or gamma.size != channels
+        or beta.size != channels
+    ):
         return False
     if channels % ones.size or channels // ones.size % 2:  # the kernel takes channels by twos
         return False
