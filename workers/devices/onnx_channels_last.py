@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from workers.devices.onnx_fusions import TO_FIRST, TO_LAST, constant, new_node, replace, sides, transposed
+from workers.devices.onnx_fusions import TO_FIRST, TO_LAST
+from workers.devices.onnx_matching import constant, new_node, replace, sides, transposed
 
 #: What is done to each number by itself.
 _EACH = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Relu", "Tanh"})
