@@ -147,6 +147,24 @@ def test_a_joined_decoder_gives_the_same_image(tmp_path: Path) -> None:
     assert kinds["MultiHeadAttention"] == 1
 
 
+def test_what_a_graph_gives_stays_among_its_results(tmp_path: Path) -> None:
+    """Text encoders give every layer's hidden states: sums that the norms behind them would take along."""
+    modules = pipelines.tiny_sdxl(1)
+    pipelines.export_text_encoders(modules, tmp_path)
+    for name in ("text_encoder", "text_encoder_2"):
+        file = tmp_path / name / "model.onnx"
+        made = joined(file.read_bytes(), file)
+        model = onnx.load(file) if made is None else onnx.load_from_string(made)
+        whole = [one.name for one in onnx.load(file).graph.output]
+        assert [one.name for one in model.graph.output] == whole
+        kind = np.int64 if name.endswith("2") else np.int32
+        ids = np.arange(77, dtype=kind)[None]
+        sessions = [ort.InferenceSession(one.SerializeToString()) for one in (onnx.load(file), model)]
+        wanted, got = (session.run(whole, {"input_ids": ids}) for session in sessions)
+        for one, other in zip(wanted, got, strict=True):
+            assert np.abs(one - other).max() < 1e-4
+
+
 def test_what_is_used_elsewhere_is_not_joined(tmp_path: Path) -> None:
     """A result that lies between the operators of a pattern is still there."""
 
