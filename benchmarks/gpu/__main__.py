@@ -7,6 +7,7 @@
     faults        memory running out in a run and in a step, and a kernel that takes the context with it
     training      a GPT-2-sized model, 200 steps beside a bare loop over the same module
     two           two workers on two GPUs, where the machine has two: placement, and copies from one to the other
+    sdxl          Stable Diffusion XL in its full size, about eight minutes more; see `benchmarks.gpu.sdxl`
 
 Each part is tried by itself; what fails stands in the report with its error, and what could not be run with its reason.
 """
@@ -26,6 +27,7 @@ from benchmarks.gpu.device import conformance, device_figures
 from benchmarks.gpu.faults import faults_over_http
 from benchmarks.gpu.inference import inference_over_http
 from benchmarks.gpu.memory import memory_over_http
+from benchmarks.gpu.sdxl import sdxl_figures
 from benchmarks.gpu.training import training_figures, training_over_http
 from benchmarks.gpu.two import NotHere, two_gpus
 from benchmarks.measure import Figure, absolute, machine, report, table
@@ -37,7 +39,7 @@ def main() -> int:
     parser.add_argument("report", type=Path)
     parts: dict[str, Callable[[], list[Figure]]] = {
         "conformance": conformance, "device": device_figures, "stack": stack_figures, "faults": fault_figures,
-        "training": training_figures, "two": two_gpus,
+        "training": training_figures, "two": two_gpus, "sdxl": sdxl_figures,
     }  # fmt: skip
     parser.add_argument("--only", nargs="*", default=[], choices=[*parts, []], metavar="PART", help="the parts to run")
     given = parser.parse_args()

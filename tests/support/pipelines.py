@@ -40,11 +40,11 @@ def tiny_vae(seed: int = 0, scaling_factor: float = 0.13025, shift_factor: float
 
 def export_vae(vae: AutoencoderKL, folder: Path, *, encoder: bool = True) -> Path:
     """Writes the halves of an autoencoder below `folder`, in the layout of diffusers and Optimum."""
-    latents = torch.randn(1, vae.config.latent_channels, 8, 8, dtype=vae.dtype)
+    latents = torch.randn(1, vae.config.latent_channels, 8, 8, dtype=vae.dtype, device=vae.device)
     export(_Decoder(vae), folder / "vae_decoder", {"latent_sample": (latents, _IMAGE)}, {"sample": _IMAGE})
     write_json(folder / "vae_decoder" / "config.json", vae.config)
     if encoder:
-        image = torch.randn(1, 3, 16, 16, dtype=vae.dtype)
+        image = torch.randn(1, 3, 16, 16, dtype=vae.dtype, device=vae.device)
         export(_Encoder(vae), folder / "vae_encoder", {"sample": (image, _IMAGE)}, {"latent_parameters": _IMAGE})
         write_json(folder / "vae_encoder" / "config.json", vae.config)
     return folder
@@ -162,9 +162,17 @@ def tiny_sdxl(seed: int = 0, *, width: int = 32, guidance_embedding: int | None 
 
 def export_sdxl(modules: Mapping[str, Any], folder: Path, scheduler: Any, *, encoder: bool = True) -> Path:
     """Writes a pipeline below `folder` in the layout that diffusers and Optimum export."""
+    export_text_encoders(modules, folder)
+    export_unet(modules["unet"], folder / "unet")
+    export_vae(modules["vae"], folder, encoder=encoder)
+    return write_rest(folder, scheduler)
+
+
+def export_text_encoders(modules: Mapping[str, Any], folder: Path) -> None:
+    """Writes both text encoders and their configurations."""
     text = {0: "batch_size", 1: "sequence_length"}
-    ids = torch.ones(1, 77, dtype=torch.int64)
     for name in ("text_encoder", "text_encoder_2"):
+        ids = torch.ones(1, 77, dtype=torch.int64, device=modules[name].device)
         layers = modules[name].config.num_hidden_layers
         first = {"text_embeds": {0: "batch_size"}} if name.endswith("2") else {"last_hidden_state": text}
         hidden = {f"hidden_states.{number}": text for number in range(layers + 1)}
@@ -172,8 +180,10 @@ def export_sdxl(modules: Mapping[str, Any], folder: Path, scheduler: Any, *, enc
         wrapped = _TextEncoder(modules[name], pooled=name.endswith("2"))
         export(wrapped, folder / name, {"input_ids": (ids.to(kind), text)}, {**first, **hidden})
         write_json(folder / name / "config.json", modules[name].config.to_dict())
-    export_unet(modules["unet"], folder / "unet")
-    export_vae(modules["vae"], folder, encoder=encoder)
+
+
+def write_rest(folder: Path, scheduler: Any) -> Path:
+    """Writes what is no graph: tokenizers, the scheduler's configuration, the index."""
     tokenizer_files(folder / "tokenizer")
     tokenizer_files(folder / "tokenizer_2", pad="!")
     scheduler.save_pretrained(folder / "scheduler")
@@ -190,19 +200,20 @@ def export_sdxl(modules: Mapping[str, Any], folder: Path, scheduler: Any, *, enc
 
 def export_unet(unet: Any, folder: Path) -> Path:
     """Writes a UNet and its configuration."""
-    kind = unet.dtype
+    kind, config = {"dtype": unet.dtype, "device": unet.device}, unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     inputs = {
-        "sample": (torch.randn(2, 4, 16, 16, dtype=kind), _IMAGE),
-        "timestep": (torch.tensor(10, dtype=torch.int64), {}),
+        "sample": (torch.randn(2, 4, 16, 16, **kind), _IMAGE),
+        "timestep": (torch.tensor(10, dtype=torch.int64, device=unet.device), {}),
         "encoder_hidden_states": (
-            torch.randn(2, 77, unet.config.cross_attention_dim, dtype=kind),
+            torch.randn(2, 77, config.cross_attention_dim, **kind),
             {0: "batch_size", 1: "sequence_length"},
         ),
-        "text_embeds": (torch.randn(2, 32, dtype=kind), {0: "batch_size"}),
-        "time_ids": (torch.randn(2, 6, dtype=kind), {0: "batch_size"}),
+        "text_embeds": (torch.randn(2, pooled, **kind), {0: "batch_size"}),
+        "time_ids": (torch.randn(2, 6, **kind), {0: "batch_size"}),
     }
     if unet.config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = (torch.randn(2, unet.config.time_cond_proj_dim, dtype=kind), {0: "batch_size"})
+        inputs["timestep_cond"] = (torch.randn(2, config.time_cond_proj_dim, **kind), {0: "batch_size"})
     export(_Unet(unet), folder, inputs, {"out_sample": _IMAGE})
     write_json(folder / "config.json", unet.config)
     return folder

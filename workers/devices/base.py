@@ -18,6 +18,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -292,6 +293,14 @@ class Device(ABC):
 
     def synchronize(self) -> None:  # noqa: B027 - a device whose calls return when they are done has nothing to wait for
         """Returns when everything asked of the device so far is done."""
+
+    def queue(self) -> AbstractContextManager[object]:
+        """While inside, torch's work goes where models run: what is asked later is done later, and nothing waits."""
+        return nullcontext()
+
+    def queued(self) -> Callable[[], None]:
+        """Waits, when it is called, for what is in that queue now."""
+        return lambda: None
 
     def _address(self, storage: Any) -> int | None:
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,18 @@ class CudaDevice(TorchDevice):
             import torch
 
             self._guard(torch.cuda.current_stream(self._torch_device).synchronize, "synchronize")
+
+    def queue(self) -> AbstractContextManager[object]:
+        import torch
+
+        return torch.cuda.stream(self._stream)
+
+    def queued(self) -> Callable[[], None]:
+        import torch
+
+        mark = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        mark.record(self._stream)
+        return lambda: self._guard(mark.synchronize, "wait for the queue")
 
     def trim(self) -> None:
         if "_torch_device" in self.__dict__:

@@ -26,11 +26,13 @@ from device_operations.errors import OperationError, failure
 from device_operations.tensors import ML_DTYPES, TEXT_DTYPES, numpy_dtype
 from workers.devices.base import Array, BufferView, flat_bytes, tidy
 from workers.devices.onnx_bound import BoundRuns, Wanted, only_arrays
+from workers.devices.onnx_diffusion import fused
 from workers.devices.onnx_file import inspect
 from workers.devices.onnx_graph import read_graph
 from workers.devices.onnx_offer import offer_of
 from workers.devices.onnx_rewrite import EXTERNAL_FOLDER, rewritten
 from workers.devices.onnx_session import (
+    FUSED,
     REWRITE,
     Cancel,
     cpu_fallbacks,
@@ -86,6 +88,10 @@ class OnnxModel:
                 settings.add_session_config_entry(EXTERNAL_FOLDER, str(source.parent))
             source = rewritten(source, name)
             device.trim()  # what writing took is none of the model's memory
+        elif options.graph_optimization == FUSED and isinstance(source, Path):
+            settings.add_session_config_entry(EXTERNAL_FOLDER, str(source.parent))
+            source = fused(source)
+            device.trim()
         held = device.held_bytes()
         # ONNX Runtime lets other threads run while it loads.
         with ThreadPoolExecutor(1, thread_name_prefix="proof") as prover:
@@ -138,8 +144,12 @@ class OnnxModel:
         into: Mapping[str, BufferView] | None = None,
         keep: Collection[str] = (),
         cancel: Cancel | None = None,
+        queued: bool = False,
     ) -> dict[str, Fetched]:
         """Runs the model once and gives each of `outputs` (all unless said) by name.
+
+        `queued` says that every buffer is written and read in `Device.queue`: where the backend has one, the run is
+        left in it, and `into` is filled when the queue has come by.
 
         An output named in `into` is written to that buffer and comes back as a BufferView with its dtype and shape; one
         named in `keep` stays on the device as a `Kept`; every other is a NumPy array, `Values` where it is no tensor,
@@ -152,7 +162,7 @@ class OnnxModel:
             self._bound.graph_ms = None
         try:
             if into or keep or not only_arrays(feeds):
-                return self._run_with_buffers(feeds, names, into or {}, keep, cancel)
+                return self._run_with_buffers(feeds, names, into or {}, keep, cancel, queued=queued)
             if self._bound is not None and self._bound.carries:
                 return self._bound.run(Wanted(feeds, names), self._on_host, cancel)
             return dict(zip(names, self._call(names, feeds, cancel), strict=True))
@@ -248,10 +258,12 @@ class OnnxModel:
         into: Mapping[str, BufferView],
         keep: Collection[str],
         cancel: Cancel | None,
+        *,
+        queued: bool = False,
     ) -> dict[str, Fetched]:
         self.check(feeds, [*names, *into, *keep])
         names = [*names, *(name for name in [*into, *keep] if name not in names)]
-        wanted = Wanted(feeds, names, self._places(feeds, into), {*keep, *into})
+        wanted = Wanted(feeds, names, self._places(feeds, into), {*keep, *into}, queued)
         try:
             got = self._run_placed(wanted, cancel)
         except Exception as error:

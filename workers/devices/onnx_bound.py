@@ -27,6 +27,8 @@ class Wanted:
     names: Sequence[str]
     places: Mapping[str, BufferView] = field(default_factory=dict)
     stay: Collection[str] = ()
+    #: Whether all that lies on the device belongs to `Device.queue`: the run is left there without a wait.
+    queued: bool = False
 
     @property
     def only_arrays(self) -> bool:
@@ -80,7 +82,11 @@ class BoundRuns:
         ]
         self._bind_outputs(binding, wanted, coming)
         carried = wanted.only_arrays and self._transfers is not None
-        self._run(binding, cancel, in_order=carried, fetched=carried and len(coming) == len(wanted.names))
+        queued = wanted.queued and self._transfers is not None and len(wanted.places) == len(wanted.names)
+        fetches = carried and len(coming) == len(wanted.names)
+        self._run(binding, cancel, in_order=carried or queued, fetched=fetches or queued)
+        if queued:
+            return dict(zip(wanted.names, binding.get_outputs(), strict=True))
         values: dict[str, Any] = dict(zip(wanted.names, binding.get_outputs(), strict=True))
         fetched: dict[str, Array] = {}
         if self._transfers is not None:

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 #: The level at which a graph is written anew before ONNX Runtime reads it.
 REWRITE = "rewrite"
 
+#: The level at which the operators of a diffusion model are joined for CUDA before that; see `onnx_diffusion`.
+FUSED = "fused"
+
 _OPTIMIZATION = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     REWRITE: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    FUSED: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
 #: ONNX Runtime reports its errors by exceptions; these levels keep it from printing them as well.

@@ -44,7 +44,8 @@ class ModelOptions:
     """How a model is to be loaded.
 
     `graph_optimization` is one of ONNX Runtime's levels, disable, basic, extended or all, or rewrite: all, of a graph
-    that `onnx_rewrite` wrote anew. `free_dimensions` fixes symbolic dimensions by name.
+    that `onnx_rewrite` wrote anew, or fused: all, of a graph whose operators `onnx_diffusion` joined.
+    `free_dimensions` fixes symbolic dimensions by name.
     `root` is the folder that external data must not leave; the model's own folder unless said.
     """
 

@@ -13,6 +13,7 @@ from device_operations.errors import OperationError, failure
 from workers.batching import Batching
 from workers.devices.base import Array
 from workers.devices.onnx import Cancel, OnnxModel
+from workers.devices.onnx_session import FUSED
 from workers.devices.values import ModelOptions
 from workers.pipelines.files import Part
 from workers.work import Progress
@@ -155,7 +156,7 @@ class Parts:
         """Opens a graph with the options of the load; pipelines that are idle make room where memory runs out."""
         wanted = ModelOptions(
             intra_op_threads=self._options.get("intra_op_threads"),
-            graph_optimization=self._options.get("graph_optimization", "all"),
+            graph_optimization=self._level(part),
             free_dimensions={name: size for name, size in self._free_dimensions().items() if name in part.symbols},
             root=self._root,
         )
@@ -167,6 +168,12 @@ class Parts:
                     raise failure("model_invalid", f"{part.name}: {error.message}", detail=error.detail) from error
                 if error.code != "out_of_memory" or not self.evict():
                     raise
+
+    def _level(self, part: Part) -> str:
+        """The level asked for; at all of them, halves on CUDA have their operators joined too."""
+        level: str = self._options.get("graph_optimization", "all")
+        joins = level == "all" and self.device.backend == "cuda" and part.dtype == "float16"
+        return FUSED if joins else level
 
     def _free_dimensions(self) -> Mapping[str, int]:
         return self._options.get("free_dimensions") or {}

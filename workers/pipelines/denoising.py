@@ -149,20 +149,44 @@ def _on_device(
     generator: torch.Generator,
     cancel: Cancel,
 ) -> _Loop:
-    with _buffers(parts.device) as bound:
+    """Each step is asked for while the one before it is under way, so that the device has no time between them.
+
+    What is yielded is done. With `low_memory` the graph may be closed between two steps, and none is asked for ahead.
+    """
+    device = parts.device
+    with _buffers(device) as bound:
         shape = (conditions.copies, *latents.shape[1:])
         sample_view, sample = bound.place(unet.sample.dtype, shape)
         predicted_view, predicted = bound.place(unet.predicted.dtype, (conditions.copies, *latents.shape[1:]))
         fixed: dict[str, Feed] = {name: bound.put(values) for name, values in conditions.values.items()}
         latents = latents.to(sample.device)
-        for timestep in schedule.timesteps:
-            sample.copy_(schedule.scaled(latents, timestep).expand(shape))
-            feeds = {**fixed, unet.sample.name: sample_view, unet.timestep.name: _time(unet.timestep, timestep, shape)}
-            parts.get(unet.part, cancel).run(feeds, [], into={unet.predicted.name: predicted_view}, cancel=cancel)
-            guided = _guided(predicted.float(), conditions)
-            latents, foreseen = schedule.step(guided, timestep, latents, generator)
-            yield latents if foreseen is None else foreseen
-        return latents.float().cpu().numpy()
+        device.synchronize()  # what was placed until here was in no queue of models
+        under_way: list[tuple[Callable[[], None], torch.Tensor]] = []
+        try:
+            for timestep in schedule.timesteps:
+                model = parts.get(unet.part, cancel)
+                with device.queue():
+                    sample.copy_(schedule.scaled(latents, timestep).expand(shape))
+                    time = _time(unet.timestep, timestep, shape)
+                    feeds = {**fixed, unet.sample.name: sample_view, unet.timestep.name: time}
+                    model.run(feeds, [], into={unet.predicted.name: predicted_view}, cancel=cancel, queued=True)
+                    guided = _guided(predicted.float(), conditions)
+                    latents, foreseen = schedule.step(guided, timestep, latents, generator)
+                under_way.append((device.queued(), latents if foreseen is None else foreseen))
+                if parts.low_memory or len(under_way) > 1:
+                    yield _done(under_way)
+            while under_way:
+                yield _done(under_way)
+            return latents.float().cpu().numpy()
+        finally:
+            device.queued()()  # nothing is given back that a step still writes to
+
+
+def _done(under_way: list[tuple[Callable[[], None], torch.Tensor]]) -> torch.Tensor:
+    """What the first of the steps under way gave, once it is over."""
+    wait, made = under_way.pop(0)
+    wait()
+    return made
 
 
 def _through_host(
