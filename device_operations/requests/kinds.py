@@ -30,9 +30,13 @@ REQUESTS: dict[Kind, type[JobRequest]] = {
 }
 
 
+#: What a kind takes besides: a run of a pipeline has a request of its own for each type of pipeline.
+_OTHERS: dict[Kind, tuple[type[JobRequest], ...]] = {Kind.INFERENCE_RUN: tuple(pipelines.RUNS.values())}
+
+
 def requests_of(kind: Kind) -> tuple[type[JobRequest], ...]:
     """The requests that a kind takes: one, and for runs those of each type of pipeline besides."""
-    return (REQUESTS[kind], *pipelines.RUNS.values()) if kind is Kind.INFERENCE_RUN else (REQUESTS[kind],)
+    return (REQUESTS[kind], *_OTHERS.get(kind, ()))
 
 
 #: Fields named in one error at most: a caller may send any number of unknown ones, with names of any length.
@@ -42,7 +46,7 @@ MAX_PROBLEMS = 100
 def parse(kind: Kind, request: Any) -> JobRequest:
     """The checked request of `kind`; `validation_failed` names every field that does not fit."""
     schema = REQUESTS[kind]
-    if kind is Kind.INFERENCE_RUN and pipelines.is_pipeline_run(request):
+    if kind in _OTHERS and pipelines.is_pipeline_run(request):
         schema = pipelines.AnyPipelineRun
     try:
         return schema.model_validate(request)

@@ -17,7 +17,12 @@ SOURCES = ("device_operations", "tasks", "workers", "api_gateway", "migrations",
 ERROR_KEYS = ({"retryable"}, {"code", "message"})
 
 #: The functions that write such a dictionary: the constructor, and the command line's form on standard error.
-WRITERS = {("device_operations/errors.py", "as_job_error"), ("device_operations/cli/output.py", "complain")}
+WRITERS = {
+    ("device_operations/errors.py", "as_job_error"),
+    ("device_operations/cli/output.py", "complain"),
+    # OpenAI's form of one.
+    ("api_gateway/openai/errors.py", "answer"),
+}
 
 #: Where an error is known to be retryable, or not, against its table: the file and the code.
 OVERRIDES = {

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 NAME_KINDS = {
     "device_operations/jobs.py",
     "device_operations/requests/kinds.py",
+    "device_operations/client/embeddings.py",
+    "device_operations/client/images.py",
     "device_operations/client/jobs.py",
     "device_operations/client/memory.py",
     "device_operations/client/inference.py",
@@ -37,6 +39,7 @@ NAME_KINDS = {
     "api_gateway/inference.py",
     "api_gateway/training.py",
     "api_gateway/oip_repository.py",
+    "api_gateway/openai/runs.py",
     # Whether a session is `stepping`, in SQL.
     "tasks/store/training.py",
 }
