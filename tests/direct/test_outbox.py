@@ -70,6 +70,13 @@ class Chord:
     called: list[Any]
 
 
+def parts_ended(made: AsyncResult) -> AsyncResult:
+    """The chord, once its parts have results: a message of theirs that came again would kill the next worker."""
+    assert made.parent is not None
+    eventually(lambda: all(part.ready() for part in made.parent.results), 60)
+    return made
+
+
 @pytest.fixture(scope="module")
 def chords(plain: Caller) -> dict[tuple[str, ...], Chord]:
     """All of them: the waiting for claims that run out, and for calls that must not come, is theirs together."""
@@ -77,14 +84,16 @@ def chords(plain: Caller) -> dict[tuple[str, ...], Chord]:
     sent: dict[tuple[str, ...], AsyncResult] = {}
     for point in BODY_DEATHS:
         with dying_at(plain, point):
-            sent[(point,)] = chord([plain.allocate(16), plain.allocate(32)])(plain.plain("note", point))
+            made = chord([plain.allocate(16), plain.allocate(32)])(plain.plain("note", point))
+        sent[(point,)] = parts_ended(made)
     for point, last in ERROR_DEATHS:
         name = f"{point}, {last}"
         good, bad = plain.allocate(16), plain.refused(link_error=plain.plain("note", name, "part"))
         (bad if last == "refused" else good).set(countdown=2)
         with dying_at(plain, point):
             body = plain.plain("note").on_error(plain.plain("note", name, "error"))
-            sent[point, last] = chord([good, bad])(body)
+            made = chord([good, bad])(body)
+        sent[point, last] = parts_ended(made)
     # A claim on a chord that died with its worker runs out first: Celery's own is thirty seconds.
     wanted = len(BODY_DEATHS) + 2 * len(ERROR_DEATHS)
     plain.noted(wanted, 120)
@@ -92,11 +101,10 @@ def chords(plain: Caller) -> dict[tuple[str, ...], Chord]:
     until = time.monotonic() + 3 * CHORD_AGAIN_SECONDS
     eventually(lambda: time.monotonic() > until, 3 * CHORD_AGAIN_SECONDS + 10, 0.5)
     notes = [note["args"] for note in plain.notes()]
-    return {
-        key: Chord(result, [args for args in notes if ", ".join(key) in args]) for key, result in sent.items()
-    }
+    return {key: Chord(result, [args for args in notes if ", ".join(key) in args]) for key, result in sent.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", BODY_DEATHS)
 def test_a_chords_body_runs_once_wherever_the_worker_dies(chords: dict[tuple[str, ...], Chord], point: str) -> None:
     made = chords[(point,)]

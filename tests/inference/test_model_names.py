@@ -349,6 +349,7 @@ def test_an_unload_of_one_name_leaves_the_load_of_another_that_waits(api: Api) -
     api.unload(other["model_id"])
 
 
+@pytest.mark.slow
 def test_a_name_means_the_same_on_every_device(start_api: Callable[..., Api]) -> None:
     api = start_api(devices="cpu:2")
     old = api.load(graphs.affine(33), "spread", device_id="cpu_0")["model_id"]

@@ -1,12 +1,8 @@
-"""Random graphs that are proven, run joined and alone: no caller's rows differ.
-
-`RANDOM_GRAPHS` sets how many are made.
-"""
+"""Random graphs that are proven, run joined and alone: no caller's rows differ."""
 
 from __future__ import annotations
 
 import collections
-import os
 
 import numpy as np
 import pytest
@@ -14,11 +10,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.rows.joined import difference, session_of
 from tests.rows.random_graphs import graphs
+from tests.support.repetitions import repetitions
 from workers.rows.node import RULES, Answer, Node
 from workers.rows.proof import Proof, prove
 from workers.rows.values import ROWS, Value
 
-EXAMPLES = int(os.environ.get("RANDOM_GRAPHS", "2000"))
+EXAMPLES = repetitions(1000)
 
 #: How many rows each caller sends, and how many callers there are.
 BATCHES = ((1, 2), (1, 3), (2, 2), (3, 2), (1, 4))
