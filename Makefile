@@ -95,7 +95,7 @@ streams: $(INSTALLED)
 
 soak: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.soak
-	TEST_REPETITIONS=10 $(BIN)/python -m pytest --timeout 7200 tests/faults/test_mutated_messages.py \
+	TEST_REPETITIONS=10 $(BIN)/python -m pytest tests/faults/test_mutated_messages.py \
 		tests/fuzzing tests/memory/test_state_machine.py tests/rows/test_random_graphs.py tests/training_service/test_death.py
 
 test-directml: $(INSTALLED)

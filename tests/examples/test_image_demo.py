@@ -17,6 +17,7 @@ from tests.support.folders import reachable_folder
 from tests.support.stack import REPOSITORY
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_the_demo_makes_an_image_and_leaves_nothing_running(tmp_path: Path) -> None:
     with reachable_folder() as folder:

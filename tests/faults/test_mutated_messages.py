@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.device_queue import DeviceQueue
 from tests.support.messages import direct, raw, recorded
-from tests.support.repetitions import repetitions
+from tests.support.repetitions import FACTOR, repetitions
 from tests.support.stack import RunningStack
 
 MESSAGES = repetitions(2000)
@@ -119,6 +119,7 @@ def _bytes(draw: st.DrawFn, data: bytes) -> bytes:
     return data[:at] + (piece if how == "insert" else data[: at // 2]) + data[at:]
 
 
+@pytest.mark.timeout(300 * FACTOR)
 @pytest.mark.slow
 def test_thousands_of_changed_messages_stop_no_worker_and_leave_nothing_behind(stack: RunningStack) -> None:
     queue = DeviceQueue(stack)

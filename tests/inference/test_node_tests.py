@@ -15,6 +15,7 @@ def tests() -> list[node_tests.NodeTest]:
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_none_is_refused_and_none_differs(api: Api, tests: list[node_tests.NodeTest]) -> None:
     report = node_tests.compare(api.http, tests)

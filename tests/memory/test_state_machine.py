@@ -25,7 +25,7 @@ from device_operations.errors import OperationError
 from device_operations.jobs import Kind, State
 from device_operations.settings import Settings
 from tests.memory.bench import Bench
-from tests.support.repetitions import repetitions
+from tests.support.repetitions import FACTOR, repetitions
 
 BUDGET = 10_000
 
@@ -40,6 +40,7 @@ def bench(database_url: str, settings: Callable[..., Settings], tmp_path: Path) 
     made.close()
 
 
+@pytest.mark.timeout(600 * FACTOR)
 @pytest.mark.slow
 def test_any_sequence_does_to_the_device_what_it_does_to_plain_bytes(bench: Bench) -> None:
     Machine.bench = bench

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.rows.joined import difference, session_of
 from tests.rows.random_graphs import graphs
-from tests.support.repetitions import repetitions
+from tests.support.repetitions import FACTOR, repetitions
 from workers.rows.node import RULES, Answer, Node
 from workers.rows.proof import Proof, prove
 from workers.rows.values import ROWS, Value
@@ -69,6 +69,7 @@ def explore(examples: int, number: int, *, until_wrong: bool = False) -> tuple[c
     return counts, wrong
 
 
+@pytest.mark.timeout(300 * FACTOR)
 @pytest.mark.slow
 def test_rows_of_random_graphs_that_are_proven_do_not_differ() -> None:
     counts, wrong = explore(EXAMPLES, 14)
