@@ -10,9 +10,9 @@ import structlog
 import uvicorn
 
 from api_gateway.app import create_app
+from api_gateway.fast_path.wire import Protocol
 from api_gateway.guard import Guard
-from api_gateway.oip_infer import InferLane
-from api_gateway.wire import Protocol
+from api_gateway.oip.infer import InferLane
 from device_operations.folders import keep_private
 from device_operations.settings import Settings, SettingsError, load
 from tasks.logs import configure

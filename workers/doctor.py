@@ -268,7 +268,7 @@ CHECKS: dict[str, Callable[[Device], str]] = {
 
 def _postgresql(settings: Settings) -> str:
     from tasks.database import open_engine
-    from tasks.store.connection import row
+    from tasks.statements import row
 
     with open_engine(settings.require_database_url()).connect() as connection:
         told = row(connection, "SELECT current_setting('server_version') AS version, to_regclass('jobs') AS jobs")
@@ -278,7 +278,7 @@ def _postgresql(settings: Settings) -> str:
 
 
 def _redis(settings: Settings) -> str:
-    from tasks.publish import connect
+    from tasks.redis.publish import connect
 
     client = connect(settings.require_redis_url())
     about: dict[str, Any] = client.info()
@@ -288,7 +288,7 @@ def _redis(settings: Settings) -> str:
 
 
 def _blobs(settings: Settings) -> str:
-    from tasks.blobs import BlobStore
+    from tasks.blobs.store import BlobStore
 
     store = BlobStore(str(settings.blobs.url))
     store.check()

@@ -22,10 +22,10 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from device_operations.errors import failure
-from tasks import lifecycle
-from tasks.lifecycle import Burial
-from tasks.store import devices as store
-from tasks.store.connection import Row, transaction
+from tasks.devices import store
+from tasks.jobs import lifecycle
+from tasks.jobs.lifecycle import Burial
+from tasks.statements import Row, transaction
 
 log = structlog.get_logger(__name__)
 

@@ -31,33 +31,34 @@ from device_operations import collector
 from device_operations.devices import Device as Named
 from device_operations.errors import OperationError
 from device_operations.settings import Settings
-from tasks import lifecycle, transport
 from tasks.app import PREFETCH, make_app
-from tasks.blobs import BlobStore
+from tasks.blobs.store import BlobStore
+from tasks.celery_bridge import transport
+from tasks.celery_bridge.outbox import Outbox
 from tasks.database import is_disconnect, open_engine, until_reachable
-from tasks.directory import Directory
-from tasks.messages import Wake, read_wake
-from tasks.outbox import Outbox
-from tasks.plans.base import Context
-from tasks.publish import Publisher, connect
-from tasks.queues import control_queue, device_queue
-from tasks.store import devices as device_store
-from tasks.store import ends
-from tasks.store.connection import transaction
+from tasks.devices import store as device_store
+from tasks.devices.directory import Directory
+from tasks.jobs import lifecycle
+from tasks.jobs import lost_ends as ends
+from tasks.planning.context import Context
+from tasks.redis.messages import Wake, read_wake
+from tasks.redis.publish import Publisher, connect
+from tasks.redis.queues import control_queue, device_queue
+from tasks.statements import transaction
 from workers import lease as leases
-from workers import training_sessions as training
+from workers.celery_bridge.events import SERIALIZER, Dispatcher, EventsInTurns
+from workers.celery_bridge.pool import LanePool, Note
+from workers.celery_bridge.revoked import Revoked
 from workers.devices import open_device
-from workers.events import SERIALIZER, Dispatcher, EventsInTurns
-from workers.intake import Intake
-from workers.lane import Lane
-from workers.models import bring_back, let_replaced_go, look_after, replaced
-from workers.pool import LanePool, Note
-from workers.reconcile import Reconciler
-from workers.recorder import Recorder
-from workers.resident import Resident
-from workers.revoked import Revoked
-from workers.runner import DEVICE_LOST_STATUS, Runner
-from workers.transfers import Transfers
+from workers.execution.completer import Recorder
+from workers.execution.executor import DEVICE_LOST_STATUS, Runner
+from workers.execution.prefetch import Intake
+from workers.execution.reconcile import Reconciler
+from workers.execution.scheduler import Lane
+from workers.operations.transfers import Transfers
+from workers.resident import training_sessions as training
+from workers.resident.models import bring_back, let_replaced_go, look_after, replaced
+from workers.resident.residents import Resident
 
 log = structlog.get_logger(__name__)
 
@@ -151,13 +152,13 @@ class Service:
         transport.Transport.unknown_task = staticmethod(self._intake.report_unknown)
         transport.Channel.has_room = staticmethod(lambda: self._lane.eligible < PREFETCH)
         Dispatcher.active = staticmethod(lambda: len(self.runner.running()))
-        self.app.events.dispatcher_cls = "workers.events:Dispatcher"
+        self.app.events.dispatcher_cls = "workers.celery_bridge.events:Dispatcher"
         self.app.conf.event_serializer = SERIALIZER
         self.app.steps["consumer"].add(control_step(self))
         self.app.steps["consumer"].add(EventsInTurns)
         self.app.Worker(
             hostname=f"{self.device_id}@{socket.gethostname()}",
-            pool_cls="workers.pool:LanePool", concurrency=PREFETCH, queues=[device_queue(self.device_id)],
+            pool_cls="workers.celery_bridge.pool:LanePool", concurrency=PREFETCH, queues=[device_queue(self.device_id)],
             without_gossip=True, without_mingle=True, task_events=True, loglevel="WARNING", quiet=True,
         ).start()  # fmt: skip
 

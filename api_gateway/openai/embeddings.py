@@ -15,11 +15,11 @@ from starlette.responses import Response
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Gateway, of
-from api_gateway.oip_infer import CLIENT_CLOSED_REQUEST
+from api_gateway.oip.infer import CLIENT_CLOSED_REQUEST
 from api_gateway.openai.models import find_that_makes
 from api_gateway.openai.requests import Embeddings, checked
 from api_gateway.openai.runs import run
-from api_gateway.submission import JSON, read_body
+from api_gateway.submission.answer import JSON, read_body
 from device_operations.tensors import Tensor, decode
 
 router = APIRouter(tags=["openai"])

@@ -15,13 +15,13 @@ from api_gateway import links
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.oip_infer import CLIENT_CLOSED_REQUEST
+from api_gateway.oip.infer import CLIENT_CLOSED_REQUEST
 from api_gateway.openai.models import MAKES, find_that_makes
 from api_gateway.openai.requests import Images, checked
 from api_gateway.openai.runs import run
-from api_gateway.submission import json_response, read_body
+from api_gateway.submission.answer import json_response, read_body
 from device_operations.errors import failure
-from tasks.store.connection import Row
+from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
 

@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.submission import json_response
+from api_gateway.submission.answer import json_response
 from device_operations.errors import OperationError, failure
-from tasks.directory import Snapshot
-from tasks.store.connection import Row
+from tasks.devices.directory import Snapshot
+from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
 

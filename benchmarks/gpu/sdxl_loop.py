@@ -18,7 +18,7 @@ from benchmarks.gpu import sdxl_models
 from benchmarks.gpu.sdxl_torch import PROMPT
 from benchmarks.measure import Figure, absolute, compare
 from workers.devices.base import Device
-from workers.devices.onnx import Cancel
+from workers.devices.onnx.runtime import Cancel
 from workers.pipelines.base import Run, run_to_end
 from workers.pipelines.sdxl import SdxlPipeline
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from device_operations.addresses import check_webhook_url
 from device_operations.ids import job_id
+from device_operations.requests.addresses import check_webhook_url
 
 #: Identifiers that a caller may choose.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]

@@ -11,7 +11,7 @@ from tests.devices import graphs
 from tests.devices.torch_on_cpu import TorchOnCpu
 from workers.devices import Device, enumerate_devices, open_device, torch_memory
 from workers.devices.base import installed
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import OnnxModel
 
 #: Where there is torch and no GPU, what the torch backends share is run on the CPU (see torch_on_cpu).
 HERE = sorted({found.backend for found in enumerate_devices()} | ({"torch"} if installed("torch") else set()))

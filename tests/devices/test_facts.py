@@ -14,7 +14,7 @@ from tests.devices import graphs
 from workers.devices import BACKENDS, Device, Found, enumerate_devices, open_device
 from workers.devices.base import DTYPES
 from workers.devices.cpu import CpuDevice
-from workers.devices.onnx import resolve_provider
+from workers.devices.onnx.runtime import resolve_provider
 from workers.devices.values import Provider
 
 ROOT = Path(__file__).parents[2]

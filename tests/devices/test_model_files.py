@@ -12,7 +12,7 @@ import pytest
 from device_operations.errors import OperationError
 from tests.devices import graphs
 from workers.devices import Device, ModelOptions
-from workers.devices.onnx_file import inspect
+from workers.devices.onnx.file import inspect
 
 Save = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import floats, placed, seen
 from workers.devices import BufferView, Device
-from workers.devices.onnx import Kept, OnnxModel
+from workers.devices.onnx.runtime import Kept, OnnxModel
 
 Opened = Callable[[str], OnnxModel]
 

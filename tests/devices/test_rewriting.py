@@ -17,7 +17,7 @@ from tests.devices import graphs
 from tests.devices.tensors import floats
 from tests.support import models
 from workers.devices import Device, ModelOptions
-from workers.devices.onnx_rewrite import rewritten
+from workers.devices.onnx.rewrite import rewritten
 
 REWRITE = ModelOptions(graph_optimization="rewrite")
 

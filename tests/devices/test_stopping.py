@@ -13,8 +13,8 @@ from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import floats, placed
 from workers.devices import BufferView, Device, ModelOptions
-from workers.devices.onnx import Cancel, OnnxModel
-from workers.devices.onnx_tensors import Feed
+from workers.devices.onnx.runtime import Cancel, OnnxModel
+from workers.devices.onnx.tensors import Feed
 
 Opened = Callable[[str], OnnxModel]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.devices import graphs
 from workers.devices import Device, open_device
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import OnnxModel
 
 WINDOWS = sys.platform == "win32"
 HERE = Path(__file__).parent

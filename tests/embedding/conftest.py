@@ -16,7 +16,7 @@ import pytest
 
 from tests.support import embedding
 from workers.devices import Device, open_device
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import OnnxModel
 from workers.devices.values import ModelOptions
 from workers.pipelines.text.embedder import Embedded, Embedder
 from workers.pipelines.text.layout import Layout, read_layout

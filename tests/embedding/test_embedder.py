@@ -13,7 +13,7 @@ from device_operations.errors import OperationError
 from tests.embedding.conftest import embed, embedder_over
 from tests.support import embedding
 from workers.devices import Device
-from workers.devices.onnx import Cancel
+from workers.devices.onnx.runtime import Cancel
 from workers.devices.values import ModelOptions
 from workers.pipelines.text.batches import MOST_BATCH_TOKENS, by_length
 from workers.pipelines.text.embedder import PORTION_TEXTS, Embedder

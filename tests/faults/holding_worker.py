@@ -13,7 +13,7 @@ from pathlib import Path
 
 from workers.__main__ import main
 from workers.devices.cpu import CpuDevice
-from workers.devices.onnx import Cancel, OnnxModel
+from workers.devices.onnx.runtime import Cancel, OnnxModel
 from workers.devices.values import Description, ModelOptions
 
 _described, _opened = CpuDevice.describe, CpuDevice.open_model

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from tasks.unflushed import Unflushed
+from tasks.jobs.unflushed import Unflushed
 from workers.__main__ import main
 
 _record_again = Unflushed._record_again

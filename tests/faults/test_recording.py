@@ -7,16 +7,16 @@ import time
 from sqlalchemy import Engine
 
 from device_operations.jobs import State
+from tasks.celery_bridge.outbox import Outbox
 from tasks.database import open_engine
-from tasks.outbox import Outbox
-from tasks.publish import Publisher, connect
-from tasks.store import jobs
+from tasks.jobs import store as jobs
+from tasks.redis.publish import Publisher, connect
 from tests.spine.test_records import make_device, new_job
 from tests.support.stack import eventually
-from workers.lane import Entry, Lane
-from workers.pool import Note
-from workers.recorder import Recorder
-from workers.work import Work
+from workers.celery_bridge.pool import Note
+from workers.execution.claimed_job import Work
+from workers.execution.completer import Recorder
+from workers.execution.scheduler import Entry, Lane
 
 
 def test_one_bad_outcome_fails_alone_and_the_others_are_recorded(database_url: str, redis_url: str) -> None:

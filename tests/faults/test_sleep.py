@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 
-from api_gateway.awake import Awake
+from api_gateway.background.awake import Awake
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
 LEASE_SECONDS = 4
 
 TELLING = """
 import sys
-from api_gateway.awake import Awake
+from api_gateway.background.awake import Awake
 awake = Awake()
 {start}
 for line in sys.stdin:

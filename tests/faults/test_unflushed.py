@@ -12,13 +12,14 @@ from sqlalchemy import Engine
 
 from device_operations.jobs import State
 from device_operations.stack.servers import Servers
-from tasks import lifecycle, unflushed
 from tasks.database import open_engine
-from tasks.lifecycle import Outcome
-from tasks.store import ends, jobs
-from tasks.store.connection import Relaxed, Row, execute, transaction
-from tasks.store.jobs import Ending
-from tasks.unflushed import Unflushed
+from tasks.jobs import lifecycle, unflushed
+from tasks.jobs import lost_ends as ends
+from tasks.jobs import store as jobs
+from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.store import Ending
+from tasks.jobs.unflushed import Unflushed
+from tasks.statements import Relaxed, Row, execute, transaction
 from tests.spine.test_records import new_job
 from tests.support.crashing import CrashingPostgres, crashing_postgres
 from tests.support.databases import Databases

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from tasks import transport
-from tasks.message_fields import Unreadable
-from tasks.messages import Direct, Recorded, read
+from tasks.celery_bridge import transport
+from tasks.redis.message_fields import Unreadable
+from tasks.redis.messages import Direct, Recorded, read
 from workers.__main__ import main
 
 

@@ -16,11 +16,11 @@ from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
 from tests.rows.graphs import Case, reported, siblings
 from tests.support.stack import eventually
-from workers.batching import TOLERANCE, decide, find_out
 from workers.devices import open_device
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import OnnxModel
 from workers.devices.values import ModelOptions
-from workers.resident import Graph, ResidentModel
+from workers.resident.batching import TOLERANCE, decide, find_out
+from workers.resident.residents import Graph, ResidentModel
 from workers.rows.proof import Proof, Verdict
 
 

@@ -15,8 +15,8 @@ import pytest
 from device_operations.errors import OperationError
 from device_operations.jobs import Kind, State
 from device_operations.settings import Settings
-from tasks import lifecycle
-from tasks.store.jobs import Ending
+from tasks.jobs import lifecycle
+from tasks.jobs.store import Ending
 from tests.memory.bench import Bench
 from tests.memory.calls import Memory
 from tests.support.stack import RunningStack

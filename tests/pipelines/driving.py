@@ -11,7 +11,7 @@ import numpy as np
 from workers import pipelines
 from workers.devices.base import Device
 from workers.devices.cpu import CpuDevice
-from workers.devices.onnx import Cancel
+from workers.devices.onnx.runtime import Cancel
 from workers.pipelines.base import Pipeline, Result, Run, run_to_end
 
 

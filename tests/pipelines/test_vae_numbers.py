@@ -16,7 +16,7 @@ from device_operations.errors import OperationError, failure
 from tests.pipelines.conftest import png
 from tests.pipelines.driving import context, made, opened
 from tests.support.pipelines import export_vae, tiny_vae, write_json
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import OnnxModel
 from workers.pipelines import images, normalisations
 from workers.pipelines.base import Pipeline
 from workers.pipelines.tiles import Tiling, mapped

@@ -12,10 +12,10 @@ import pytest
 from device_operations.settings import Settings
 from tests.memory.bench import Bench
 from tests.support.stack import eventually
-from workers.ahead import AHEAD_MS, LONG_MS, Ahead
-from workers.lane import Entry, Lane
+from workers.execution.claim_ahead import AHEAD_MS, LONG_MS, Ahead
+from workers.execution.claimed_job import Work
+from workers.execution.scheduler import Entry, Lane
 from workers.operations import inference
-from workers.work import Work
 
 MODEL = ("model",)
 

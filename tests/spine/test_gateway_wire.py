@@ -14,7 +14,7 @@ from threading import Thread
 
 import pytest
 
-from api_gateway.wire import HELD_BYTES, WHOLE_BYTES, WHOLE_REST_BYTES, Held
+from api_gateway.fast_path.wire import HELD_BYTES, WHOLE_BYTES, WHOLE_REST_BYTES, Held
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 

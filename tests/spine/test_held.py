@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from workers.held import Held
-from workers.lane import Entry
-from workers.work import Work
+from workers.execution.claimed_job import Work
+from workers.execution.held_jobs import Held
+from workers.execution.scheduler import Entry
 
 
 def work(name: str, *, ahead: bool = True, expires_in_seconds: float | None = None) -> Work:

@@ -8,7 +8,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.lane import Entry, Lane
+from workers.execution.scheduler import Entry, Lane
 
 
 def entry(job_id: str, priority: int = 5, seq: int = 0, after: set[str] | None = None, **more: object) -> Entry:

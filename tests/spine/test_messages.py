@@ -14,10 +14,10 @@ import pytest
 from kombu.compression import compress
 
 from device_operations.ids import is_job_id
-from tasks import messages
-from tasks.message_fields import REMOTE_CONTROL, Unreadable
-from tasks.messages import Direct, Recorded, UnknownTask, read, read_kept, read_notice, read_wake, unstorable
-from tasks.queues import MESSAGE_BYTES, NOTED, message
+from tasks.redis import messages
+from tasks.redis.message_fields import REMOTE_CONTROL, Unreadable
+from tasks.redis.messages import Direct, Recorded, UnknownTask, read, read_kept, read_notice, read_wake, unstorable
+from tasks.redis.queues import MESSAGE_BYTES, NOTED, message
 from tests.support.messages import EMBED, REQUEST, changed, direct, packed, raw, recorded, unreadable, wrong_requests
 
 CASES = unreadable()

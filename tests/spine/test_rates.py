@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from api_gateway.rates import Rates
+from api_gateway.submission.rates import Rates
 from device_operations.errors import OperationError
 from tests.support.stack import RunningStack
 

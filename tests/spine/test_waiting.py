@@ -10,11 +10,11 @@ from typing import Any
 import orjson
 import pytest
 
-from api_gateway import waiting
-from api_gateway.waiting import Waiters
+from api_gateway.submission import waiting
+from api_gateway.submission.waiting import Waiters
 from tasks.database import open_engine
-from tasks.publish import Publisher, connect
-from tasks.queues import DONE_CHANNEL, job_channel
+from tasks.redis.publish import Publisher, connect
+from tasks.redis.queues import DONE_CHANNEL, job_channel
 
 SECONDS = 10
 

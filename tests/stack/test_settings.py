@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from device_operations.api_keys import ApiKey
 from device_operations.devices import Device, device_ids, name_devices, parse_devices, spell_devices
 from device_operations.settings import Settings, SettingsError, describe, gateway_url, names, read, stack_file
+from device_operations.settings.api_keys import ApiKey
 from tests.support.stack import REPOSITORY
 
 Read = Callable[..., Settings]

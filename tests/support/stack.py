@@ -13,8 +13,8 @@ import httpx
 import psutil
 import psycopg2
 
-from device_operations.api_keys import parse_api_keys
 from device_operations.devices import name_devices, parse_devices
+from device_operations.settings.api_keys import parse_api_keys
 from device_operations.stack import processes, services
 from device_operations.stack.state import free_port
 from device_operations.stack.supervisor import Service

@@ -8,14 +8,17 @@ import pytest
 from sqlalchemy import Engine
 
 from device_operations.jobs import State, new_id
-from tasks import lifecycle
+from tasks.blobs import records as blobs
 from tasks.database import open_engine
-from tasks.effects.training import kept, number_of
-from tasks.lifecycle import Outcome
-from tasks.store import blobs, checkpoints, devices, jobs
-from tasks.store import training as store
-from tasks.store.connection import execute, row, transaction
-from tasks.store.jobs import NewJob
+from tasks.devices import store as devices
+from tasks.jobs import lifecycle
+from tasks.jobs import store as jobs
+from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.store import NewJob
+from tasks.statements import execute, row, transaction
+from tasks.training import checkpoints
+from tasks.training import sessions as store
+from tasks.training.effects import kept, number_of
 from tests.support.records import make_device
 
 STANDING = {

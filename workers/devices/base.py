@@ -32,7 +32,7 @@ from workers.devices.values import Description, ModelOptions, Provider, Reading
 if TYPE_CHECKING:
     import torch
 
-    from workers.devices.onnx import Cancel, OnnxModel
+    from workers.devices.onnx.runtime import Cancel, OnnxModel
     from workers.devices.transfers import Transfers
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ class Device(ABC):
         self, source: Path | bytes, options: ModelOptions | None = None, cancel: Cancel | None = None
     ) -> OnnxModel:
         """Loads an ONNX file, or the bytes of one. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
-        from workers.devices.onnx import OnnxModel
+        from workers.devices.onnx.runtime import OnnxModel
 
         return OnnxModel(self, source, options or ModelOptions(), cancel)
 

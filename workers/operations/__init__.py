@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from device_operations.jobs import Kind
-from tasks.lifecycle import Outcome
-from workers.lane import Entry
+from tasks.jobs.lifecycle import Outcome
+from workers.execution.claimed_job import Detached, Passed, Progress, Work
+from workers.execution.scheduler import Entry
 from workers.operations import inference, memory
-from workers.resident import Resident
-from workers.work import Detached, Passed, Progress, Work
+from workers.resident.residents import Resident
 
 Steps = Generator[Progress, None, Outcome | Passed | Detached]
 Operation = Callable[[Resident, Work], Outcome | Passed | Detached | Steps]
@@ -42,7 +42,7 @@ def _training(name: str) -> OperationSpec:
     """An operation on a training session. The first one loads torch, for which no other kind of job needs to wait."""
 
     def run(resident: Resident, work: Work) -> Any:
-        return getattr(importlib.import_module("workers.operations.training"), name)(resident, work)
+        return getattr(importlib.import_module("workers.operations.training.jobs"), name)(resident, work)
 
     return OperationSpec(run)
 

@@ -14,19 +14,19 @@ import numpy as np
 import structlog
 
 from device_operations.errors import OperationError, failure
-from tasks.lifecycle import Outcome
-from tasks.plans.residents import no_model
-from tasks.store import models as store
+from tasks.inference import models as store
+from tasks.inference.residents import no_model
+from tasks.jobs.lifecycle import Outcome
 from workers.devices.base import BufferView
-from workers.devices.onnx_session import Over
-from workers.devices.onnx_tensors import Feed, Kept
-from workers.lane import Entry
-from workers.models import close, facts, open_model, revive
+from workers.devices.onnx.session import Over
+from workers.devices.onnx.tensors import Feed, Kept
+from workers.execution.claimed_job import Work, named
+from workers.execution.scheduler import Entry
 from workers.operations import pipelines
-from workers.resident import Resident, ResidentModel
-from workers.sessions import fed_by, left_by, session_of
-from workers.tensors import feed, give, hand_over, staged_bytes, view
-from workers.work import Work, named
+from workers.operations.tensors import feed, give, hand_over, staged_bytes, view
+from workers.resident.models import close, facts, open_model, revive
+from workers.resident.residents import Resident, ResidentModel
+from workers.resident.sessions import fed_by, left_by, session_of
 
 if TYPE_CHECKING:
     from workers.operations import Steps

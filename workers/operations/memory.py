@@ -12,17 +12,17 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from device_operations.errors import OperationError, failure, from_job_error
-from tasks.blobs import CHUNK_BYTES
-from tasks.lifecycle import Outcome
-from tasks.ring import Ring
-from tasks.store import allocations as store
-from tasks.store import blobs as blob_store
-from tasks.store import memory as memory_store
+from tasks.blobs import records as blob_store
+from tasks.blobs.ring import Ring
+from tasks.blobs.store import CHUNK_BYTES
+from tasks.jobs.lifecycle import Outcome
+from tasks.memory import allocations as store
+from tasks.memory import budgets as memory_store
 from workers.devices.base import Buffer
-from workers.lane import Entry
-from workers.models import evict_one, make_room
-from workers.resident import Resident
-from workers.work import Progress, Work, named
+from workers.execution.claimed_job import Progress, Work, named
+from workers.execution.scheduler import Entry
+from workers.resident.models import evict_one, make_room
+from workers.resident.residents import Resident
 
 Steps = Generator[Progress, None, Outcome]
 
@@ -138,7 +138,7 @@ def deallocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]
 
 
 def copy(resident: Resident, work: Work) -> Outcome | Steps:
-    """Copies a range; within one allocation as memmove does, from another device through `workers.transfers`."""
+    """Copies a range; within one allocation as memmove does, from another device see `workers.operations.transfers`."""
     request = work.request
     source, destination, size = request["source"], request["destination"], request["size_bytes"]
     to = _held(resident, destination["allocation_id"])

@@ -11,14 +11,14 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
+from tasks.blobs import records as blob_store
 from tasks.database import until_reachable
-from tasks.lifecycle import Outcome
-from tasks.store import blobs as blob_store
+from tasks.jobs.lifecycle import Outcome
 from workers.devices.base import Array, BufferView
+from workers.execution.claimed_job import Detached, Work, named
+from workers.operations.tensors import feed, give, hand_over, keep
 from workers.pipelines.base import MadeImage, Pipeline, Result, Run
-from workers.resident import Resident, ResidentModel
-from workers.tensors import feed, give, hand_over, keep
-from workers.work import Detached, Work, named
+from workers.resident.residents import Resident, ResidentModel
 
 if TYPE_CHECKING:
     from workers.operations import Steps

@@ -11,7 +11,7 @@ import numpy as np
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
-from workers.devices.onnx import Cancel
+from workers.devices.onnx.runtime import Cancel
 from workers.pipelines.base import Parts
 from workers.pipelines.files import number
 from workers.pipelines.tiled import Tiled

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from device_operations.errors import OperationError, failure
-from workers.batching import Batching
 from workers.devices.base import Array
-from workers.devices.onnx import Cancel, OnnxModel
-from workers.devices.onnx_session import FUSED
+from workers.devices.onnx.runtime import Cancel, OnnxModel
+from workers.devices.onnx.session import FUSED
 from workers.devices.values import ModelOptions
+from workers.execution.claimed_job import Progress
 from workers.pipelines.files import Part
-from workers.work import Progress
+from workers.resident.batching import Batching
 
 if TYPE_CHECKING:
     from workers.devices.base import Device

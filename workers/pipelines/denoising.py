@@ -18,11 +18,11 @@ import torch
 
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array, Buffer, BufferView
-from workers.devices.onnx import Cancel
-from workers.devices.onnx_tensors import Feed, TensorSpec
+from workers.devices.onnx.runtime import Cancel
+from workers.devices.onnx.tensors import Feed, TensorSpec
+from workers.execution.claimed_job import Progress
 from workers.pipelines.base import Pace, Parts
 from workers.pipelines.schedulers import Schedule
-from workers.work import Progress
 
 if TYPE_CHECKING:
     from workers.devices.base import Device

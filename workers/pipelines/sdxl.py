@@ -22,6 +22,7 @@ from device_operations.errors import failure
 from device_operations.requests.pipelines import MAX_PIXELS
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
+from workers.execution.claimed_job import Progress
 from workers.pipelines import images, previews
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder
 from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
@@ -30,7 +31,6 @@ from workers.pipelines.files import find_graph, read_config, read_json, read_par
 from workers.pipelines.prompts import PromptTokenizer, Tokens
 from workers.pipelines.schedulers import Schedule, Schedulers
 from workers.pipelines.sdxl_parts import TEXT_ENCODERS, UNET, Sizes, TextEncoder, check_fit, unet_of
-from workers.work import Progress
 
 #: Where each part lies; the encoder of images may be missing.
 PLACES = {

@@ -14,18 +14,18 @@ import numpy as np
 import orjson
 
 from device_operations.errors import OperationError, failure
-from workers.batching import DEFAULT_ROWS, Batching, decide
 from workers.devices.base import Device
-from workers.devices.onnx import Cancel
-from workers.devices.onnx_session import Over
+from workers.devices.onnx.runtime import Cancel
+from workers.devices.onnx.session import Over
+from workers.execution.claimed_job import Progress
 from workers.pipelines.base import Parts, Pipeline, Result, Run, Steps
 from workers.pipelines.files import read_part
 from workers.pipelines.text.embedder import Embedded, Embedder
 from workers.pipelines.text.layout import Layout, read_layout
 from workers.pipelines.text.pooling import normalized
 from workers.pipelines.text.tokens import Text, Tokenized, Tokens
+from workers.resident.batching import DEFAULT_ROWS, Batching, decide
 from workers.rows.proof import Proof, Verdict
-from workers.work import Progress
 
 #: The name of the only part.
 GRAPH = "model"

@@ -14,7 +14,7 @@ import numpy as np
 
 from device_operations.tensors import numpy_dtype
 from workers.devices.base import Array
-from workers.devices.onnx import Cancel, OnnxModel
+from workers.devices.onnx.runtime import Cancel, OnnxModel
 from workers.pipelines import normalisations as norms
 from workers.pipelines.base import Parts
 from workers.pipelines.tiles import Tiling, mapped

@@ -11,11 +11,11 @@ import numpy as np
 
 from device_operations.errors import failure
 from workers.devices.base import Array
+from workers.execution.claimed_job import Progress
 from workers.pipelines import images
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder, Scale
 from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
 from workers.pipelines.files import Part, find_graph, read_config, read_part
-from workers.work import Progress
 
 #: Images of one run, and pixels of one image, that are decoded or encoded at most.
 MAX_BATCH = 64

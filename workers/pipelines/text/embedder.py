@@ -16,7 +16,7 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
-from workers.devices.onnx_tensors import TensorSpec
+from workers.devices.onnx.tensors import TensorSpec
 from workers.pipelines.text.batches import by_length
 from workers.pipelines.text.layout import Layout
 from workers.pipelines.text.pooling import pool
