@@ -29,7 +29,7 @@ from device_operations.devices import DeviceSpec, spell_devices
 from device_operations.errors import OperationError
 from device_operations.settings import Settings, SettingsError, load
 from workers.devices import Device, enumerate_devices, open_device
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 #: Bytes that the memory check copies: enough to time, small enough for any device.
 MEMORY_BYTES = 64 * 2**20

@@ -55,8 +55,8 @@ from workers.execution.executor import DEVICE_LOST_STATUS, Runner
 from workers.execution.prefetch import Intake
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Lane
+from workers.operations.training import upkeep as training
 from workers.operations.transfers import Transfers
-from workers.resident import training_sessions as training
 from workers.resident.models import bring_back, let_replaced_go, look_after, replaced
 from workers.resident.residents import Resident
 

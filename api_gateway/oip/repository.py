@@ -20,9 +20,8 @@ from api_gateway.submission.answer import json_response, make_plan, read_body
 from device_operations.bounds import load_json, whole_number
 from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import Kind, State, new_id
-from device_operations.requests.base import JobRequest
+from device_operations.requests.base import JobRequest, invalid
 from device_operations.requests.inference import LoadModel, UnloadModel
-from device_operations.requests.kinds import invalid
 from tasks.inference.content import MAX_NAME_BYTES
 from tasks.inference.residents import nothing_named
 from tasks.owners import may_see

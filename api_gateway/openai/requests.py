@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, WithJsonSchema
 
-from device_operations.requests.base import LabelName, LabelValue, Name, Request
-from device_operations.requests.kinds import invalid
+from device_operations.requests.base import LabelName, LabelValue, Name, Request, invalid
 from device_operations.requests.pipelines import MAX_TEXTS
 
 _TEXT = {"type": "string", "minLength": 1}

@@ -30,7 +30,8 @@ from api_gateway.submission.answer import (
 from device_operations.bounds import is_storable, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
-from device_operations.requests.kinds import invalid, parse
+from device_operations.requests.base import invalid
+from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store

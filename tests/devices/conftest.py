@@ -10,7 +10,7 @@ import pytest
 from tests.devices import graphs
 from tests.devices.torch_on_cpu import TorchOnCpu
 from workers.devices import Device, enumerate_devices, open_device, torch_memory
-from workers.devices.base import installed
+from workers.devices.libraries import installed
 from workers.devices.onnx.runtime import OnnxModel
 
 #: Where there is torch and no GPU, what the torch backends share is run on the CPU (see torch_on_cpu).

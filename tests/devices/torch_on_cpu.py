@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workers.devices.base import DTYPES, Array
+from workers.devices.arrays import DTYPES, Array
 from workers.devices.cpu import CpuDevice
 from workers.devices.torch_memory import TorchDevice
 from workers.devices.transfers import Transfers

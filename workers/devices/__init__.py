@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 
 from device_operations.errors import failure
-from workers.devices.base import Buffer, BufferView, Device
+from workers.devices.arrays import Buffer, BufferView
+from workers.devices.base import Device
 from workers.devices.inventory import BACKENDS, Found, enumerate_devices
 from workers.devices.values import Description, ModelOptions, Reading
 

@@ -22,8 +22,9 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from workers.devices import nvml
-from workers.devices.base import DTYPES, BufferView, installed, tidy
+from workers.devices.arrays import DTYPES, BufferView
 from workers.devices.inventory import Found
+from workers.devices.libraries import installed, tidy
 from workers.devices.torch_memory import TorchDevice, host_tensor
 from workers.devices.values import Description, Provider, Reading
 

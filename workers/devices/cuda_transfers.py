@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.devices.transfers import Transfers
 
 if TYPE_CHECKING:

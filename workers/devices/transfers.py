@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 
 class Transfers(ABC):

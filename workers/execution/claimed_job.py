@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from device_operations.jobs import State
 from tasks.database import is_disconnect
 from tasks.jobs.lifecycle import Outcome
 from tasks.statements import Row
-from workers.devices.base import tidy
+from workers.devices.libraries import tidy
 from workers.devices.onnx.session import Cancel
 from workers.execution.scheduler import Entry
 
@@ -97,6 +97,10 @@ class Passed:
 
     outcome: Outcome
     resource_id: str
+
+
+#: An operation that gives the device away between its steps, and its outcome at the end.
+Steps = Generator[Progress, None, Outcome | Passed | Detached]
 
 
 def named(error: BaseException, device: Device | None = None) -> OperationError:

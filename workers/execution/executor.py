@@ -27,12 +27,12 @@ from tasks.jobs import lost_ends as ends
 from tasks.jobs.lifecycle import Outcome, leaves_nothing
 from tasks.statements import Relaxed, Row
 from workers.execution.claim_ahead import Ahead
-from workers.execution.claimed_job import Detached, Passed, Progress, Work, clear_calls, named
+from workers.execution.claimed_job import Detached, Passed, Progress, Steps, Work, clear_calls, named
 from workers.execution.completer import Recorder
 from workers.execution.held_jobs import Held
 from workers.execution.scheduler import Entry, Lane
 from workers.lease import Lease
-from workers.operations import BATCHES, OPERATIONS, Steps
+from workers.operations import BATCHES, OPERATIONS
 from workers.operations.inference import read_ahead
 from workers.operations.pipelines import takes_steps
 from workers.resident.residents import Resident

@@ -8,18 +8,17 @@ raises is the job's failure.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from device_operations.jobs import Kind
 from tasks.jobs.lifecycle import Outcome
-from workers.execution.claimed_job import Detached, Passed, Progress, Work
+from workers.execution.claimed_job import Detached, Passed, Steps, Work
 from workers.execution.scheduler import Entry
 from workers.operations import inference, memory
 from workers.resident.residents import Resident
 
-Steps = Generator[Progress, None, Outcome | Passed | Detached]
 Operation = Callable[[Resident, Work], Outcome | Passed | Detached | Steps]
 
 #: Several jobs of one batch in, an outcome of each out.
@@ -72,4 +71,4 @@ BATCHES: dict[str, JoinedOperation] = {
     kind: spec.run_joined for kind, spec in SPECS.items() if spec.run_joined is not None
 }
 
-__all__ = ["BATCHES", "OPERATIONS", "SPECS", "Operation", "OperationSpec", "Steps"]
+__all__ = ["BATCHES", "OPERATIONS", "SPECS", "Operation", "OperationSpec"]

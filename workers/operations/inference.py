@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import structlog
@@ -17,19 +17,16 @@ from device_operations.errors import OperationError, failure
 from tasks.inference import models as store
 from tasks.inference.residents import no_model
 from tasks.jobs.lifecycle import Outcome
-from workers.devices.base import BufferView
+from workers.devices.arrays import BufferView
 from workers.devices.onnx.session import Over
 from workers.devices.onnx.tensors import Feed, Kept
-from workers.execution.claimed_job import Work, named
+from workers.execution.claimed_job import Steps, Work, named
 from workers.execution.scheduler import Entry
 from workers.operations import pipelines
 from workers.operations.tensors import feed, give, hand_over, staged_bytes, view
 from workers.resident.models import close, facts, open_model, revive
 from workers.resident.residents import Resident, ResidentModel
 from workers.resident.sessions import fed_by, left_by, session_of
-
-if TYPE_CHECKING:
-    from workers.operations import Steps
 
 log = structlog.get_logger(__name__)
 

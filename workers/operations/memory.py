@@ -18,7 +18,7 @@ from tasks.blobs.store import CHUNK_BYTES
 from tasks.jobs.lifecycle import Outcome
 from tasks.memory import allocations as store
 from tasks.memory import budgets as memory_store
-from workers.devices.base import Buffer
+from workers.devices.arrays import Buffer
 from workers.execution.claimed_job import Progress, Work, named
 from workers.execution.scheduler import Entry
 from workers.resident.models import evict_one, make_room

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +14,11 @@ from device_operations.tensors import numpy_dtype
 from tasks.blobs import records as blob_store
 from tasks.database import until_reachable
 from tasks.jobs.lifecycle import Outcome
-from workers.devices.base import Array, BufferView
-from workers.execution.claimed_job import Detached, Work, named
+from workers.devices.arrays import Array, BufferView
+from workers.execution.claimed_job import Detached, Steps, Work, named
 from workers.operations.tensors import feed, give, hand_over, keep
 from workers.pipelines.base import MadeImage, Pipeline, Result, Run
 from workers.resident.residents import Resident, ResidentModel
-
-if TYPE_CHECKING:
-    from workers.operations import Steps
 
 #: Bytes of a picture's file; more are not read.
 MAX_PICTURE_BYTES = 64 << 20

@@ -22,7 +22,7 @@ from device_operations.tensors import (
 from device_operations.texts import pack_texts, unpack_texts
 from tasks.blobs import records as blob_store
 from tasks.blobs.transients import TRANSIENT_BYTES
-from workers.devices.base import Array, BufferView, flat_bytes
+from workers.devices.arrays import Array, BufferView, flat_bytes
 from workers.devices.onnx.runtime import Kept
 from workers.devices.onnx.values import Values
 from workers.resident.residents import Resident

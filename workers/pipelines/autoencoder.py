@@ -10,7 +10,7 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel
 from workers.pipelines.base import Parts
 from workers.pipelines.files import number

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from device_operations.errors import OperationError, failure
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel, OnnxModel
 from workers.devices.onnx.session import FUSED
 from workers.devices.values import ModelOptions

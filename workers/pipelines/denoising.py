@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from device_operations.tensors import numpy_dtype
-from workers.devices.base import Array, Buffer, BufferView
+from workers.devices.arrays import Array, Buffer, BufferView
 from workers.devices.onnx.runtime import Cancel
 from workers.devices.onnx.tensors import Feed, TensorSpec
 from workers.execution.claimed_job import Progress

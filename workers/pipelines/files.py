@@ -11,7 +11,7 @@ import orjson
 
 from device_operations.errors import failure
 from device_operations.tensors import NUMPY_DTYPES
-from workers.devices.base import tidy
+from workers.devices.libraries import tidy
 from workers.devices.onnx.file import inspect
 from workers.devices.onnx.graph import read_graph
 from workers.devices.onnx.tensors import TensorSpec

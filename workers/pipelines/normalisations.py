@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 #: Inputs of the rewritten graph: whether a tile's own statistics are used; where its core begins and ends, and its
 #: sides, in elements of the graph's input.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.pipelines import images
 
 #: Of each channel of SDXL's latents, red, green and blue; and what is added.

@@ -21,7 +21,7 @@ import torch
 from device_operations.errors import failure
 from device_operations.requests.pipelines import MAX_PIXELS
 from device_operations.tensors import numpy_dtype
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.execution.claimed_job import Progress
 from workers.pipelines import images, previews
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from device_operations.tensors import numpy_dtype
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel, OnnxModel
 from workers.pipelines import normalisations as norms
 from workers.pipelines.base import Parts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 #: The share of an overlap at a tile's edge that is not used.
 MARGIN = 0.25

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from device_operations.errors import failure
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.execution.claimed_job import Progress
 from workers.pipelines import images
 from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder, Scale

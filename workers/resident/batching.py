@@ -25,7 +25,7 @@ import numpy as np
 
 from device_operations.errors import OperationError
 from device_operations.tensors import numpy_dtype
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel, OnnxModel, TensorSpec
 from workers.devices.onnx.session import Over
 from workers.rows.proof import Proof, Verdict

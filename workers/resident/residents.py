@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -17,7 +18,8 @@ from tasks.blobs.store import BlobStore
 from tasks.blobs.transients import Transients
 from tasks.database import until_reachable
 from tasks.statements import Row
-from workers.devices.base import Buffer, Device
+from workers.devices.arrays import Buffer
+from workers.devices.base import Device
 from workers.devices.onnx.runtime import OnnxModel
 from workers.devices.onnx.tensors import Feed
 from workers.resident.batching import Batching
@@ -174,6 +176,11 @@ class Resident:
     def __post_init__(self) -> None:
         self.transients = Transients(self.blobs)
         self._load_holds_interpreter = bool(self.device.describe().capabilities.get("load_holds_interpreter"))
+
+    @property
+    def spool(self) -> Path:
+        """The folder in which this device's training files are written before they become blobs."""
+        return self.settings.training.checkpoint_path / self.device_id
 
     def read(self, statement: Callable[Concatenate[Connection, P], T], *given: P.args, **more: P.kwargs) -> T:
         """What one of the store's statements reads; while the database is away a job waits, and does not fail."""

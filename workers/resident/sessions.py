@@ -18,7 +18,7 @@ from tasks.inference.residents import ended_session
 from tasks.memory import allocations
 from tasks.owners import absent
 from tasks.statements import Row
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 from workers.devices.onnx.tensors import Feed, TensorSpec
 from workers.operations.tensors import feed
 from workers.resident.residents import Resident, ResidentModel, ResidentSession

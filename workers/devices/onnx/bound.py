@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from workers.devices.base import Array, BufferView
+from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.session import Cancel
 from workers.devices.onnx.tensors import Feed, Kept, TensorSpec, aligned
 from workers.devices.values import Provider

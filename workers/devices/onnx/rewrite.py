@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from device_operations.errors import failure
-from workers.devices.base import installed, tidy
+from workers.devices.libraries import installed, tidy
 
 if TYPE_CHECKING:
     import onnx_ir

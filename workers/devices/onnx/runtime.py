@@ -24,7 +24,8 @@ import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import ML_DTYPES, TEXT_DTYPES, numpy_dtype
-from workers.devices.base import Array, BufferView, flat_bytes, tidy
+from workers.devices.arrays import Array, BufferView, flat_bytes
+from workers.devices.libraries import tidy
 from workers.devices.onnx.bound import BoundRuns, Wanted, only_arrays
 from workers.devices.onnx.file import inspect
 from workers.devices.onnx.fusions.diffusion import fused

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
-from workers.devices.base import tidy
+from workers.devices.libraries import tidy
 from workers.devices.values import ModelOptions, Provider
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from device_operations.tensors import TEXT_DTYPES, carries, numpy_dtype
-from workers.devices.base import Array, BufferView
+from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.values import Values, ValueType
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from device_operations.errors import failure
 from device_operations.json_text import loads
 from device_operations.tensors import NUMPY_DTYPES, from_numbers, word
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 #: What ONNX Runtime calls a tensor of each dtype that NumPy has, and those that `ml_dtypes` has.
 _NUMPY = {

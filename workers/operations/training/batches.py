@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from device_operations.tensors import FIXED_DTYPES
-from workers.devices.base import BufferView, flat_bytes
+from workers.devices.arrays import BufferView, flat_bytes
 from workers.operations.tensors import feed, keep
 from workers.operations.training.files import local_file
 from workers.resident.residents import Resident

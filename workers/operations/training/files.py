@@ -20,7 +20,6 @@ from device_operations.requests.training import Initialize, OnnxModel
 from tasks.blobs.store import Stored
 from tasks.inference.content import model_file
 from workers.resident.residents import Resident
-from workers.resident.training_sessions import spool
 from workers.training import checkpoints
 from workers.training.checkpoints import Snapshot, WrittenFile
 from workers.training.definition import Sources
@@ -114,7 +113,7 @@ def clear_scratch(resident: Resident, session_id: str) -> None:
 
 def _store(resident: Resident, what: str, write: Any) -> Stored:
     blob_id = new_id()
-    written: WrittenFile = write(spool(resident) / f"{what}-{blob_id}")
+    written: WrittenFile = write(resident.spool / f"{what}-{blob_id}")
     try:
         return resident.blobs.adopt(written.path, blob_id, written.sha256)
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from device_operations.errors import failure
-from workers.devices.base import installed, tidy
+from workers.devices.libraries import installed, tidy
 
 log = structlog.get_logger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 
 def new_node(

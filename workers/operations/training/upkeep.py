@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from pathlib import Path
 
 from tasks.training import sessions as store
 from workers.resident.residents import Resident
@@ -17,7 +16,7 @@ def bring_back(resident: Resident) -> None:
     """Makes the sessions of the last epoch resident again, before any job is taken."""
     # What a killed worker left half-written; none of it is recorded.
     with suppress(FileNotFoundError):
-        shutil.rmtree(spool(resident))
+        shutil.rmtree(resident.spool)
     with resident.engine.connect() as connection:
         rows = store.to_bring_back(connection, resident.device_id)
     if rows:
@@ -32,8 +31,3 @@ def look_after(resident: Resident) -> None:
         from workers.operations.training.sessions import let_go
 
         let_go(resident)
-
-
-def spool(resident: Resident) -> Path:
-    """The folder in which this device's files are written before they become blobs."""
-    return resident.settings.training.checkpoint_path / resident.device_id
