@@ -1,6 +1,6 @@
 """The Celery application: its settings, and one named task for each job kind.
 
-The tasks' bodies never run: the worker's own pool (`workers.celery_bridge.pool`) takes each message into the lane,
+The tasks' bodies never run: the worker's own pool (`workers.celery_bridge.pool`) takes each message into the scheduler,
 where jobs run in order of priority and one device call at a time. They are registered so that Celery, Flower and every
 Celery tool know the names.
 """
@@ -16,8 +16,8 @@ from device_operations.jobs import Kind
 from device_operations.settings import Settings, load
 from tasks.redis.queues import ANY_QUEUE, device_queue
 
-#: Messages that one worker may hold unacknowledged, and eligible jobs in its lane above which it reads no more. Far
-#: more than the lane runs at once, so that a high priority is seen early. The messages of jobs that wait for
+#: Messages that one worker may hold unacknowledged, and eligible jobs in its scheduler above which it reads no more.
+#: Far more than the scheduler runs at once, so that a high priority is seen early. The messages of jobs that wait for
 #: predecessors are acknowledged at once and do not count.
 PREFETCH = 1024
 
@@ -94,9 +94,7 @@ def _queue(name: str) -> Queue:
 
 
 def _never_runs(self: Any, *arguments: Any, **named: Any) -> None:
-    raise RuntimeError(
-        f"{self.name} runs only in a worker started by `device-operations worker`, whose pool takes it into the lane"
-    )
+    raise RuntimeError(f"{self.name} runs only in a worker started by `device-operations worker`, whose pool takes it")
 
 
 def __getattr__(name: str) -> Celery:

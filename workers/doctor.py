@@ -194,9 +194,9 @@ def _training(device: Device) -> str:
     """Ten steps of a linear model, a checkpoint, and its resumption, compared to the bit."""
     from device_operations.requests.training import Initialize
     from workers.training import checkpoints
-    from workers.training.definition import Sources
+    from workers.training.model.definition import Sources
+    from workers.training.model.ports import Batch
     from workers.training.outcomes import StepOptions
-    from workers.training.ports import Batch
     from workers.training.session import Limits, build_session
 
     layers = [{"type": "linear", "name": "fc", "in_features": 4, "out_features": 2}]

@@ -167,15 +167,15 @@ class Reaper:
                 # Asked after the look at the lease: a pause between the two is one before this.
                 if self._awake.seconds() <= self._settings.lease_seconds:
                     return
-                burial = lifecycle.bury(connection, device["device_id"], current["epoch"])
+                rescue = lifecycle.rescue(connection, device["device_id"], current["epoch"])
             log.warning(
-                "a worker is lost", device_id=device["device_id"], epoch=device["epoch"], ended=len(burial.ended),
-                requeued=len(burial.requeued), lost_allocations=len(burial.lost_allocations),
+                "a worker is lost", device_id=device["device_id"], epoch=device["epoch"], ended=len(rescue.ended),
+                requeued=len(rescue.requeued), lost_allocations=len(rescue.lost_allocations),
             )  # fmt: skip
-            lifecycle.announce(self._publisher, burial.ended)
-            self._outbox.ended_unseen(burial.ended)
-            self._outbox.requeued(burial.requeued)
-            self._publisher.jobs([(job, job["request"]) for job in burial.requeued])
+            lifecycle.announce(self._publisher, rescue.ended)
+            self._outbox.ended_unseen(rescue.ended)
+            self._outbox.requeued(rescue.requeued)
+            self._publisher.jobs([(job, job["request"]) for job in rescue.requeued])
 
     def _forget(self) -> None:
         days = self._settings.jobs.retention_days

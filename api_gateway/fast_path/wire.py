@@ -46,7 +46,7 @@ def take_whole(scope: Any) -> None:
         take()
 
 
-class Held:
+class BufferedConnection:
     """A connection whose small writes wait for the end of the event loop's turn; all else is the transport's own."""
 
     def __init__(
@@ -112,7 +112,7 @@ class Protocol(Bounded):
 
     def connection_made(self, transport: Any) -> None:
         """A client has connected."""
-        super().connection_made(Held(transport, self.linger))  # type: ignore[arg-type]
+        super().connection_made(BufferedConnection(transport, self.linger))  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests have come."""

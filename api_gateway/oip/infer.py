@@ -27,7 +27,7 @@ from api_gateway.auth import authenticate
 from api_gateway.fast_path.wire import WHOLE_BODY, take_whole
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip.raw import only_input
-from api_gateway.oip.tensors import Asked, Raw, answer, read, stash, stashed
+from api_gateway.oip.tensors import InferRequest, Raw, answer, read, stash, stashed
 from api_gateway.routes import jobs
 from api_gateway.submission.bodies import room_of
 from api_gateway.submission.compression import ENCODINGS, decompressed, too_large
@@ -58,7 +58,7 @@ UNWATCHED_SECONDS = 0.05
 CLIENT_CLOSED_REQUEST = 499
 
 
-class InferLane:
+class InferMiddleware:
     """The way to `infer` past the framework: no middleware, no routing, no parameters solved, one response sent.
 
     Everything else goes the usual way, through `app`.
@@ -165,7 +165,7 @@ async def infer(request: Request) -> Response:
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-def _is_quick(asked: Asked, told: dict[str, dict[str, Any]], gateway: Gateway) -> bool:
+def _is_quick(asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway) -> bool:
     """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
     apart = sum(tensor.get("size_bytes", 0) for tensor in told.values())
     if not apart:
@@ -178,7 +178,7 @@ def _is_quick(asked: Asked, told: dict[str, dict[str, Any]], gateway: Gateway) -
 
 
 async def _planned(
-    gateway: Gateway, caller: Caller, asked: Asked, name: str, version: str | None, job_id: str, *, heavy: bool
+    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str, *, heavy: bool
 ) -> tuple[Plan, Row]:
     """The run's plan and its model: on the event loop where nothing is read, written or long."""
     gateway.rates.spend(caller.owner)
@@ -197,7 +197,7 @@ async def _planned(
 
 
 def _plan(
-    gateway: Gateway, caller: Caller, asked: Asked, name: str, version: str | None, job_id: str
+    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str
 ) -> tuple[Plan, Row]:
     context = gateway.context(caller)
     session_id = asked.parameters.get("sequence_id")
@@ -226,7 +226,7 @@ def _plan(
 _USUAL = JobOptions()
 
 
-def _options(asked: Asked) -> JobOptions:
+def _options(asked: InferRequest) -> JobOptions:
     """Priority and time limit as Triton has them: 1 is the highest priority, 0 the usual one; microseconds."""
     if not asked.parameters.keys() & {"priority", "timeout"}:
         return _USUAL
@@ -242,7 +242,7 @@ def _options(asked: Asked) -> JobOptions:
     return options
 
 
-def _patience(asked: Asked) -> float | None:
+def _patience(asked: InferRequest) -> float | None:
     """The seconds after which the client does not want the answer any more."""
     timeout = asked.parameters.get("timeout")
     if timeout is None or timeout == 0:
@@ -375,7 +375,7 @@ async def _body(request: Request, limit: int) -> Raw:
 
 
 def _answered(
-    request: Request, asked: Asked, told: dict[str, dict[str, Any]], gateway: Gateway, header: dict[str, Any]
+    request: Request, asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway, header: dict[str, Any]
 ) -> Response:
     parts, header_length = answer(asked, told, gateway.transients, header)
     body = parts[0] if len(parts) == 1 else b"".join(parts)

@@ -35,7 +35,7 @@ _INFER: dict[str, Any] = {
         },
     }
 }
-# `InferLane` answers these before they are routed; here they stand for the API's description.
+# `InferMiddleware` answers these before they are routed; here they stand for the API's description.
 for _path in ("/v2/models/{model_name}/infer", "/v2/models/{model_name}/versions/{model_version}/infer"):
     router.add_api_route(_path, infer, methods=["POST"], openapi_extra=_INFER)
 

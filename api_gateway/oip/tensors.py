@@ -58,7 +58,7 @@ class Given:
 
 
 @dataclass(slots=True)
-class Wanted:
+class RequestedOutput:
     """One output that was asked for, and whether as raw bytes behind the JSON."""
 
     name: str
@@ -66,13 +66,13 @@ class Wanted:
 
 
 @dataclass(slots=True)
-class Asked:
+class InferRequest:
     """One inference request."""
 
     request_id: str | None
     parameters: dict[str, Any]
     inputs: dict[str, Given]
-    outputs: list[Wanted]
+    outputs: list[RequestedOutput]
     #: Whether outputs that were not named come as raw bytes.
     binary: bool
     #: The bytes of the only input, where the request is nothing else; `oip_raw` says which input and what shape.
@@ -81,11 +81,11 @@ class Asked:
     bare: bool = False
 
 
-def read(body: Raw, header_length: int | None) -> Asked:
+def read(body: Raw, header_length: int | None) -> InferRequest:
     """The request in a body. Raises `malformed_request` and `input_mismatch`, which name the input."""
     view = memoryview(body)
     if header_length == 0:
-        return Asked(None, {}, {}, [], binary=True, raw=view)
+        return InferRequest(None, {}, {}, [], binary=True, raw=view)
     if header_length is None:
         header_length = len(view)
     if not 0 <= header_length <= len(view):
@@ -110,10 +110,10 @@ def read(body: Raw, header_length: int | None) -> Asked:
     request_id = header.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise failure("malformed_request", "id is not a string")
-    return Asked(request_id, parameters, inputs, outputs, binary, bare=bare)
+    return InferRequest(request_id, parameters, inputs, outputs, binary, bare=bare)
 
 
-def stash(asked: Asked, transients: Transients) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def stash(asked: InferRequest, transients: Transients) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The inputs as a job's request holds them, and the transients made: what is small stays in the request."""
     told: dict[str, dict[str, Any]] = {}
     parts: list[Raw] = []
@@ -144,10 +144,10 @@ def stashed(tensors: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def answer(
-    asked: Asked, told: dict[str, dict[str, Any]], transients: Transients, header: dict[str, Any]
+    asked: InferRequest, told: dict[str, dict[str, Any]], transients: Transients, header: dict[str, Any]
 ) -> tuple[list[Raw], int | None]:
     """The body of the answer in parts, and the length of its JSON where raw bytes follow."""
-    wanted = asked.outputs or [Wanted(name, asked.binary) for name in told]
+    wanted = asked.outputs or [RequestedOutput(name, asked.binary) for name in told]
     described = []
     parts: list[Raw] = []
     for output in wanted:
@@ -241,7 +241,7 @@ def _dtype(datatype: Any, what: str) -> str:
     return dtype
 
 
-def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
+def _wanted(entry: dict[str, Any], binary: bool) -> RequestedOutput:
     name = entry.get("name")
     if not isinstance(name, str):
         raise failure("malformed_request", "an output has no name")
@@ -249,7 +249,7 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
     for refused in ("classification", "shared_memory_region"):
         if parameters.get(refused):
             raise failure("validation_failed", f"output {name!r}: {refused} is not supported")
-    return Wanted(name, bool(parameters.get("binary_data", binary)))
+    return RequestedOutput(name, bool(parameters.get("binary_data", binary)))
 
 
 def _json(text: memoryview) -> tuple[dict[str, Any], bool]:

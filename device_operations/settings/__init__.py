@@ -112,7 +112,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class Http(_Section):
+class HttpSettings(_Section):
     """Where the gateway listens, and how much JSON it takes at once."""
 
     host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
@@ -127,7 +127,7 @@ class Http(_Section):
     )
 
 
-class Flower(_Section):
+class FlowerSettings(_Section):
     """Where Flower listens, and the password of its one user, `admin`; `up` makes one up where none is set."""
 
     host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
@@ -141,14 +141,14 @@ class Flower(_Section):
     )
 
 
-class Inference(_Section):
+class InferenceSettings(_Section):
     """Limits of inference sessions."""
 
     max_concurrent_sessions: int = Field(5, ge=1, description="open sessions on one device, 1 or more")
     session_timeout_minutes: float = Field(30, gt=0, description="idle minutes until a session expires, above 0")
 
 
-class Training(_Section):
+class TrainingSettings(_Section):
     """Limits of training, and where checkpoints are spooled."""
 
     checkpoint_path: Path = Field(Path("checkpoints"), description="a folder")
@@ -156,13 +156,13 @@ class Training(_Section):
     trust_programs: bool = Field(False, description="true or false: whether TorchScript programs may run")
 
 
-class Queue(_Section):
+class QueueSettings(_Section):
     """Limits of what may wait."""
 
     max_length: int = Field(10_000, ge=1, description="jobs that may wait for one device, 1 or more")
 
 
-class Blobs(_Section):
+class BlobSettings(_Section):
     """Where big bytes lie. `url` is always set: a folder below the data folder where nothing else is named."""
 
     url: str | None = Field(
@@ -176,7 +176,7 @@ class Blobs(_Section):
     ttl_hours: float = Field(24, gt=0, description="hours that an unreferenced blob is kept, above 0")
 
 
-class Webhook(_Section):
+class WebhookSettings(_Section):
     """How webhooks are signed, and whom they may reach."""
 
     secret: str | None = Field(
@@ -185,7 +185,7 @@ class Webhook(_Section):
     allow_private: bool = Field(False, description="true or false: whether private addresses may be called")
 
 
-class Jobs(_Section):
+class JobSettings(_Section):
     """How long finished jobs are kept."""
 
     retention_days: float = Field(7, gt=0, description="days that a finished job is kept, above 0")
@@ -247,14 +247,14 @@ class Settings(BaseSettings):
         "auto", description="auto (JSON where it is not a terminal), console or json"
     )
 
-    http: Http = Field(default_factory=Http)
-    flower: Flower = Field(default_factory=Flower)
-    inference: Inference = Field(default_factory=Inference)
-    training: Training = Field(default_factory=Training)
-    queue: Queue = Field(default_factory=Queue)
-    blobs: Blobs = Field(default_factory=Blobs)
-    webhook: Webhook = Field(default_factory=Webhook)
-    jobs: Jobs = Field(default_factory=Jobs)
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    flower: FlowerSettings = Field(default_factory=FlowerSettings)
+    inference: InferenceSettings = Field(default_factory=InferenceSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    queue: QueueSettings = Field(default_factory=QueueSettings)
+    blobs: BlobSettings = Field(default_factory=BlobSettings)
+    webhook: WebhookSettings = Field(default_factory=WebhookSettings)
+    jobs: JobSettings = Field(default_factory=JobSettings)
 
     @classmethod
     def settings_customise_sources(

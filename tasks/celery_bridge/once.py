@@ -40,7 +40,7 @@ class _Channel(kombu_redis.Channel):
             collected.append((key, dumps(message)))
 
 
-class Transport(kombu_redis.Transport):
+class OnceTransport(kombu_redis.Transport):
     """The transport of an application whose messages are published once."""
 
     Channel = _Channel

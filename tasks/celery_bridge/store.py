@@ -16,7 +16,7 @@ REVOKED_TASKS = 50_000
 REVOKED_SECONDS = 10_800.0
 
 #: Seconds after its end in which the process that ended a job gives it to Celery itself. Only a worker's end, which
-#: has an epoch, takes the longer way through its recorder.
+#: has an epoch, takes the longer way through its completer.
 WORKER_SECONDS = 2.0
 OTHER_SECONDS = 0.5
 

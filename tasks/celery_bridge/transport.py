@@ -2,9 +2,9 @@
 
 kombu takes one message a round trip, keeps a book of unacknowledged ones in Redis, two more round trips a message, and
 Celery makes a request of each. A message that a gateway published is on record before it is sent and is published again
-if it is lost: such a one goes to the worker's lane at once, without book and request. A direct caller's message goes
-kombu's and Celery's way, and is in the book until it is recorded. Servers older than Redis 7 lack BLMPOP: there one
-message is taken at a time, as kombu does.
+if it is lost: such a one goes to the worker's scheduler at once, without book and request. A direct caller's message
+goes kombu's and Celery's way, and is in the book until it is recorded. Servers older than Redis 7 lack BLMPOP: there
+one message is taken at a time, as kombu does.
 
 Every message is read by `tasks.redis.messages`, wherever it comes from: queues, the book, Celery's remote control. One
 that cannot be read, or that makes its receiver fail, is logged, acknowledged and gone.
@@ -26,14 +26,15 @@ from redis.exceptions import RedisError, ResponseError
 from tasks.redis import messages
 from tasks.redis.key_types import remove_wrong_types, with_types
 from tasks.redis.message_fields import REMOTE_CONTROL, Unreadable
-from tasks.redis.messages import Payload, Recorded, UnknownTask
+from tasks.redis.messages import Payload, RecordedMessage, UnknownTask
 
 T = TypeVar("T")
 
 #: Seconds after which a reader that the event loop has is added to it again.
 ADD_AGAIN_SECONDS = 1.0
 
-#: Messages taken in one round trip at most. The lane holds many more, so this only bounds one turn of the event loop.
+#: Messages taken in one round trip at most. The scheduler holds many more, so this only bounds one turn of the event
+#: loop.
 AT_ONCE = 32
 
 
@@ -184,7 +185,7 @@ class Channel(redis.Channel):
         try:
             if queue == self.home_queue:
                 message = messages.read(item)
-                if isinstance(message, Recorded):
+                if isinstance(message, RecordedMessage):
                     self.connection.take(message)
                     return
                 payload = message.payload(queue)
@@ -263,7 +264,7 @@ class Transport(redis.Transport):
     Channel = Channel
 
     #: Set by the worker: takes a recorded job's message.
-    take: ClassVar[Callable[[Recorded], None]] = staticmethod(lambda message: None)
+    take: ClassVar[Callable[[RecordedMessage], None]] = staticmethod(lambda message: None)
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Has the loop read the connection's sockets."""

@@ -32,7 +32,7 @@ REMEMBERED_SESSIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class DirectorySnapshot:
     """Devices with their queues, and the models that can be run or soon can."""
 
     devices: dict[str, Row] = field(default_factory=dict)
@@ -108,11 +108,11 @@ class Directory:
         self._engine = engine
         self._settings = settings
         self._lock = threading.Lock()
-        self._snapshot = Snapshot()
+        self._snapshot = DirectorySnapshot()
         self._changed_at = float("-inf")
         self._training_sessions: OrderedDict[str, Row] = OrderedDict()
 
-    def snapshot(self, max_age_seconds: float = MAX_AGE_SECONDS) -> Snapshot:
+    def snapshot(self, max_age_seconds: float = MAX_AGE_SECONDS) -> DirectorySnapshot:
         """The snapshot, read anew where it is older than `max_age_seconds`."""
         current = self._snapshot
         if self._counts(current, max_age_seconds):
@@ -123,7 +123,7 @@ class Directory:
         """Something was loaded or unloaded: no snapshot whose read began before now counts any more."""
         self._changed_at = time.monotonic()
 
-    def _counts(self, snapshot: Snapshot, max_age_seconds: float) -> bool:
+    def _counts(self, snapshot: DirectorySnapshot, max_age_seconds: float) -> bool:
         return snapshot.read_at > self._changed_at and time.monotonic() - snapshot.read_at <= max_age_seconds
 
     def training_session(self, session_id: str, asker: Asker) -> Row | None:
@@ -158,7 +158,7 @@ class Directory:
         """Whether the snapshot can be used without a read."""
         return self._counts(self._snapshot, MAX_AGE_SECONDS)
 
-    def refresh(self) -> Snapshot:
+    def refresh(self) -> DirectorySnapshot:
         """Reads the snapshot anew. Callers that wait for the lock meanwhile share one read, begun after they asked."""
         asked_at = time.monotonic()
         with self._lock:
@@ -173,7 +173,7 @@ class Directory:
             for row in models.values():
                 if row["replaced_by"] is None:
                     by_name.setdefault(row["name"], []).append(row)
-            self._snapshot = Snapshot(devices, counts, models, by_name, read_at)
+            self._snapshot = DirectorySnapshot(devices, counts, models, by_name, read_at)
             return self._snapshot
 
     # ---- placing
@@ -242,7 +242,7 @@ class Directory:
         return self.snapshot().meant(asker, name, version) or self.refresh().meant(asker, name, version)
 
 
-def _rank(device: Row, snapshot: Snapshot, size_bytes: int) -> tuple[Any, ...]:
+def _rank(device: Row, snapshot: DirectorySnapshot, size_bytes: int) -> tuple[Any, ...]:
     free = (device["budget_bytes"] or 0) - (device["reserved_bytes"] or 0)
     # Free memory in eighths of the budget: a few bytes more or less must not decide.
     share = 8 * free // max(device["budget_bytes"] or 1, 1)

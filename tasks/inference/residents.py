@@ -10,7 +10,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.requests.inference import Run
 from device_operations.requests.pipelines import RUNS, PipelineRun
 from device_operations.tensors import carries
-from tasks.devices.directory import Snapshot
+from tasks.devices.directory import DirectorySnapshot
 from tasks.inference import models as model_store
 from tasks.memory.plan import Range, ranges_of
 from tasks.memory.plan import check_allocations as find_ranges
@@ -205,7 +205,7 @@ def check_allocations(context: Context, request: Run, device_id: str) -> dict[st
     return {name: there for name, there in lying.items() if there != device_id}
 
 
-def _readiness(model: Row, snapshot: Snapshot) -> tuple[Any, ...]:
+def _readiness(model: Row, snapshot: DirectorySnapshot) -> tuple[Any, ...]:
     device = snapshot.devices.get(model["device_id"], {})
     return (
         device.get("state") != "online",

@@ -2,7 +2,7 @@
 
     claim ─▶ (the device works, no transaction open) ─▶ finish ─▶ announce
                                                      └▶ retry
-    end, bury, put_back: what is done to jobs that no worker will end
+    end, rescue, put_back: what is done to jobs that no worker will end
 
 Whoever ends a job runs its kind's effects (`tasks.jobs.effects`) in the same transaction, so a failed allocation gives
 its reservation back whether a worker, a cancellation or a death ended it.
@@ -284,7 +284,7 @@ def log_end(row: Row) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Burial:
+class Rescue:
     """What a worker's death led to."""
 
     ended: list[Row]
@@ -294,7 +294,7 @@ class Burial:
     lost_sessions: list[str]
 
 
-def bury(connection: Connection, device_id: str, epoch: int, begun: Collection[str] | None = None) -> Burial:
+def rescue(connection: Connection, device_id: str, epoch: int, begun: Collection[str] | None = None) -> Rescue:
     """Declares lost what `device_id` held up to `epoch`, in the caller's transaction, which holds the device's lock.
 
     Jobs that the device had begun and that are safe to repeat go back to the queue, the others fail with
@@ -312,7 +312,7 @@ def bury(connection: Connection, device_id: str, epoch: int, begun: Collection[s
     ended += settle(connection, ended)
     gone = {row["id"] for row in ended}
     device_store.mark_buried(connection, device_id, epoch)
-    return Burial(
+    return Rescue(
         ended,
         [row for row in requeued if row["id"] not in gone],
         lost.allocations,
@@ -321,7 +321,7 @@ def bury(connection: Connection, device_id: str, epoch: int, begun: Collection[s
     )
 
 
-def put_back(connection: Connection, device_id: str, epoch: int, job_ids: Collection[str]) -> Burial | None:
+def put_back(connection: Connection, device_id: str, epoch: int, job_ids: Collection[str]) -> Rescue | None:
     """Treats jobs claimed under a living epoch, and that its worker does not hold, as if the worker had died.
 
     Those of `job_ids` that are still claimed so, in the caller's transaction; None when `epoch` no longer stands. What
@@ -334,7 +334,7 @@ def put_back(connection: Connection, device_id: str, epoch: int, job_ids: Collec
     died = {job["id"] for job in unheld if job["state"] == State.RUNNING}
     requeued, ended = _give_up(connection, device_id, unheld, died)
     ended += settle(connection, ended)
-    return Burial(ended, requeued, [], [], [])
+    return Rescue(ended, requeued, [], [], [])
 
 
 def _give_up(

@@ -335,7 +335,7 @@ def claim(connection: Connection, job_ids: Collection[str], device_id: str, epoc
 
     A job is not claimed if another claim holds it, if it was asked to be cancelled, has expired, or requires a job that
     has not succeeded (`after_success`), or if the epoch no longer stands. The statement does not look at `after`: the
-    worker's lane claims only jobs whose predecessors have ended.
+    worker's scheduler claims only jobs whose predecessors have ended.
     """
     return _CLAIM.claim(connection, job_ids, device_id, epoch)
 
@@ -432,7 +432,7 @@ def retry(connection: Connection, claimed: Row, epoch: int, error: dict[str, Any
 
 
 def mark_reserved(connection: Connection, job_ids: Collection[str]) -> None:
-    """Notes in bulk that a worker holds these jobs in its lane."""
+    """Notes in bulk that a worker holds these jobs in its scheduler."""
     execute(
         connection,
         f"UPDATE jobs SET state = '{State.RESERVED}' WHERE id = ANY(%(ids)s) AND state IN {listed(RECEIVE.leaving)}",

@@ -56,7 +56,7 @@ class _Batch:
 class Unflushed:
     """Ends jobs without waiting for the disk, and sees to it that no crash of PostgreSQL undoes that.
 
-    `end` and `look` are one thread's, the recorder's; `in` may be asked from any.
+    `end` and `look` are one thread's, the completer's; `in` may be asked from any.
     """
 
     def __init__(self, engine: Engine) -> None:

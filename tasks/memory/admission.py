@@ -2,7 +2,7 @@
 
 What idle models hold that are unpinned or replaced counts as free, since the worker evicts them; so does what queued
 deallocations free.
-The lane checks again: what was counted on and did not come fails the job there with `insufficient_memory`.
+The scheduler checks again: what was counted on and did not come fails the job there with `insufficient_memory`.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Payload(dict[str, Any]):
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordedMessage:
     """A recorded job's message: the headers `id`, `task`, `argsrepr`, `kwargsrepr`, `NOTED`, and the request."""
 
     headers: dict[str, Any]
@@ -81,7 +81,7 @@ class Direct:
         return made
 
 
-def read(raw: bytes) -> Recorded | Direct:
+def read(raw: bytes) -> RecordedMessage | Direct:
     """A message of a device's queue. Raises `Unreadable`."""
     return _read(_parsed(raw))
 
@@ -97,7 +97,7 @@ def read_kept(raw: bytes | None, size_bytes: int) -> Direct:
     if type(kept) is not list or not kept:
         raise Unreadable("the book's entry is no list that begins with a message")
     message = _read(kept[0])
-    if isinstance(message, Recorded):
+    if isinstance(message, RecordedMessage):
         raise Unreadable("its job is recorded and needs no message")
     return message
 
@@ -185,7 +185,7 @@ def _parsed(raw: bytes, limit_bytes: int = MESSAGE_BYTES) -> Any:
         raise Unreadable("it is no JSON") from None
 
 
-def _read(envelope: Any) -> Recorded | Direct:
+def _read(envelope: Any) -> RecordedMessage | Direct:
     envelope = object_of(envelope, "the message")
     headers = object_of(envelope.get("headers"), "headers")
     if NOTED in headers:
@@ -202,11 +202,11 @@ def _read(envelope: Any) -> Recorded | Direct:
     return Direct(headers, properties, body, _text(text))
 
 
-def _recorded(envelope: dict[str, Any], headers: dict[str, Any]) -> Recorded:
+def _recorded(envelope: dict[str, Any], headers: dict[str, Any]) -> RecordedMessage:
     """Each job over HTTP comes this way, so only what is used of the message is looked at."""
     known = checked_all(headers, fields.NOTED_HEADERS)
     known[NOTED] = checked_all(object_of(headers[NOTED], NOTED), fields.NOTED)
-    return Recorded(known, object_of(envelope.get("request"), "request"))
+    return RecordedMessage(known, object_of(envelope.get("request"), "request"))
 
 
 def _from_protocol_1(body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:

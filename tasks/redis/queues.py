@@ -23,7 +23,7 @@ __all__ = [
     "redis_keys",
 ]
 
-#: The header that says that a message's job is recorded, and what the lane needs to order it.
+#: The header that says that a message's job is recorded, and what the scheduler needs to order it.
 NOTED = "device_operations"
 
 #: Bytes of one message in Redis, and of its body unpacked, at most. Bigger payloads are blobs.

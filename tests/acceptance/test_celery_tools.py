@@ -59,7 +59,7 @@ def test_celery_inspect_answers_while_jobs_run(stack: RunningStack) -> None:
     (name,) = inspected("inspect", "ping")
     assert name.startswith("cpu_0@")
     stats = inspected("inspect", "stats")[name]
-    assert stats["pool"]["lane"]["device_id"] == "cpu_0"
+    assert stats["pool"]["scheduler"]["device_id"] == "cpu_0"
     assert "device_operations.training.step" in inspected("inspect", "registered")[name]
     assert [queue["name"] for queue in inspected("inspect", "active_queues")[name]] == ["device.cpu_0"]
 

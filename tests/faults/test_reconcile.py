@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from tasks.database import open_engine
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store as jobs
-from tasks.jobs.lifecycle import Burial
+from tasks.jobs.lifecycle import Rescue
 from tasks.jobs.store import Ending
 from tasks.statements import Row, execute
 from tests.faults.test_spine_faults import load
@@ -29,7 +29,7 @@ class Bench:
         self.engine = engine
         self.epoch = make_device(engine)
         self.held: set[str] = set()
-        self.announced: list[Burial] = []
+        self.announced: list[Rescue] = []
         self.reconciler = Reconciler(
             engine, "cpu_0", self.epoch, lambda job_id: job_id in self.held, self.announced.append
         )

@@ -6,13 +6,13 @@ import sys
 
 from tasks.celery_bridge import transport
 from tasks.redis.message_fields import Unreadable
-from tasks.redis.messages import Direct, Recorded, read
+from tasks.redis.messages import Direct, RecordedMessage, read
 from workers.__main__ import main
 
 
-def _read(raw: bytes) -> Recorded | Direct:
+def _read(raw: bytes) -> RecordedMessage | Direct:
     message = read(raw)
-    if isinstance(message, Recorded):
+    if isinstance(message, RecordedMessage):
         raise Unreadable("no recorded job's message is readable in this test")
     return message
 

@@ -28,7 +28,7 @@ from tasks.planning.context import Context
 from tasks.planning.planner import plan
 from tasks.statements import Row
 from workers.devices import open_device
-from workers.execution.claimed_job import Work, named
+from workers.execution.claimed_job import ClaimedJob, named
 from workers.execution.scheduler import Entry
 from workers.lease import take
 from workers.operations import OPERATIONS
@@ -89,7 +89,7 @@ class Bench:
 
     def _perform(self, row: Row) -> Outcome:
         entry = Entry(row["id"], row["kind"], row["priority"], row["seq"])
-        work = Work(entry, row, row["request"])
+        work = ClaimedJob(entry, row, row["request"])
         try:
             made = OPERATIONS[row["kind"]](self.resident, work)
             if isinstance(made, Outcome):
@@ -125,7 +125,7 @@ class Bench:
             self.resident.device.release(buffer)
         with submit.transaction(self.engine) as connection:
             device_store.lock(connection, "cpu_0")
-            lifecycle.bury(connection, "cpu_0", self.lease.epoch)
+            lifecycle.rescue(connection, "cpu_0", self.lease.epoch)
         self.engine.dispose()
 
 

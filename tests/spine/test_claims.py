@@ -134,7 +134,7 @@ def test_only_its_worker_ends_it(engine: Engine, epoch: int) -> None:
 
 def buried(engine: Engine, epoch: int, begun: list[str] | None = None) -> None:
     with transaction(engine) as connection:
-        lifecycle.bury(connection, "cpu_0", epoch, begun)
+        lifecycle.rescue(connection, "cpu_0", epoch, begun)
 
 
 def test_behind_what_ran_a_death_is_not_counted(engine: Engine, epoch: int) -> None:

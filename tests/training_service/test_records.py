@@ -241,8 +241,8 @@ def test_a_worker_s_death_leaves_sessions_to_be_brought_back_and_their_steps_que
     session_id = make_session(engine, epoch)
     running = make_step(engine, session_id, 1, epoch)
     with transaction(engine) as connection:
-        burial = lifecycle.bury(connection, "cpu_0", epoch)
-    assert running in [job["id"] for job in burial.requeued]
+        rescue = lifecycle.rescue(connection, "cpu_0", epoch)
+    assert running in [job["id"] for job in rescue.requeued]
     session = read(engine, session_id)
     assert (session["state"], session["epoch"], session["submitted_sequence"]) == ("initializing", None, 1)
     with engine.connect() as connection:

@@ -1,10 +1,10 @@
-"""Celery's pool that feeds the lane: it takes messages in, and tells Celery what became of them.
+"""Celery's pool that feeds the scheduler: it takes messages in, and tells Celery what became of them.
 
 A direct caller's message comes from Celery's worker, by `strategy`; a recorded job's comes from the transport itself
 (`tasks.celery_bridge.transport`), since making a request of each would cost more than a small run does. Nothing runs
-here: the message becomes an entry of the lane (`workers.execution.prefetch`). It is reported as started when the device
-begins with its job, and as succeeded, failed or revoked when its outcome is recorded, so Flower and `celery inspect`
-show what happened.
+here: the message becomes an entry of the scheduler (`workers.execution.prefetch`). It is reported as started when the
+device begins with its job, and as succeeded, failed or revoked when its outcome is recorded, so Flower and `celery
+inspect` show what happened.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Handle:
         """Celery's side may fail with its connection; the records are right all the same, so it is only logged."""
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - whatever the broker's client raises must not stop the lane
+        except Exception as error:  # noqa: BLE001 - whatever the broker's client raises must not stop the scheduler
             log.warning("Celery could not be told", job_id=self.job_id, error=f"{type(error).__name__}: {error}")
 
 
@@ -138,7 +138,7 @@ class Note:
         return str(self._headers["task"]).removeprefix(TASK_PREFIX)
 
     def received(self) -> None:
-        """The job is in the lane."""
+        """The job is in the scheduler."""
         headers = self._headers
         Dispatcher.note(
             "task-received", self.job_id, name=headers["task"], args=headers["argsrepr"], kwargs=headers["kwargsrepr"],
@@ -198,7 +198,7 @@ def _brief(view: dict[str, Any]) -> str:
     return str({key: value for key, value in result.items() if isinstance(value, (int, float, str, bool))})[:200]
 
 
-class LanePool(BasePool):
+class SchedulerPool(BasePool):
     """A pool without processes or threads of its own."""
 
     body_can_be_buffer = True
@@ -206,26 +206,26 @@ class LanePool(BasePool):
     task_join_will_block = False
 
     #: Set by `workers.service` before Celery makes the pool: takes each message in, and each revocation.
-    intake: Any = None
+    prefetch: Any = None
 
     def on_start(self) -> None:
         """Begins with the worker's consumer."""
-        type(self).intake.start(self.app)
+        type(self).prefetch.start(self.app)
 
     def on_stop(self) -> None:
         """A warm stop: what runs is finished, what was not claimed is left to the next worker."""
-        type(self).intake.stop()
+        type(self).prefetch.stop()
 
     def on_terminate(self) -> None:
         """A cold stop: what runs is told to end."""
-        type(self).intake.stop(cold=True)
+        type(self).prefetch.stop(cold=True)
 
     def terminate_job(self, pid: Any, signal: Any = None) -> None:
         """Celery's `revoke(terminate=True)` reaches jobs by the control queue; a pid names none of them."""
         log.warning("terminate by pid is not supported; cancel the job with DELETE /api/jobs/{job_id}")
 
     def _get_info(self) -> dict[str, Any]:
-        return {**super()._get_info(), "lane": type(self).intake.standing()}
+        return {**super()._get_info(), "scheduler": type(self).prefetch.standing()}
 
 
 def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None]:
@@ -247,7 +247,7 @@ def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None
             eta=request.request_dict.get("eta"), expires=request.request_dict.get("expires"),
         )  # fmt: skip
         state.task_reserved(request)
-        LanePool.intake.receive(Handle(request))
+        SchedulerPool.prefetch.receive(Handle(request))
 
     return receive
 
@@ -259,7 +259,7 @@ def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None
 def _revoke(panel: Any, task_id: Any, **_: Any) -> dict[str, str]:
     """Cancels jobs, with `terminate` or without: a job stops at its next step, and harms nothing by that."""
     task_ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-    LanePool.intake.revoke([one for one in task_ids if is_job_id(one)])
+    SchedulerPool.prefetch.revoke([one for one in task_ids if is_job_id(one)])
     return {"ok": f"tasks {', '.join(map(str, task_ids[:10]))} flagged as revoked"}
 
 
@@ -275,7 +275,7 @@ def _revoke_by_stamped_headers(panel: Any, headers: Any, **_: Any) -> dict[str, 
     if isinstance(headers, list):
         headers = dict(header.split("=", 1) for header in headers if isinstance(header, str) and "=" in header)
     stamps = {str(header): as_stamps(values) for header, values in headers.items()}
-    LanePool.intake.revoke_stamped(stamps)
+    SchedulerPool.prefetch.revoke_stamped(stamps)
     return {"ok": f"headers {', '.join(sorted(stamps)[:10])} flagged as revoked"}
 
 
@@ -283,7 +283,7 @@ def _revoke_by_stamped_headers(panel: Any, headers: Any, **_: Any) -> dict[str, 
 
 
 def _notes(*, running: bool) -> list[Note]:
-    held: list[Note] = LanePool.intake.notes(running=running)
+    held: list[Note] = SchedulerPool.prefetch.notes(running=running)
     return held
 
 

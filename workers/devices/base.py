@@ -1,7 +1,7 @@
 """The device layer's one interface: the memory, the models and the facts of a single device, whatever drives it.
 
     open_device ─▶ Device ── allocate, fill, copy, write, read, release      bytes that outlive the call
-                         ├── open_model ─▶ OnnxModel                         inference, see onnx.py
+                         ├── open_model ─▶ LoadedGraph                       inference, see onnx.py
                          ├── torch_device, tensor_view                       training
                          └── describe, memory, classify, synchronize         facts and errors
 
@@ -26,13 +26,13 @@ import numpy as np
 from device_operations.errors import OperationError, failure
 from workers.devices.arrays import DTYPES, Buffer, BufferView, flat_bytes
 from workers.devices.libraries import tidy
-from workers.devices.values import Description, ModelOptions, Provider, Reading
+from workers.devices.values import Description, Provider, Reading, SessionOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from workers.devices.onnx.runtime import Cancel, OnnxModel
-    from workers.devices.transfers import Transfers
+    from workers.devices.onnx.runtime import Cancel, LoadedGraph
+    from workers.devices.transfers import TensorTransfers
 
 T = TypeVar("T")
 
@@ -155,12 +155,12 @@ class Device(ABC):
         return ()
 
     def open_model(
-        self, source: Path | bytes, options: ModelOptions | None = None, cancel: Cancel | None = None
-    ) -> OnnxModel:
+        self, source: Path | bytes, options: SessionOptions | None = None, cancel: Cancel | None = None
+    ) -> LoadedGraph:
         """Loads an ONNX file, or the bytes of one. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
-        from workers.devices.onnx.runtime import OnnxModel
+        from workers.devices.onnx.runtime import LoadedGraph
 
-        return OnnxModel(self, source, options or ModelOptions(), cancel)
+        return LoadedGraph(self, source, options or SessionOptions(), cancel)
 
     def tensor_view(self, buffer: Buffer, dtype: str, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
         """A torch tensor over the bytes where they lie; a copy only where `offset` is not aligned to the dtype."""
@@ -265,7 +265,7 @@ class Device(ABC):
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
         return None
 
-    def transfers(self) -> Transfers | None:
+    def transfers(self) -> TensorTransfers | None:
         """The way of one model's arrays to the device and back, where that is faster than ONNX Runtime's own."""
         return None
 

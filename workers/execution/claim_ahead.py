@@ -18,8 +18,8 @@ from collections.abc import Callable
 import structlog
 
 from tasks.kinds import KINDS
-from workers.execution.claimed_job import Work
-from workers.execution.scheduler import Entry, Lane
+from workers.execution.claimed_job import ClaimedJob
+from workers.execution.scheduler import Entry, Scheduler
 
 log = structlog.get_logger(__name__)
 
@@ -33,17 +33,17 @@ AHEAD_MS = 50.0
 _KINDS = frozenset(kind for kind, spec in KINDS.items() if spec.claimed_ahead)
 
 
-class Ahead:
+class ClaimAhead:
     """The next batches of runs, claimed while another is on the device. `begin`, `end` and `take` are the device's."""
 
     def __init__(
         self,
-        lane: Lane,
-        claim: Callable[[list[Entry]], list[Work]],
-        prepare: Callable[[list[Work]], None],
+        scheduler: Scheduler,
+        claim: Callable[[list[Entry]], list[ClaimedJob]],
+        prepare: Callable[[list[ClaimedJob]], None],
         may_claim: Callable[[], bool],
     ) -> None:
-        self._lane = lane
+        self._scheduler = scheduler
         self._claim = claim
         self._prepare = prepare
         self._may_claim = may_claim
@@ -51,7 +51,7 @@ class Ahead:
         self._busy = self._looking = self._closed = False
         self._limit = 1
         self._needs: tuple[str, ...] = ()
-        self._batches: deque[list[Work]] = deque()
+        self._batches: deque[list[ClaimedJob]] = deque()
         self._thread = threading.Thread(target=self._look_until_closed, name="ahead", daemon=True)
 
     def start(self) -> None:
@@ -63,7 +63,7 @@ class Ahead:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._lane.nudge()
+        self._scheduler.nudge()
 
     def begin(self, device_ms: float, needs: tuple[str, ...]) -> None:
         """A batch gets the device and keeps it for about so long: the next are claimed meanwhile if that is enough.
@@ -83,16 +83,16 @@ class Ahead:
         if not self._busy:
             return
         self._busy = False
-        self._lane.nudge()
+        self._scheduler.nudge()
         with self._changed:
             while self._looking:
                 self._changed.wait()
 
-    def peek(self) -> list[Work]:
+    def peek(self) -> list[ClaimedJob]:
         """The next batch that was claimed, and stays."""
         return self._batches[0] if self._batches else []
 
-    def take(self) -> list[Work]:
+    def take(self) -> list[ClaimedJob]:
         """The next batch that was claimed, to be run now."""
         return self._batches.popleft()
 
@@ -103,9 +103,9 @@ class Ahead:
                     self._changed.wait()
                 if not self._looking:
                     return
-            batches: list[list[Work]] = []
+            batches: list[list[ClaimedJob]] = []
             try:
-                batches = self._claimed(self._lane.take_full(_KINDS, self._needs, self._limit, self._goes_on))
+                batches = self._claimed(self._scheduler.take_full(_KINDS, self._needs, self._limit, self._goes_on))
             except Exception:
                 # Not claimed is not lost: the records still say that they wait.
                 log.exception("claiming ahead failed")
@@ -117,12 +117,12 @@ class Ahead:
     def _goes_on(self) -> bool:
         return self._busy and self._may_claim()
 
-    def _claimed(self, batches: list[list[Entry]]) -> list[list[Work]]:
+    def _claimed(self, batches: list[list[Entry]]) -> list[list[ClaimedJob]]:
         """What of each batch could be claimed, in one statement for all."""
         works = self._claim([entry for batch in batches for entry in batch]) if batches else []
         self._prepare(works)
         of = {entry.job_id: number for number, batch in enumerate(batches) for entry in batch}
-        claimed: list[list[Work]] = [[] for _ in batches]
+        claimed: list[list[ClaimedJob]] = [[] for _ in batches]
         for work in works:
             claimed[of[work.job_id]].append(work)
         return [batch for batch in claimed if batch]

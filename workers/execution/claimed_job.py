@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ClaimedJob:
     """One claimed job. `cancel` may be tripped from any thread; `deadline` is in the monotonic clock's seconds."""
 
     entry: Entry
@@ -70,7 +70,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a long job yields between two steps: the lane may run something more urgent before it goes on."""
+    """What a long job yields between two steps: the scheduler may run something more urgent before it goes on."""
 
     told: dict[str, Any] | None = None
     #: Whether it is reported even if another was a moment ago: it has what no later one has.
@@ -89,7 +89,7 @@ class Detached:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class PlaceReleased:
     """What a job returns that is done, and whose place on `resource_id` may be taken while its end is recorded.
 
     Only what the record refuses where this end is refused may wait on that resource.
@@ -100,7 +100,7 @@ class Passed:
 
 
 #: An operation that gives the device away between its steps, and its outcome at the end.
-Steps = Generator[Progress, None, Outcome | Passed | Detached]
+Steps = Generator[Progress, None, Outcome | PlaceReleased | Detached]
 
 
 def named(error: BaseException, device: Device | None = None) -> OperationError:

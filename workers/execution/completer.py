@@ -1,6 +1,6 @@
-"""The recorder: the thread that writes what came of jobs, and tells everyone, so that the device thread never waits.
+"""The completer: the thread that writes what came of jobs, and tells everyone, so that the device thread never waits.
 
-runner ─▶ started, progressed, finished ─▶ one statement for all that waited ─▶ lane, gateways, Celery
+executor ─▶ started, progressed, finished ─▶ one statement for all that waited ─▶ scheduler, gateways, Celery
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tasks.redis.publish import Publisher
 from tasks.statements import Row
 from workers.celery_bridge.events import Dispatcher
 from workers.celery_bridge.pool import Handle, Note
-from workers.execution.claimed_job import Work, named
-from workers.execution.scheduler import Lane
+from workers.execution.claimed_job import ClaimedJob, named
+from workers.execution.scheduler import Scheduler
 from workers.resident.uses import Uses
 
 log = structlog.get_logger(__name__)
@@ -56,35 +56,35 @@ CLOSE_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 
 
-#: What wakes the recorder and says nothing.
+#: What wakes the completer and says nothing.
 _LOOK = object()
 
 
 @dataclass(slots=True)
 class _Finished:
-    work: Work
+    work: ClaimedJob
     outcome: Outcome
 
 
-class Recorder:
-    """Records in order what the runner hands over. `stop` returns when everything handed over is recorded."""
+class Completer:
+    """Records in order what the executor hands over. `stop` returns when everything handed over is recorded."""
 
     def __init__(
-        self, engine: Engine, publisher: Publisher, lane: Lane, device_id: str, epoch: int, outbox: Outbox
+        self, engine: Engine, publisher: Publisher, scheduler: Scheduler, device_id: str, epoch: int, outbox: Outbox
     ) -> None:
         self._engine = engine
         self._publisher = publisher
-        self._lane = lane
+        self._scheduler = scheduler
         self._device_id = device_id
         self._epoch = epoch
         self._outbox = outbox
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         #: Jobs that the device began with, each time with when that was, and that nobody was told of yet.
-        self._begun: deque[tuple[float, list[Work]]] = deque()
+        self._begun: deque[tuple[float, list[ClaimedJob]]] = deque()
         #: When this thread looks at what there is, if nothing is handed over before.
         self._looks_at = 0.0
         self._told_at: dict[str, float] = {}
-        self._running: dict[str, Work] = {}
+        self._running: dict[str, ClaimedJob] = {}
         #: The running jobs that the record still shows as `reserved`, with the time until which it may.
         self._unmarked: dict[str, float] = {}
         self._followed: dict[str, float] = {}
@@ -95,7 +95,7 @@ class Recorder:
         self._stopping = threading.Event()
         #: Called once the end of a load or unload is recorded, before anybody hears of it.
         self.on_models_changed: Callable[[], None] = lambda: None
-        self._thread = threading.Thread(target=self._record_until_stopped, name="recorder", daemon=True)
+        self._thread = threading.Thread(target=self._record_until_stopped, name="completer", daemon=True)
 
     def start(self) -> None:
         """Begins to record."""
@@ -107,26 +107,26 @@ class Recorder:
         self._queue.put(None)
         self._thread.join()
 
-    def started(self, works: list[Work]) -> None:
-        """The device has begun with jobs. Waking the recorder for that alone would take from the device's own run."""
+    def started(self, works: list[ClaimedJob]) -> None:
+        """The device has begun with jobs. Waking the completer for that alone would take from the device's own run."""
         now = time.monotonic()
         self._begun.append((now, works))
         if self._looks_at > now + STARTED_SECONDS or any(work.job_id in self._followed for work in works):
             self._queue.put(_LOOK)
 
-    def progressed(self, work: Work, told: dict[str, Any], *, always: bool = False) -> None:
+    def progressed(self, work: ClaimedJob, told: dict[str, Any], *, always: bool = False) -> None:
         """A running job got further; written a few times a second at most, unless `always`."""
         now = time.monotonic()
         if always or now - self._told_at.get(work.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
             self._told_at[work.job_id] = now
             self._queue.put((work, told))
 
-    def finished(self, works: list[Work], outcomes: list[Outcome]) -> None:
+    def finished(self, works: list[ClaimedJob], outcomes: list[Outcome]) -> None:
         """Jobs have their outcomes."""
         self._queue.put([_Finished(work, outcome) for work, outcome in zip(works, outcomes, strict=True)])
 
     def note(self, write: Callable[[], None]) -> None:
-        """Runs `write` on the recorder's thread, again while the database is away; its failure costs no job."""
+        """Runs `write` on the completer's thread, again while the database is away; its failure costs no job."""
 
         def step() -> None:
             try:
@@ -138,12 +138,12 @@ class Recorder:
 
     def announce(self, rows: list[Row]) -> None:
         """Tells everybody of jobs that ended without having run here."""
-        self._lane.ended(row["id"] for row in rows)
+        self._scheduler.ended(row["id"] for row in rows)
         lifecycle.announce(self._publisher, rows)
         self._outbox.ended_unseen(rows)
 
     def call(self, step: Callable[[], None]) -> None:
-        """Runs `step` on the recorder's thread, after what was handed over before."""
+        """Runs `step` on the completer's thread, after what was handed over before."""
         self._queue.put(step)
 
     def _record_until_stopped(self) -> None:
@@ -202,7 +202,7 @@ class Recorder:
     def _end(self, finished: list[_Finished]) -> None:
         """Records outcomes. Where that fails for good, this worker holds the jobs no longer: see `reconcile`."""
         if finished and not self._guarded(partial(self._finish, finished)):
-            self._lane.put_back([one.work.job_id for one in finished])
+            self._scheduler.put_back([one.work.job_id for one in finished])
 
     @staticmethod
     def _guarded(step: Callable[[], None]) -> bool:
@@ -214,7 +214,7 @@ class Recorder:
             return False
         return True
 
-    def _tell_started(self, at: float, works: list[Work]) -> None:
+    def _tell_started(self, at: float, works: list[ClaimedJob]) -> None:
         for work in works:
             if work.entry.handle is not None:
                 work.entry.handle.started(at)
@@ -259,14 +259,14 @@ class Recorder:
 
         self.call(note)
 
-    def _tell_followers(self, works: list[Work]) -> None:
+    def _tell_followers(self, works: list[ClaimedJob]) -> None:
         """Announces that jobs run, if anybody follows them: most jobs nobody does."""
         followed = [work for work in works if work.job_id in self._followed]
         if followed:
             told = ((work.job_id, {"event": "state", "data": store.view(work.row)}) for work in followed)
             self._publisher.progress(told)
 
-    def _tell_progress(self, work: Work, told: dict[str, Any]) -> None:
+    def _tell_progress(self, work: ClaimedJob, told: dict[str, Any]) -> None:
         def write() -> None:
             with self._engine.connect() as connection:
                 store.set_progress(connection, work.job_id, self._epoch, told)
@@ -294,14 +294,14 @@ class Recorder:
                 self.on_models_changed()
         finally:
             # Whatever became of the record, the device is free for the next job.
-            self._lane.ended({one.work.job_id for one in ending})
+            self._scheduler.ended({one.work.job_id for one in ending})
         handles = {one.work.job_id: one.work.entry.handle for one in ending}
         fallen = [row["id"] for row in rows if row["id"] not in handles]
         if fallen:
             # They fell with what ended, while they waited here.
-            entries = {job_id: self._lane.discard(job_id) for job_id in fallen}
+            entries = {job_id: self._scheduler.discard(job_id) for job_id in fallen}
             handles |= {job_id: entry.handle if entry is not None else None for job_id, entry in entries.items()}
-            self._lane.ended(fallen)
+            self._scheduler.ended(fallen)
         views = lifecycle.announce(self._publisher, rows)
         self._outbox.ended(rows)
         self._outbox.show(row for row in rows if handles[row["id"]] is None)
@@ -385,7 +385,7 @@ class Recorder:
         row = until_reachable(put_back, stop=self._stopping.is_set)
         if row is None:
             return False
-        self._lane.put_back([work.job_id])
+        self._scheduler.put_back([work.job_id])
         if work.entry.handle is not None:
             work.entry.handle.dropped()
         self._outbox.retried(row, outcome.error or {})
@@ -400,7 +400,7 @@ class Recorder:
             return
         try:
             one.outcome.result, one.outcome.pending = one.outcome.pending(), None
-        except Exception as error:  # noqa: BLE001 - a blob store that is full is this job's failure, not the recorder's
+        except Exception as error:  # noqa: BLE001 - a blob store that is full is this job's failure, not the completer's
             facts = {name: value for name, value in one.outcome.facts.items() if name == "session_id"}
             one.outcome = one.work.failed(named(error), **facts)
 

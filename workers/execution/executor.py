@@ -1,10 +1,10 @@
-"""The runner: the one thread that makes device calls. It takes from the lane, claims, performs, hands over.
+"""The executor: the one thread that makes device calls. It takes from the scheduler, claims, performs, hands over.
 
-    take ─▶ claim (guarded, under our epoch) ─▶ perform ─▶ recorder
+    take ─▶ claim (guarded, under our epoch) ─▶ perform ─▶ completer
             ahead: the next batches of runs, while one is performed
 
-A long job is a generator: between its steps the runner first runs whatever in the lane is more urgent. Whatever a job
-raises is that job's outcome; only the loss of the device ends the process.
+A long job is a generator: between its steps the executor first runs whatever in the scheduler is more urgent. Whatever
+a job raises is that job's outcome; only the loss of the device ends the process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tasks.jobs import claims, lifecycle, store
 from tasks.jobs import lost_ends as ends
 from tasks.jobs.lifecycle import Outcome, leaves_nothing
 from tasks.statements import Relaxed, Row
-from workers.execution.claim_ahead import Ahead
-from workers.execution.claimed_job import Detached, Passed, Progress, Steps, Work, clear_calls, named
-from workers.execution.completer import Recorder
-from workers.execution.held_jobs import Held
-from workers.execution.scheduler import Entry, Lane
+from workers.execution.claim_ahead import ClaimAhead
+from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress, Steps, clear_calls, named
+from workers.execution.completer import Completer
+from workers.execution.held_jobs import HeldJobs
+from workers.execution.scheduler import Entry, Scheduler
 from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS
 from workers.operations.inference import read_ahead
@@ -51,37 +51,39 @@ Claim = Callable[[Connection, Collection[str], str, int], list[Row]]
 class _Paused:
     """A long job between two steps."""
 
-    work: Work
+    work: ClaimedJob
     steps: Steps
 
 
-class Runner:
+class Executor:
     """Runs jobs on one device until stopped."""
 
     def __init__(
         self,
-        lane: Lane,
+        scheduler: Scheduler,
         lease: Lease,
         resident: Resident,
-        recorder: Recorder,
+        completer: Completer,
         engine: Engine,
         *,
         on_unclaimed: Callable[[list[Entry]], None],
         on_device_lost: Callable[[OperationError], None],
     ) -> None:
-        self._lane = lane
+        self._scheduler = scheduler
         self._lease = lease
         self._resident = resident
-        self._recorder = recorder
+        self._completer = completer
         self._engine = engine
         self._on_unclaimed = on_unclaimed
         self._on_device_lost = on_device_lost
-        self.held = Held()
+        self.held = HeldJobs()
         self._paused: list[_Paused] = []
         self._inbox: list[Callable[[], None]] = []
         self._stopping = threading.Event()
         self._lost: OperationError | None = None
-        self._ahead = Ahead(lane, self._claim_ahead, lambda works: read_ahead(resident, works), self._may_begin)
+        self._ahead = ClaimAhead(
+            scheduler, self._claim_ahead, lambda works: read_ahead(resident, works), self._may_begin
+        )
         self._relaxed = Relaxed(engine)
         self.busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run_until_stopped, name="device", daemon=True)
@@ -98,14 +100,14 @@ class Runner:
             self.held.close()
             for work in self.held.begun():
                 work.cancel.trip("cancelled")
-        self._lane.wake()
+        self._scheduler.wake()
         self._thread.join()
-        self._resident.aside.shutdown()
+        self._resident.background.shutdown()
 
     def call(self, step: Callable[[], None]) -> None:
         """Runs `step` on the device's thread before the next job."""
         self._inbox.append(step)
-        self._lane.wake()
+        self._scheduler.wake()
 
     def cancel(self, job_id: str, code: str = "cancelled") -> bool:
         """Stops a running job at its next step or node, and a claimed one at once; False if this worker has neither."""
@@ -137,9 +139,9 @@ class Runner:
         """Entries of the jobs that run, or of those that are claimed and wait for the device."""
         return [work.entry for work in (self.held.begun() if running else self.held.waiting())]
 
-    def _end_unbegun(self, work: Work, state: State, error: dict[str, Any]) -> None:
-        self._lane.finishing([work.job_id])
-        self._recorder.finished([work], [work.withdrawn(state, error)])
+    def _end_unbegun(self, work: ClaimedJob, state: State, error: dict[str, Any]) -> None:
+        self._scheduler.finishing([work.job_id])
+        self._completer.finished([work], [work.withdrawn(state, error)])
 
     # ---- the device's thread
 
@@ -158,29 +160,29 @@ class Runner:
                 self._go_on()
             elif self._lease.safe and not self._lease.draining:
                 self._use_spare_time()
-                self._begin(self._lane.take(timeout_seconds=0 if serving else 0.5))
+                self._begin(self._scheduler.take(timeout_seconds=0 if serving else 0.5))
             elif not serving:
                 time.sleep(0.05)
 
     def _may_begin(self) -> bool:
-        """Whether this worker may take jobs from its lane now."""
+        """Whether this worker may take jobs from its scheduler now."""
         return self._lease.safe and not self._lease.draining and not self._stopping.is_set()
 
-    def _perform_next(self, claimed: list[Work]) -> None:
-        """Performs what was claimed ahead, unless the lane holds something more urgent by now."""
+    def _perform_next(self, claimed: list[ClaimedJob]) -> None:
+        """Performs what was claimed ahead, unless the scheduler holds something more urgent by now."""
         urgent = max([work.entry.effective for work in claimed])
-        if self._lane.most_urgent > urgent and self._may_begin():
-            sooner = self._lane.take(timeout_seconds=0, above=urgent)
+        if self._scheduler.most_urgent > urgent and self._may_begin():
+            sooner = self._scheduler.take(timeout_seconds=0, above=urgent)
             if sooner:
                 self._begin(sooner)
                 return
         self._perform_claimed(self._ahead.take())
 
     def _go_on(self) -> None:
-        """One step of the most urgent paused job, unless the lane holds something more urgent still."""
+        """One step of the most urgent paused job, unless the scheduler holds something more urgent still."""
         paused = max(self._paused, key=lambda one: (one.work.entry.effective, -one.work.entry.seq))
         if self._may_begin():
-            urgent = self._lane.take(timeout_seconds=0, above=paused.work.entry.effective)
+            urgent = self._scheduler.take(timeout_seconds=0, above=paused.work.entry.effective)
             if urgent:
                 self._begin(urgent)
                 return
@@ -190,7 +192,7 @@ class Runner:
 
     def _use_spare_time(self) -> None:
         """Does one of the things that can wait, while no job does."""
-        if self._resident.spare and not len(self._lane):
+        if self._resident.spare and not len(self._scheduler):
             self._guarded(self._resident.spare.popleft())
 
     def _begin(self, entries: list[Entry]) -> None:
@@ -198,12 +200,12 @@ class Runner:
             return
         head = entries[0]
         if head.batch_delay_seconds and len(entries) < head.batch_limit:
-            entries = [*entries, *self._lane.mates(head, head.batch_limit - len(entries))]
+            entries = [*entries, *self._scheduler.mates(head, head.batch_limit - len(entries))]
         works = self._claim(entries)
         if works:
             self._perform_claimed(works)
 
-    def _perform_claimed(self, claimed: list[Work]) -> None:
+    def _perform_claimed(self, claimed: list[ClaimedJob]) -> None:
         works = self.held.begin(claimed)
         if not works:
             return
@@ -212,7 +214,7 @@ class Runner:
             if work.row["timeout_seconds"] is not None:
                 work.deadline = time.monotonic() + work.row["timeout_seconds"]
             work.started = began
-        self._recorder.started(works)
+        self._completer.started(works)
         if works[0].kind in BATCHES and not takes_steps(self._resident, works[0]):
             if not self._paused:
                 self._ahead.begin(self._resident.device_ms(works[0].request.get("model_id")), works[0].entry.needs)
@@ -224,11 +226,11 @@ class Runner:
                 self._perform(work)
         self.busy_seconds += time.perf_counter() - began
 
-    def _claim_ahead(self, entries: list[Entry]) -> list[Work]:
+    def _claim_ahead(self, entries: list[Entry]) -> list[ClaimedJob]:
         return self._claim(entries, claims.claim_ahead)
 
-    def _claim(self, entries: list[Entry], claim: Claim = store.claim) -> list[Work]:
-        """The entries that are ours to run; the others go back to the intake, which finds out why."""
+    def _claim(self, entries: list[Entry], claim: Claim = store.claim) -> list[ClaimedJob]:
+        """The entries that are ours to run; the others go back to the prefetch, which finds out why."""
         by_id = {entry.job_id: entry for entry in entries}
         tries = itertools.count()
         try:
@@ -238,7 +240,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - a claim that fails for good leaves the jobs to the record
             log.error("claim failed", error=str(error), jobs=len(entries))
             rows = []
-        works = [Work(by_id.pop(row["id"]), row, row["request"], ahead=row.get("claimed_at")) for row in rows]
+        works = [ClaimedJob(by_id.pop(row["id"]), row, row["request"], ahead=row.get("claimed_at")) for row in rows]
         self.held.add(works)
         if by_id:
             self._on_unclaimed(list(by_id.values()))
@@ -251,7 +253,7 @@ class Runner:
         What ended already, and may have been lost since, is not claimed. `again` after a broken connection: what it
         claimed before it broke is ours.
         """
-        unflushed = self._recorder.unflushed
+        unflushed = self._completer.unflushed
         ids = [entry.job_id for entry in entries if entry.job_id not in unflushed]
         device_id, epoch = self._resident.device_id, self._lease.epoch
 
@@ -265,20 +267,20 @@ class Runner:
         with self._engine.connect() as connection:
             return claim_and_held(connection)
 
-    def _perform_batch(self, works: list[Work]) -> list[Outcome]:
+    def _perform_batch(self, works: list[ClaimedJob]) -> list[Outcome]:
         try:
             return BATCHES[works[0].kind](self._resident, works)
-        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
+        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the scheduler
             return [work.failed(self._noted(error)) for work in works]
 
-    def _perform(self, work: Work) -> None:
+    def _perform(self, work: ClaimedJob) -> None:
         operation = OPERATIONS.get(work.kind)
         try:
             if operation is None:
                 raise failure("validation_failed", f"this worker has no operation for {work.kind}")
             work.cancel.check()
             made = operation(self._resident, work)
-        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
+        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the scheduler
             self._finish([work], [work.failed(self._noted(error))])
             return
         if isinstance(made, Generator):
@@ -288,15 +290,15 @@ class Runner:
         else:
             self._made(work, made)
 
-    def _made(self, work: Work, made: Outcome | Passed | Detached) -> None:
+    def _made(self, work: ClaimedJob, made: Outcome | PlaceReleased | Detached) -> None:
         """A job is done with the device: it has its outcome, or gets it on a thread beside."""
-        if isinstance(made, Passed):
-            self._lane.pass_by(work.job_id, made.resource_id)
+        if isinstance(made, PlaceReleased):
+            self._scheduler.pass_by(work.job_id, made.resource_id)
             made = made.outcome
         if not isinstance(made, Detached):
             self._finish([work], [made])
             return
-        self._lane.pass_by(work.job_id, made.resource_id)
+        self._scheduler.pass_by(work.job_id, made.resource_id)
 
         def finish() -> None:
             try:
@@ -305,7 +307,7 @@ class Runner:
                 outcome = work.failed(self._noted(error))
             self._finish([work], [outcome])
 
-        self._resident.aside.submit(finish)
+        self._resident.background.submit(finish)
 
     def _advance(self, paused: _Paused) -> None:
         work = paused.work
@@ -313,11 +315,11 @@ class Runner:
         try:
             told = self._next(paused)
             if isinstance(told, Progress) and told.told is not None:
-                self._recorder.progressed(work, told.told, always=told.always)
+                self._completer.progressed(work, told.told, always=told.always)
         except StopIteration as stop:
             self._paused.remove(paused)
             self._made(work, stop.value)
-        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the lane
+        except BaseException as error:  # noqa: BLE001 - nothing a job raises may stop the scheduler
             self._paused.remove(paused)
             self._close(paused)
             self._finish([work], [work.failed(self._noted(error))])
@@ -336,17 +338,17 @@ class Runner:
         """Lets a generator that will not go on run its `finally`."""
         try:
             paused.steps.close()
-        except BaseException as error:  # noqa: BLE001 - cleaning up after a job must not stop the lane either
+        except BaseException as error:  # noqa: BLE001 - cleaning up after a job must not stop the scheduler either
             log.warning("a stopped job failed to clean up", job_id=paused.work.job_id, error=str(error))
 
-    def _finish(self, works: list[Work], outcomes: list[Outcome]) -> None:
+    def _finish(self, works: list[ClaimedJob], outcomes: list[Outcome]) -> None:
         self.held.discard(works)
-        self._lane.finishing([work.job_id for work in works])
-        self._recorder.finished(works, outcomes)
+        self._scheduler.finishing([work.job_id for work in works])
+        self._completer.finished(works, outcomes)
         self._leave_if_lost()
 
     def _leave_if_lost(self) -> None:
-        """Ends the process once its device is lost, after the outcomes of that have gone to the recorder."""
+        """Ends the process once its device is lost, after the outcomes of that have gone to the completer."""
         if self._lost is not None:
             self.held.close()
             lost, self._lost = self._lost, None

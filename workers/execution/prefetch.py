@@ -1,6 +1,6 @@
-"""The intake: how jobs come into the lane, from Celery's messages and from the records themselves.
+"""Prefetch: how jobs come into the scheduler, from Celery's messages and from the records themselves.
 
-message of a gateway ──────────────▶ entry (its header says all that the lane needs)
+message of a gateway ──────────────▶ entry (its header says all that the scheduler needs)
 message of a direct caller ─▶ plan, record ─▶ entry, or on to the device that holds what it names
 a row that waits and is not here ──▶ published again
 """
@@ -32,20 +32,20 @@ from tasks.jobs.store import Ending, NewJob
 from tasks.planning.context import Context
 from tasks.planning.planner import plan
 from tasks.redis.key_types import with_types
-from tasks.redis.messages import Recorded, reason, unstorable
+from tasks.redis.messages import RecordedMessage, reason, unstorable
 from tasks.redis.publish import Publisher
 from tasks.redis.queues import ANY_QUEUE, NOTED, device_queue, redis_keys
 from tasks.statements import Row, transaction
 from workers.celery_bridge.pool import Handle, Note
 from workers.celery_bridge.revoked import Revoked
-from workers.execution.completer import Recorder
-from workers.execution.scheduler import Entry, Lane
+from workers.execution.completer import Completer
+from workers.execution.scheduler import Entry, Scheduler
 from workers.operations import SPECS
 from workers.resident.residents import Resident
 
 log = structlog.get_logger(__name__)
 
-#: Seconds after which a row that waits and is not in the lane is looked for, and how many are published at once.
+#: Seconds after which a row that waits and is not in the scheduler is looked for, and how many are published at once.
 ORPHAN_AGE_SECONDS = 2.0
 ORPHANS_AT_ONCE = 500
 
@@ -56,13 +56,13 @@ REPUBLISHED_TIMES = 3
 FOREIGN_SECONDS = (0.02, 0.25)
 
 
-class Intake:
-    """Brings jobs into one device's lane. `receive` is called by Celery's consumer; the rest has threads of its own."""
+class Prefetch:
+    """Brings jobs into one device's scheduler. Celery's consumer calls `receive`; the rest has threads of its own."""
 
     def __init__(
         self,
-        lane: Lane,
-        recorder: Recorder,
+        scheduler: Scheduler,
+        completer: Completer,
         resident: Resident,
         context: Context,
         engine: Engine,
@@ -72,8 +72,8 @@ class Intake:
         outbox: Outbox,
         is_draining: Callable[[], bool],
     ) -> None:
-        self._lane = lane
-        self._recorder = recorder
+        self._scheduler = scheduler
+        self._completer = completer
         self._resident = resident
         self._context = context
         self._engine = engine
@@ -108,7 +108,7 @@ class Intake:
         """A direct caller's message, on Celery's own thread: nothing here waits."""
         self._direct.put(handle)
 
-    def receive_recorded(self, message: Recorded) -> None:
+    def receive_recorded(self, message: RecordedMessage) -> None:
         """A recorded job's message, on Celery's own thread: nothing here waits."""
         note = Note(message.headers)
         entry = self._entry(note.job_id, note.kind, message.request, message.headers[NOTED], note)
@@ -123,9 +123,9 @@ class Intake:
             with self._engine.connect() as connection:
                 known = store.get(connection, job_id)
             if known is None:
-                self._recorder.report_unknown(job_id, task)
+                self._completer.report_unknown(job_id, task)
 
-        self._recorder.note(report)
+        self._completer.note(report)
 
     def _entry(
         self, job_id: str, kind: str, request: dict[str, Any], noted: dict[str, Any], handle: Handle | Note | None
@@ -153,7 +153,7 @@ class Intake:
             spec.join(self._resident, entry, request)
 
     def _admit(self, entry: Entry) -> None:
-        if not self._lane.admit(entry):
+        if not self._scheduler.admit(entry):
             if entry.handle is not None:
                 entry.handle.dropped()
             return
@@ -210,7 +210,7 @@ class Intake:
             self._admit(self._entry(row["id"], row["kind"], request, row, handle))
         elif row["state"] in TERMINAL:
             lifecycle.announce(self._publisher, [row])
-            self._recorder.tell_celery(row, handle)
+            self._completer.tell_celery(row, handle)
         else:
             handle.dropped()
 
@@ -281,14 +281,14 @@ class Intake:
             rows = store.insert(connection, [ended])
         for row in rows:
             lifecycle.announce(self._publisher, [row])
-            self._recorder.tell_celery(row, handle)
+            self._completer.tell_celery(row, handle)
         if not rows:
             handle.dropped()
 
     def _meet_again(self, row: Row, handle: Handle) -> None:
         """A message whose job is recorded: the record's request counts, whatever the message says."""
         if row["state"] in TERMINAL:
-            self._recorder.tell_celery_again(row, handle)
+            self._completer.tell_celery_again(row, handle)
         elif (
             row["device_id"] == self._resident.device_id
             and row["state"] in (State.QUEUED, State.RESERVED)
@@ -325,12 +325,12 @@ class Intake:
             here = {entry.job_id for entry in entries}
             self._outbox.ended_unseen(row for row in ended if row["id"] not in here)
             by_id = {row["id"]: row for row in [*rows.values(), *ended]}
-            self._lane.put_back([entry.job_id for entry in entries])
-            self._lane.ended([row["id"] for row in by_id.values() if row["state"] in TERMINAL])
+            self._scheduler.put_back([entry.job_id for entry in entries])
+            self._scheduler.ended([row["id"] for row in by_id.values() if row["state"] in TERMINAL])
             for entry in entries:
                 found = by_id.get(entry.job_id)
                 if found is not None and found["state"] in TERMINAL:
-                    self._recorder.tell_celery(found, entry.handle)
+                    self._completer.tell_celery(found, entry.handle)
                 elif entry.handle is not None:
                     entry.handle.dropped()
 
@@ -339,16 +339,16 @@ class Intake:
                 until_reachable(find_out, stop=self._stopping.is_set)
             except Exception:
                 # The record still says what they wait for, and they are published again.
-                self._lane.put_back([entry.job_id for entry in entries])
+                self._scheduler.put_back([entry.job_id for entry in entries])
                 raise
 
-        self._recorder.call(find_out_in_time)
+        self._completer.call(find_out_in_time)
 
     # ---- the records themselves
 
     def sweep(self) -> None:
         """Once a second: notes what is held here, and publishes again what waits and never arrived."""
-        held = self._lane.select(lambda entry: not entry.reserved)
+        held = self._scheduler.select(lambda entry: not entry.reserved)
         orphans: list[Row] = []
         with self._engine.connect() as connection:
             if held:
@@ -356,8 +356,8 @@ class Intake:
                 for entry in held:
                     entry.reserved = True
             waiting = store.waiting(connection, self._resident.device_id, ORPHAN_AGE_SECONDS, ORPHANS_AT_ONCE)
-        unflushed = self._recorder.unflushed
-        missing = [row for row in waiting if row["id"] not in self._lane and row["id"] not in unflushed]
+        unflushed = self._completer.unflushed
+        missing = [row for row in waiting if row["id"] not in self._scheduler and row["id"] not in unflushed]
         if missing:
             in_redis = sum(self._redis.llen(key) for key in redis_keys(device_queue(self._resident.device_id)))
             orphans = [row for row in missing if in_redis == 0 or row["seq"] < self._delivered.get(row["priority"], 0)]
@@ -371,7 +371,7 @@ class Intake:
             log.info("published again", jobs=len(by_message))
             self._publisher.jobs([(row, row["request"]) for row in by_message])
         by_record = [row for row in orphans if times[row["id"]] > REPUBLISHED_TIMES]
-        if by_record and self._lane.eligible < PREFETCH:
+        if by_record and self._scheduler.eligible < PREFETCH:
             log.warning("taken from the record: their messages do not arrive", jobs=len(by_record))
             for row in by_record:
                 self._admit(self._entry(row["id"], row["kind"], row["request"], row, None))
@@ -381,7 +381,7 @@ class Intake:
         """Looks at predecessors that are not here, while entries wait for any."""
         wait_seconds = FOREIGN_SECONDS[0]
         while not self._stopping.wait(wait_seconds):
-            foreign = self._lane.foreign()
+            foreign = self._scheduler.foreign()
             if not foreign:
                 wait_seconds = FOREIGN_SECONDS[0]
                 continue
@@ -395,11 +395,11 @@ class Intake:
                 continue
             # A job that is no longer kept has ended long ago.
             ended = [job_id for job_id in foreign if states.get(job_id, State.SUCCEEDED) in TERMINAL]
-            self._lane.ended(ended)
+            self._scheduler.ended(ended)
             wait_seconds = FOREIGN_SECONDS[0] if ended else min(FOREIGN_SECONDS[1], wait_seconds * 1.5)
 
     def _take_any(self) -> None:
-        """While the lane is empty, moves one message at a time from the queue for any device into this device's own.
+        """While the scheduler is empty, moves messages one by one from the queue for any device into this device's own.
 
         Each move is one atomic command, so no message is lost between the two queues.
         """
@@ -415,7 +415,7 @@ class Intake:
             return self._redis.blmove(sources[0], targets[0], 1, "RIGHT", "LEFT")
 
         while not self._stopping.is_set():
-            if len(self._lane) or self._is_draining():
+            if len(self._scheduler) or self._is_draining():
                 self._stopping.wait(0.05)
                 continue
             try:

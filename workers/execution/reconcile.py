@@ -1,8 +1,8 @@
 """Compares what the record says runs here with what this worker holds, and gives up what it does not hold.
 
-A job is held from before its claim until its end is recorded (the lane's), and while its announced end may be lost. A
-row that runs under this epoch and is not held would run for ever: a worker's death is the only other thing that ends
-it. It is treated as after one.
+A job is held from before its claim until its end is recorded (the scheduler's), and while its announced end may be
+lost. A row that runs under this epoch and is not held would run for ever: a worker's death is the only other thing that
+ends it. It is treated as after one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import Engine
 
 from tasks.jobs import lifecycle
-from tasks.jobs.lifecycle import Burial
+from tasks.jobs.lifecycle import Rescue
 from tasks.statements import Row, transaction
 
 log = structlog.get_logger(__name__)
@@ -32,7 +32,7 @@ class Reconciler:
         device_id: str,
         epoch: int,
         is_held: Callable[[str], bool],
-        announce: Callable[[Burial], None],
+        announce: Callable[[Rescue], None],
     ) -> None:
         self._engine = engine
         self._device_id = device_id

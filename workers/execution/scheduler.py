@@ -1,6 +1,6 @@
-"""The lane: which job goes next on this device. It holds entries, never runs anything, and never sees the database.
+"""The scheduler: which job goes next on this device. It holds entries, runs nothing, and never sees the database.
 
-    admit ─▶ blocked ──(predecessors end)──▶ eligible ─▶ take ─▶ (running, the runner's) ─▶ ended
+    admit ─▶ blocked ──(predecessors end)──▶ eligible ─▶ take ─▶ (running, the executor's) ─▶ ended
 
 An entry is eligible once every job in its `after` has ended, on whichever device that one ran. Eligible entries go by
 priority, then by order of submission; a blocked entry lends its priority to what it waits for. Entries of one batch
@@ -23,7 +23,7 @@ REMEMBERED = 20_000
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One job in the lane. `handle` is what Celery is told through; None for jobs that came without a message."""
+    """One job in the scheduler. `handle` is what Celery is told through; None for jobs that came without a message."""
 
     job_id: str
     kind: str
@@ -49,7 +49,7 @@ class Entry:
         return (-self.effective, self.seq)
 
 
-class Lane:
+class Scheduler:
     """Entries of one device. Every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Lane:
         return job_id in self._entries or job_id in self._taken
 
     def admit(self, entry: Entry) -> bool:
-        """Takes an entry in; False if the job already waits or runs here, or the lane is closed."""
+        """Takes an entry in; False if the job already waits or runs here, or the scheduler is closed."""
         with self._lock:
             if self._closed or entry.job_id in self._entries or entry.job_id in self._taken:
                 return False
@@ -100,7 +100,7 @@ class Lane:
             return True
 
     def take(self, timeout_seconds: float | None = None, above: int | None = None) -> list[Entry]:
-        """The entries to run next, at most their batch's limit; empty when the time is up or the lane is closed.
+        """The entries to run next, at most their batch's limit; empty when the time is up or the scheduler is closed.
 
         With `above`, only entries whose priority is higher than that are taken.
         """
@@ -152,7 +152,7 @@ class Lane:
     def mates(self, head: Entry, limit: int) -> list[Entry]:
         """At most `limit` more eligible entries of the same batch, waiting for them as long as `head` may be delayed.
 
-        The wait ends at once when something of a higher priority than `head` is eligible, or the lane closes.
+        The wait ends at once when something of a higher priority than `head` is eligible, or the scheduler closes.
         """
         until = head.admitted_at + head.batch_delay_seconds
         found: list[Entry] = []
@@ -259,7 +259,7 @@ class Lane:
         self._ready.notify_all()
 
     def _out(self, entries: list[Entry]) -> list[Entry]:
-        """The entries leave the lane for the runner."""
+        """The entries leave the scheduler for the executor."""
         for entry in entries:
             self._leave(entry)
             self._taken.add(entry.job_id)

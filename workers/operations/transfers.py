@@ -3,7 +3,7 @@
     taker: fetch ─▶ asks by the source's control queue ─▶ takes pieces as they come, and looks whether the source lives
     source: send ─▶ noted ─▶ serve, a few pieces between two jobs of its own
 
-Only the runner's thread touches devices, on both sides. Neither side ever waits for the other inside a call: two
+Only the executor's thread touches devices, on both sides. Neither side ever waits for the other inside a call: two
 devices that copy to each other at the same time both go on.
 """
 
@@ -68,7 +68,7 @@ class _Sending:
 
 
 class Transfers:
-    """Both sides of one worker. `send` may be called from any thread, all else from the runner's."""
+    """Both sides of one worker. `send` may be called from any thread, all else from the executor's."""
 
     def __init__(self, resident: Any, publisher: Publisher, database_url: str, wake: Callable[[], None]) -> None:
         self._resident = resident

@@ -26,7 +26,7 @@ import numpy as np
 from device_operations.errors import OperationError
 from device_operations.tensors import numpy_dtype
 from workers.devices.arrays import Array
-from workers.devices.onnx.runtime import Cancel, OnnxModel, TensorSpec
+from workers.devices.onnx.runtime import Cancel, LoadedGraph, TensorSpec
 from workers.devices.onnx.session import Over
 from workers.rows.proof import Proof, Verdict
 
@@ -80,7 +80,7 @@ def decide(verdict: Verdict, asked: int | None) -> int:
 
 
 def find_out(
-    model: OnnxModel,
+    model: LoadedGraph,
     asked: int | None,
     cancel: Cancel | None = None,
     *,
@@ -105,12 +105,12 @@ def find_out(
     return _tried(model, found, cancel) if may_try else replace(found, trial="not tried at a restart")
 
 
-def made_up_bytes(model: OnnxModel, side: int, rows: int) -> int:
+def made_up_bytes(model: LoadedGraph, side: int, rows: int) -> int:
     """What `rows` made-up rows take, with the outputs declared for them, where each other open side is `side`."""
     return sum(_elements(spec, side, rows) * _item_bytes(spec) for spec in (*model.inputs, *model.outputs))
 
 
-def too_large(model: OnnxModel, side: int, rows: int) -> str | None:
+def too_large(model: LoadedGraph, side: int, rows: int) -> str | None:
     """Why the model is not run on made-up rows of that size; None where it may be."""
     needed = made_up_bytes(model, side, rows)
     if needed > MADE_UP_BYTES:
@@ -141,7 +141,7 @@ def _proven(verdict: Verdict, asked: int | None) -> Batching:
 
 
 class Within:
-    """A limit on how long runs may take, beside the caller's own cancel, for `OnnxModel.run`."""
+    """A limit on how long runs may take, beside the caller's own cancel, for `LoadedGraph.run`."""
 
     def __init__(self, seconds: float, cancel: Cancel | None) -> None:
         self._own = Cancel()
@@ -169,7 +169,7 @@ class Within:
 # ---- the trial
 
 
-def _tried(model: OnnxModel, found: Batching, cancel: Cancel | None) -> Batching:
+def _tried(model: LoadedGraph, found: Batching, cancel: Cancel | None) -> Batching:
     reason = None
     sides = _SIDES if any(_open_sides(spec) for spec in model.inputs) else _SIDES[:1]
     with Within(TRIAL_SECONDS, cancel) as limit:
@@ -187,7 +187,7 @@ def _tried(model: OnnxModel, found: Batching, cancel: Cancel | None) -> Batching
     return replace(found, trial=f"not tried: {reason}" if reason else "the model does not run on made-up rows")
 
 
-def _compared(model: OnnxModel, found: Batching, side: int, cancel: Any) -> Batching:
+def _compared(model: LoadedGraph, found: Batching, side: int, cancel: Any) -> Batching:
     first, second = ({spec.name: _made_up(spec, side, row) for spec in model.inputs if spec.shape} for row in (0, 1))
     scalars = {spec.name: _made_up(spec, side, 0) for spec in model.inputs if not spec.shape}
     alone = [model.run({**rows, **scalars}, cancel=cancel) for rows in (first, second)]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from workers.devices.base import Device
-from workers.devices.onnx.runtime import Cancel, OnnxModel
-from workers.devices.values import ModelOptions
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
+from workers.devices.values import SessionOptions
 
 
-def load_onnx(device: Device, file: Path, root: Path, options: dict[str, Any], cancel: Cancel | None) -> OnnxModel:
+def load_onnx(device: Device, file: Path, root: Path, options: dict[str, Any], cancel: Cancel | None) -> LoadedGraph:
     """One ONNX graph."""
-    wanted = ModelOptions(
+    wanted = SessionOptions(
         intra_op_threads=options.get("intra_op_threads"),
         graph_optimization=options.get("graph_optimization", "all"),
         free_dimensions=options.get("free_dimensions") or {},

@@ -29,7 +29,7 @@ from tasks.inference.effects import let_go, lost, settled
 from tasks.inference.residents import no_model
 from tasks.statements import Row, transaction
 from workers import pipelines
-from workers.devices.onnx.runtime import Cancel, OnnxModel
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
 from workers.execution.claimed_job import named
 from workers.resident import batching
 from workers.resident.loaders import load_onnx
@@ -76,7 +76,7 @@ def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
             if not evict_one(resident):
                 raise failure("insufficient_memory", error.message, detail=error.detail) from error
     # At least the file's own size: the system's figure is rounded, shared, or not to be had.
-    if isinstance(loaded, OnnxModel):
+    if isinstance(loaded, LoadedGraph):
         graph = Graph(key, loaded, max(loaded.memory_bytes or 0, loaded.file_bytes or 0, ESTIMATE_BYTES))
     else:
         graph = Graph(key, loaded, max(loaded.parts.memory_bytes, ESTIMATE_BYTES))
@@ -87,7 +87,7 @@ def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
 
 def _opener(
     resident: Resident, row: Row, file: Path, root: Path, cancel: Cancel | None
-) -> Callable[[], OnnxModel | Pipeline]:
+) -> Callable[[], LoadedGraph | Pipeline]:
     """What opens a model's files on the device. A pipeline is read and checked here, before any of it is loaded."""
     if row["model_type"] == "onnx":
         return lambda: load_onnx(resident.device, file, root, row["options"], cancel)
@@ -104,7 +104,7 @@ def _opener(
 def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     options = row["options"]
     onnx, asked = graph.loaded, options.get("max_batch_size")
-    if not isinstance(onnx, OnnxModel):
+    if not isinstance(onnx, LoadedGraph):
         max_rows, together = onnx.batching(asked)
         return ResidentModel(
             row["model_id"], row["name"], graph, row["pinned"], max_rows, options.get("max_delay_ms", 0.0), together,
@@ -127,7 +127,7 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     )
 
 
-def _warmed(onnx: OnnxModel, cancel: Cancel | None, again: bool, earlier: Mapping[str, Any]) -> str:
+def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Mapping[str, Any]) -> str:
     """Runs the model once on zeros, and says what came of it.
 
     At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
@@ -326,7 +326,7 @@ def _folder(resident: Resident, content_key: str) -> Path:
     return resident.settings.data_dir / "models" / resident.device_id / content_key
 
 
-def _zeros(onnx: OnnxModel) -> dict[str, Any]:
+def _zeros(onnx: LoadedGraph) -> dict[str, Any]:
     """Zeros in the smallest shape that the model takes."""
     feeds: dict[str, Any] = {}
     for spec in onnx.inputs:

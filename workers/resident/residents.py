@@ -1,4 +1,4 @@
-"""What lies on the device between jobs: allocations, models, sessions. Only the runner's thread changes it."""
+"""What lies on the device between jobs: allocations, models, sessions. Only the executor's thread changes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.database import until_reachable
 from tasks.statements import Row
 from workers.devices.arrays import Buffer
 from workers.devices.base import Device
-from workers.devices.onnx.runtime import OnnxModel
+from workers.devices.onnx.runtime import LoadedGraph
 from workers.devices.onnx.tensors import Feed
 from workers.resident.batching import Batching
 
@@ -43,19 +43,19 @@ class Graph:
     """What lies on the device for models of equal content and session options; it goes with the last of them."""
 
     content_key: str
-    loaded: OnnxModel | Pipeline
+    loaded: LoadedGraph | Pipeline
     memory_bytes: int
 
     @property
     def pipeline(self) -> Pipeline | None:
         """The pipeline, where it is one and not a single graph."""
-        return None if isinstance(self.loaded, OnnxModel) else self.loaded
+        return None if isinstance(self.loaded, LoadedGraph) else self.loaded
 
     @property
     def cpu_fallback_ops(self) -> int | None:
         """How many of its operators run on the CPU instead of the device; None if that cannot be counted."""
         loaded = self.loaded
-        return loaded.cpu_fallback_ops if isinstance(loaded, OnnxModel) else loaded.parts.cpu_fallback_ops
+        return loaded.cpu_fallback_ops if isinstance(loaded, LoadedGraph) else loaded.parts.cpu_fallback_ops
 
 
 @dataclass(slots=True, eq=False)
@@ -74,10 +74,10 @@ class ResidentModel:
     device_ms: float = 0.0
 
     @property
-    def onnx(self) -> OnnxModel:
+    def onnx(self) -> LoadedGraph:
         """The session that runs it, maybe shared with other models; a pipeline has several."""
         loaded = self.graph.loaded
-        assert isinstance(loaded, OnnxModel), f"{self.name} is a pipeline"
+        assert isinstance(loaded, LoadedGraph), f"{self.name} is a pipeline"
         return loaded
 
     @property
@@ -153,18 +153,21 @@ class Resident:
     graphs: dict[str, Graph] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    #: What training sessions have learned of their networks, by structure (`workers.training.definition.Learned`).
+    #: What training sessions have learned of their networks, by structure
+    #: (`workers.training.model.definition.Learned`).
     networks: OrderedDict[str, Any] = field(default_factory=OrderedDict)
-    #: What the device's thread does, one at a time, while no job waits in its lane, between a long job's steps too:
-    #: nothing that keeps the next one long.
+    #: What the device's thread does, one at a time, while no job waits in its scheduler, between a long job's steps
+    #: too: nothing that keeps the next one long.
     spare: deque[Callable[[], None]] = field(default_factory=deque)
     #: Pinned host memory in which a batch is gathered, by the input's name, where the device has such.
     pinned: dict[str, memoryview] = field(default_factory=dict)
     #: Whether the process is to end once it is idle, because its backend gives memory back in no other way.
     recycle: bool = False
     #: Threads for what a job, or the device, need not wait for: writing checkpoints.
-    aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="aside"))
-    #: Writes something to the records on the recorder's thread, after what was handed over to be recorded before.
+    background: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="background")
+    )
+    #: Writes something to the records on the completer's thread, after what was handed over to be recorded before.
     record: Callable[[Callable[[], None]], None] = lambda step: step()
     #: Tells everybody of jobs that this worker ended without having run them.
     announce: Callable[[list[Row]], None] = lambda rows: None

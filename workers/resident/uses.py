@@ -7,7 +7,7 @@ from typing import Any
 from device_operations.jobs import State
 from tasks.jobs.lifecycle import Outcome
 from tasks.kinds import spec_of
-from workers.execution.claimed_job import Work
+from workers.execution.claimed_job import ClaimedJob
 
 
 class Uses:
@@ -16,7 +16,7 @@ class Uses:
     def __init__(self) -> None:
         self._by_model: dict[str, dict[str, int]] = {}
 
-    def add(self, work: Work, outcome: Outcome) -> None:
+    def add(self, work: ClaimedJob, outcome: Outcome) -> None:
         """Counts a run that has ended; any other kind of job is no use of a model."""
         if not spec_of(work.kind).runs_model:
             return

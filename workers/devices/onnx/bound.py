@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class BoundRun:
     """One run: what goes in, and which outputs come out, some in `places`, some to `stay` on the device."""
 
     feeds: Mapping[str, Feed]
@@ -71,7 +71,7 @@ class BoundRuns:
         """Whether the host's arrays go a faster way here than ONNX Runtime's own."""
         return bool(self._takes or self._gives)
 
-    def run(self, wanted: Wanted, on_host: Callable[[Feed], Array], cancel: Cancel | None) -> dict[str, Any]:
+    def run(self, wanted: BoundRun, on_host: Callable[[Feed], Array], cancel: Cancel | None) -> dict[str, Any]:
         """The outputs by name: OrtValues where they are to stay on the device, arrays elsewhere."""
         binding = self._session.io_binding()
         held = self._bind_inputs(binding, wanted, on_host)
@@ -104,7 +104,7 @@ class BoundRuns:
         if self._transfers is not None:
             self._transfers.close()
 
-    def _bind_inputs(self, binding: ort.IOBinding, wanted: Wanted, on_host: Callable[[Feed], Array]) -> list[Array]:
+    def _bind_inputs(self, binding: ort.IOBinding, wanted: BoundRun, on_host: Callable[[Feed], Array]) -> list[Array]:
         """Binds the inputs; the arrays that must live until the run is over, bound or on their way."""
         where, number = self._provider.binding, self._provider.device_id
         held = []
@@ -128,7 +128,7 @@ class BoundRuns:
                 binding.bind_cpu_input(name, array)
         return held
 
-    def _bind_outputs(self, binding: ort.IOBinding, wanted: Wanted, coming: Sequence[str]) -> None:
+    def _bind_outputs(self, binding: ort.IOBinding, wanted: BoundRun, coming: Sequence[str]) -> None:
         where, number = self._provider.binding, self._provider.device_id
         for name in wanted.names:
             if name in wanted.places:

@@ -26,7 +26,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.tensors import ML_DTYPES, TEXT_DTYPES, numpy_dtype
 from workers.devices.arrays import Array, BufferView, flat_bytes
 from workers.devices.libraries import tidy
-from workers.devices.onnx.bound import BoundRuns, Wanted, only_arrays
+from workers.devices.onnx.bound import BoundRun, BoundRuns, only_arrays
 from workers.devices.onnx.file import inspect
 from workers.devices.onnx.fusions.diffusion import fused
 from workers.devices.onnx.graph import read_graph
@@ -43,24 +43,24 @@ from workers.devices.onnx.session import (
 )
 from workers.devices.onnx.tensors import Feed, Fetched, Kept, TensorSpec, aligned, drawn, kind, overlap, unfit
 from workers.devices.onnx.values import ELEMENT_TYPES, Values
-from workers.devices.values import ModelOptions
+from workers.devices.values import SessionOptions
 from workers.rows.proof import Proof, Verdict, prove
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
 
-__all__ = ["Cancel", "Kept", "OnnxModel", "TensorSpec", "resolve_provider"]
+__all__ = ["Cancel", "Kept", "LoadedGraph", "TensorSpec", "resolve_provider"]
 
 
 #: Models whose memory is worth handing back to the system: of a smaller one, whatever comes next takes it again.
 TRIM_BYTES = 1 << 20
 
 
-class OnnxModel:
+class LoadedGraph:
     """One model on one device. Runs are made from one thread at a time; `Cancel.trip` comes from any."""
 
     def __init__(
-        self, device: Device, source: Path | bytes, options: ModelOptions, cancel: Cancel | None = None
+        self, device: Device, source: Path | bytes, options: SessionOptions, cancel: Cancel | None = None
     ) -> None:
         """Loads a file, or the bytes of one that refers to no other.
 
@@ -155,7 +155,7 @@ class OnnxModel:
             if into or keep or not only_arrays(feeds):
                 return self._run_with_buffers(feeds, names, into or {}, keep, cancel, queued=queued)
             if self._bound is not None and self._bound.carries:
-                return self._bound.run(Wanted(feeds, names), self._on_host, cancel)
+                return self._bound.run(BoundRun(feeds, names), self._on_host, cancel)
             return dict(zip(names, self._call(names, feeds, cancel), strict=True))
         except OperationError:
             raise
@@ -254,7 +254,7 @@ class OnnxModel:
     ) -> dict[str, Fetched]:
         self.check(feeds, [*names, *into, *keep])
         names = [*names, *(name for name in [*into, *keep] if name not in names)]
-        wanted = Wanted(feeds, names, self._places(feeds, into), {*keep, *into}, queued)
+        wanted = BoundRun(feeds, names, self._places(feeds, into), {*keep, *into}, queued)
         try:
             got = self._run_placed(wanted, cancel)
         except Exception as error:
@@ -275,7 +275,7 @@ class OnnxModel:
                 fetched[name] = got[name]
         return fetched
 
-    def _run_placed(self, wanted: Wanted, cancel: Cancel | None) -> dict[str, Any]:
+    def _run_placed(self, wanted: BoundRun, cancel: Cancel | None) -> dict[str, Any]:
         self._live()
         if self._bound is None or (self.device.host_memory and not wanted.places):
             arrays = {name: self._on_host(feed) for name, feed in wanted.feeds.items()}

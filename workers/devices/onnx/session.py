@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from device_operations.errors import OperationError, failure
 from workers.devices.libraries import tidy
-from workers.devices.values import ModelOptions, Provider
+from workers.devices.values import Provider, SessionOptions
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
@@ -117,7 +117,7 @@ def resolve_provider(name: str) -> str:
 
 
 def session_settings(
-    options: ModelOptions, provider: Provider, symbols: Collection[str], name: str
+    options: SessionOptions, provider: Provider, symbols: Collection[str], name: str
 ) -> ort.SessionOptions:
     """The session's options. Raises `model_invalid` for a free dimension that the model does not have."""
     if options.graph_optimization not in _OPTIMIZATION:

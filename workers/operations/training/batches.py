@@ -15,9 +15,9 @@ from workers.devices.arrays import BufferView, flat_bytes
 from workers.operations.tensors import feed, keep
 from workers.operations.training.files import local_file
 from workers.resident.residents import Resident
-from workers.training.dataset import Dataset, Plan
+from workers.training.dataset import BatchPlan, Samples
+from workers.training.model.ports import Array, Batch
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Array, Batch
 
 
 def options_of(request: dict[str, Any]) -> StepOptions:
@@ -31,28 +31,28 @@ def options_of(request: dict[str, Any]) -> StepOptions:
     )
 
 
-def plan_of(request: dict[str, Any]) -> Plan | None:
+def plan_of(request: dict[str, Any]) -> BatchPlan | None:
     """How a recorded request goes through its dataset; None where it has none."""
     given = request.get("dataset")
     if given is None:
         return None
-    return Plan(
+    return BatchPlan(
         given["batch_size"], given.get("steps"), given.get("epochs"), given.get("shuffle", True),
         given.get("drop_last", False), given.get("grad_accumulation") or 1,
     )  # fmt: skip
 
 
-def data_of(resident: Resident, session_id: str, request: dict[str, Any]) -> Batch | Dataset | None:
+def data_of(resident: Resident, session_id: str, request: dict[str, Any]) -> Batch | Samples | None:
     """The batch or dataset of a recorded request; None for mode `apply`."""
     given = request.get("dataset")
     if given is not None and given.get("blob_id"):
-        return Dataset.from_file(local_file(resident, given["blob_id"], session_id))
+        return Samples.from_file(local_file(resident, given["blob_id"], session_id))
     place = request if given is None else given
     if place.get("inputs") is None:
         return None
     inputs = {name: taken(resident, name, tensor) for name, tensor in place["inputs"].items()}
     targets = taken(resident, "targets", place["targets"])
-    return Batch(inputs, targets) if given is None else Dataset(inputs, targets)
+    return Batch(inputs, targets) if given is None else Samples(inputs, targets)
 
 
 def taken(resident: Resident, name: str, tensor: dict[str, Any]) -> Array:

@@ -22,7 +22,7 @@ from tasks.inference.content import model_file
 from workers.resident.residents import Resident
 from workers.training import checkpoints
 from workers.training.checkpoints import Snapshot, WrittenFile
-from workers.training.definition import Sources
+from workers.training.model.definition import Sources
 
 
 def sources_of(resident: Resident, session_id: str, spec: Initialize) -> Sources:

@@ -19,13 +19,13 @@ from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
 from tasks.training import sessions as store
 from tasks.training.effects import number_of
-from workers.devices.values import ModelOptions
-from workers.execution.claimed_job import Detached, Passed, Progress, Work
+from workers.devices.values import SessionOptions
+from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress
 from workers.operations.tensors import host_array, staged_bytes
 from workers.operations.training.batches import data_of, options_of, plan_of, resident_tensors, spooled, taken
 from workers.operations.training.files import drop_checkpoint, keep_checkpoint, keep_gradients
 from workers.operations.training.sessions import (
-    Held,
+    HeldSession,
     awake,
     begin,
     checkpoint_beside,
@@ -35,23 +35,23 @@ from workers.operations.training.sessions import (
 )
 from workers.resident.residents import Resident
 from workers.training.checkpoints import Snapshot
-from workers.training.dataset import Dataset
-from workers.training.export import onnx_bytes
-from workers.training.listing import list_tensors
+from workers.training.dataset import Samples
+from workers.training.model.listing import list_tensors
+from workers.training.onnx.export import onnx_bytes
 from workers.training.outcomes import StepOutcome, summarize
 from workers.training.runs import DatasetRun
 from workers.training.validation import compare
 
-Steps = Generator[Progress, None, Outcome | Passed]
+Steps = Generator[Progress, None, Outcome | PlaceReleased]
 
 #: Seconds between two notes of a long job's history.
 NOTE_SECONDS = 0.5
 
-#: Seconds that the end of a session waits for its checkpoint's file before it looks at the lane again.
+#: Seconds that the end of a session waits for its checkpoint's file before it looks at the scheduler again.
 LOOK_SECONDS = 0.02
 
 
-def initialize(resident: Resident, work: Work) -> Outcome:
+def initialize(resident: Resident, work: ClaimedJob) -> Outcome:
     """Builds the session on the device."""
     session_id = work.request["session_id"]
     row = resident.read(store.get, session_id)
@@ -73,11 +73,11 @@ def initialize(resident: Resident, work: Work) -> Outcome:
     return work.succeeded(told, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
 
 
-def step(resident: Resident, work: Work) -> Outcome | Passed | Steps:
+def step(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Steps:
     """One step, or the many of a dataset."""
     held = awake(resident, work.request["session_id"], work.job_id, work.request.get("sequence"))
     data = data_of(resident, held.session_id, work.request)
-    if isinstance(data, Dataset):
+    if isinstance(data, Samples):
         return _run(resident, work, held, data)
     options, sequence = options_of(work.request), work.request.get("sequence")
     copies = spooled(resident, work.request, work.row["owner"]) if sequence and resident_tensors(work.request) else {}
@@ -104,7 +104,7 @@ def step(resident: Resident, work: Work) -> Outcome | Passed | Steps:
     return _passed(held, sequence, ended)
 
 
-def checkpoint(resident: Resident, work: Work) -> Detached:
+def checkpoint(resident: Resident, work: ClaimedJob) -> Detached:
     """Copies the session's state now; the file is written and recorded beside, while steps go on."""
     request = work.request
     held = awake(resident, request["session_id"], work.job_id)
@@ -119,7 +119,7 @@ def checkpoint(resident: Resident, work: Work) -> Detached:
     return Detached(lambda: _finish_checkpoint(resident, work, held, snapshot, onnx), held.session_id)
 
 
-def validate(resident: Resident, work: Work) -> Outcome:
+def validate(resident: Resident, work: ClaimedJob) -> Outcome:
     """Exports the model, runs it for inference on this device, and compares it with the trained one."""
     request = work.request
     held = _checkpoint_of(resident, request["checkpoint"]) if request.get("checkpoint") else None
@@ -151,7 +151,7 @@ def _touch(resident: Resident, session_id: str) -> None:
         store.touch(connection, session_id)
 
 
-def end_session(resident: Resident, work: Work) -> Outcome | Steps:
+def end_session(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
     """Ends a session and frees its memory; with `checkpoint` its state is kept first, or the session goes on."""
     session_id = work.request["session_id"]
     if work.request.get("checkpoint"):
@@ -164,8 +164,8 @@ def end_session(resident: Resident, work: Work) -> Outcome | Steps:
 # ---- many steps
 
 
-def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
-    """The steps of a dataset; the lane may run something more urgent between any two.
+def _run(resident: Resident, work: ClaimedJob, held: HeldSession, dataset: Samples) -> Steps:
+    """The steps of a dataset; the scheduler may run something more urgent between any two.
 
     Cut short, it counts as applied with the steps that were made, unless it made none.
     """
@@ -213,7 +213,7 @@ def _run(resident: Resident, work: Work, held: Held, dataset: Dataset) -> Steps:
 class _Notes:
     """What the steps of one job did, on its way into the session's record: in bulk, twice a second."""
 
-    def __init__(self, resident: Resident, held: Held) -> None:
+    def __init__(self, resident: Resident, held: HeldSession) -> None:
         self._resident, self._held = resident, held
         self._began = self._noted_at = time.perf_counter()
         self._history: list[dict[str, Any]] = []
@@ -237,7 +237,7 @@ class _Notes:
             self.note()
 
     def note(self) -> None:
-        """Hands what was not noted yet to the recorder."""
+        """Hands what was not noted yet to the completer."""
         self._noted_at = time.perf_counter()
         standing = self.rest()
         engine, session_id, epoch = self._resident.engine, self.session_id, self._resident.epoch
@@ -283,15 +283,15 @@ def _applied(
     }  # fmt: skip
 
 
-def _passed(held: Held, sequence: int, ended: Outcome) -> Passed:
+def _passed(held: HeldSession, sequence: int, ended: Outcome) -> PlaceReleased:
     """The next step may begin while this one's end is recorded: the record takes it only after this one.
 
     Everything else on the session waits for the record.
     """
-    return Passed(ended, number_of(held.session_id, sequence))
+    return PlaceReleased(ended, number_of(held.session_id, sequence))
 
 
-def _told(resident: Resident, work: Work, held: Held, outcome: StepOutcome) -> dict[str, Any]:
+def _told(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: StepOutcome) -> dict[str, Any]:
     told: dict[str, Any] = {
         "session_id": held.session_id, "sequence": work.request.get("sequence"), "mode": outcome.mode,
         "step": outcome.step, "loss": outcome.loss, "gradient_norm": outcome.gradient_norm,
@@ -321,7 +321,7 @@ def _staged(request: dict[str, Any]) -> dict[str, int]:
     return {"staged_bytes": size} if size else {}
 
 
-def _described(held: Held) -> dict[str, Any]:
+def _described(held: HeldSession) -> dict[str, Any]:
     definition = held.session.definition
     model = held.session.state.model
     return {
@@ -331,7 +331,7 @@ def _described(held: Held) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_due(held: Held, outcome: StepOutcome) -> bool:
+def _is_due(held: HeldSession, outcome: StepOutcome) -> bool:
     """Whether an automatic checkpoint is to be taken after this step."""
     every = held.spec.checkpoint_every_steps
     moved = outcome.mode in ("train", "apply") and not outcome.skipped
@@ -341,7 +341,9 @@ def _is_due(held: Held, outcome: StepOutcome) -> bool:
 # ---- checkpoints and exports
 
 
-def _keep(resident: Resident, work: Work, held: Held, snapshot: Snapshot, onnx: bytes | None = None) -> dict[str, Any]:
+def _keep(
+    resident: Resident, work: ClaimedJob, held: HeldSession, snapshot: Snapshot, onnx: bytes | None = None
+) -> dict[str, Any]:
     request = work.request
     return keep_checkpoint(
         resident, snapshot,
@@ -353,7 +355,9 @@ def _keep(resident: Resident, work: Work, held: Held, snapshot: Snapshot, onnx: 
     )  # fmt: skip
 
 
-def _finish_checkpoint(resident: Resident, work: Work, held: Held, snapshot: Snapshot, onnx: bytes | None) -> Outcome:
+def _finish_checkpoint(
+    resident: Resident, work: ClaimedJob, held: HeldSession, snapshot: Snapshot, onnx: bytes | None
+) -> Outcome:
     """The file, whole; its record is made with the job's end."""
     work.cancel.check()
     made = _keep(resident, work, held, snapshot, onnx)
@@ -373,10 +377,10 @@ _TOLD_OF_CHECKPOINTS = (
 )  # fmt: skip
 
 
-def _kept_and_ended(resident: Resident, work: Work) -> Steps:
+def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
     held = awake(resident, work.request["session_id"], work.job_id)
     snapshot = held.session.snapshot()
-    writing = resident.aside.submit(_keep, resident, work, held, snapshot)
+    writing = resident.background.submit(_keep, resident, work, held, snapshot)
     while not wait([writing], LOOK_SECONDS).done:
         yield Progress()
     made = writing.result()
@@ -388,10 +392,10 @@ def _kept_and_ended(resident: Resident, work: Work) -> Steps:
     return work.succeeded(told, checkpoint=made)
 
 
-def _served(resident: Resident, work: Work, content: bytes, inputs: dict[str, Any]) -> dict[str, Any]:
+def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the exported model gives when it is loaded for inference on this device."""
     # As many threads as training has: a pool of more takes longer to start and end than a small model to run.
-    options = ModelOptions(intra_op_threads=torch.get_num_threads())
+    options = SessionOptions(intra_op_threads=torch.get_num_threads())
     with resident.loading(len(content)):
         onnx = resident.device.open_model(content, options, work.cancel)
     try:
@@ -400,7 +404,7 @@ def _served(resident: Resident, work: Work, content: bytes, inputs: dict[str, An
         onnx.close()
 
 
-def _checkpoint_of(resident: Resident, named: dict[str, Any]) -> Held:
+def _checkpoint_of(resident: Resident, named: dict[str, Any]) -> HeldSession:
     """A session of its own, made from a checkpoint, which is dropped after use."""
     row = resident.read(store.get, named["session_id"])
     if row is None:

@@ -4,7 +4,7 @@
 
 The record is the truth. A session whose memory is not where the record says is dropped and brought back from it.
 Everything here runs on the device's thread; automatic checkpoints are written on another, and recorded on the
-recorder's.
+completer's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from workers.operations.training.files import (
 )
 from workers.resident.models import make_room
 from workers.resident.residents import Resident
-from workers.training.export import export_ahead
+from workers.training.onnx.export import export_ahead
 from workers.training.outcomes import StepRecord
 from workers.training.session import Limits, TrainingSession, build_session
 
@@ -54,7 +54,7 @@ WRITING_AT_ONCE = 2
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class HeldSession:
     """A session in this device's memory."""
 
     session_id: str
@@ -77,7 +77,7 @@ class Held:
         return self.session.spec
 
 
-def begin(resident: Resident, row: Row) -> Held:
+def begin(resident: Resident, row: Row) -> HeldSession:
     """Builds a recorded session anew: from its description, or from the checkpoint that it is to start with."""
     held = _built(resident, row)
     if row["resumed"]:
@@ -92,7 +92,7 @@ def begin(resident: Resident, row: Row) -> Held:
     return held
 
 
-def awake(resident: Resident, session_id: str, job_id: str, sequence: int | None = None) -> Held:
+def awake(resident: Resident, session_id: str, job_id: str, sequence: int | None = None) -> HeldSession:
     """The session as the record has it, with everything before this job applied; brought back where it is not held.
 
     `sequence` is the job's own number, which saves asking the record. Raises what became of the session.
@@ -114,7 +114,7 @@ def awake(resident: Resident, session_id: str, job_id: str, sequence: int | None
     return held
 
 
-def wake(resident: Resident, row: Row) -> Held:
+def wake(resident: Resident, row: Row) -> HeldSession:
     """Brings a recorded session back into memory, reserving what it needs; where that cannot be, it is lost."""
     if row["state"] not in store.OPEN:
         raise failure(*gone(row))
@@ -162,7 +162,7 @@ def let_go(resident: Resident) -> None:
                 _unload(resident, held)
 
 
-def export_in_spare_time(resident: Resident, held: Held) -> None:
+def export_in_spare_time(resident: Resident, held: HeldSession) -> None:
     """Has the session's graph exported once no job waits, so that its first export or validation need not."""
     if held.exported:
         return
@@ -182,7 +182,7 @@ def export_in_spare_time(resident: Resident, held: Held) -> None:
     resident.spare.append(export)
 
 
-def checkpoint_beside(resident: Resident, held: Held, *, leaving: bool = False) -> None:
+def checkpoint_beside(resident: Resident, held: HeldSession, *, leaving: bool = False) -> None:
     """Takes an automatic checkpoint: copied now, written and recorded on a thread beside."""
     held.writing.acquire()
     try:
@@ -197,7 +197,7 @@ def checkpoint_beside(resident: Resident, held: Held, *, leaving: bool = False) 
     }  # fmt: skip
 
     def write() -> None:
-        """Beside the device; recorded on the recorder's thread, after the history up to it, which it stands for."""
+        """Beside the device; recorded on the completer's thread, after the history up to it, which it stands for."""
         try:
             checkpoint = keep_checkpoint(resident, snapshot, {**row, "checkpoint_id": new_id()})
         except Exception as error:  # noqa: BLE001 - training goes on; the session's record says what went wrong
@@ -210,10 +210,10 @@ def checkpoint_beside(resident: Resident, held: Held, *, leaving: bool = False) 
             held.leaving = held.leaving and not leaving
             held.writing.release()
 
-    resident.aside.submit(write)
+    resident.background.submit(write)
 
 
-def facts(held: Held, state: str = "ready") -> dict[str, Any]:
+def facts(held: HeldSession, state: str = "ready") -> dict[str, Any]:
     """What the session's record is to hold of it, as built and measured."""
     session = held.session
     return {
@@ -235,20 +235,20 @@ def limits(resident: Resident, own_bytes: int) -> Limits:
 # ---- from the record
 
 
-def _built(resident: Resident, row: Row) -> Held:
+def _built(resident: Resident, row: Row) -> HeldSession:
     spec = Initialize.model_validate(row["spec"])
     make_room(resident)
     sources = sources_of(resident, row["session_id"], spec)
     bounds = limits(resident, row["reserved_bytes"])
     session = build_session(spec, sources, resident.device.torch_device(), bounds, resident.networks)
-    return Held(row["session_id"], row["owner"], session)
+    return HeldSession(row["session_id"], row["owner"], session)
 
 
-def _restored(resident: Resident, row: Row) -> Held:
+def _restored(resident: Resident, row: Row) -> HeldSession:
     """The session at the record's applied sequence: from its furthest whole checkpoint, and the log since."""
     session_id, until = row["session_id"], row["applied_sequence"]
     candidates = resident.read(checkpoint_store.to_restore, session_id, until)
-    held: Held | None = None
+    held: HeldSession | None = None
     for checkpoint in candidates:
         try:
             snapshot = read_checkpoint(resident, checkpoint["blob_id"], checkpoint["sha256"], session_id)
@@ -270,7 +270,7 @@ def _restored(resident: Resident, row: Row) -> Held:
     return held
 
 
-def _replay(resident: Resident, held: Held, until: int) -> None:
+def _replay(resident: Resident, held: HeldSession, until: int) -> None:
     session = held.session
     steps = resident.read(store.log_since, held.session_id, session.sequence, until)
     wanted = list(range(session.sequence + 1, until + 1))
@@ -329,7 +329,7 @@ def _applied_sequence(resident: Resident, session_id: str) -> int | None:
     return None if found is None else int(found["applied_sequence"])
 
 
-def _in_another_run(held: Held, job_id: str) -> bool:
+def _in_another_run(held: HeldSession, job_id: str) -> bool:
     """Whether the memory holds steps of a dataset job that ended without them being recorded."""
     return held.session.state.unfinished_run is not None and held.run_job_id not in (None, job_id)
 
@@ -337,7 +337,7 @@ def _in_another_run(held: Held, job_id: str) -> bool:
 # ---- leaving
 
 
-def _record(resident: Resident, held: Held, checkpoint: dict[str, Any]) -> None:
+def _record(resident: Resident, held: HeldSession, checkpoint: dict[str, Any]) -> None:
     with transaction(resident.engine) as connection:
         recorded = effects.kept(connection, checkpoint, resident.epoch)
         if recorded:
@@ -348,12 +348,12 @@ def _record(resident: Resident, held: Held, checkpoint: dict[str, Any]) -> None:
     held.checkpoint_sequence = max(held.checkpoint_sequence, checkpoint["sequence"])
 
 
-def _tell_failed(resident: Resident, held: Held, error: OperationError) -> None:
+def _tell_failed(resident: Resident, held: HeldSession, error: OperationError) -> None:
     with resident.engine.connect() as connection:
         store.set_error(connection, held.session_id, error.as_job_error())
 
 
-def _unload(resident: Resident, held: Held) -> None:
+def _unload(resident: Resident, held: HeldSession) -> None:
     with transaction(resident.engine) as connection:
         freed = store.unload(connection, held.session_id, resident.epoch)
         if freed is None:
