@@ -10,19 +10,21 @@ KSERVE := .cache/kserve-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training demo-image up test lint format bench streams soak test-directml lock peers kserve
+.PHONY: help install demo demo-training demo-image up check test lint format wheels bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
 	@echo "make demo-training  the same for training"
 	@echo "make demo-image     from a prompt to a PNG, by a tiny pipeline with random weights; SDXL=/path takes a real one"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
-	@echo "make test           linters, types, import rules, all tests"
+	@echo "make check          the gate, as in CI: make lint and make test"
+	@echo "make lint, make test   linters, types, import rules; all tests"
+	@echo "make wheels         both distributions, into dist/"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults"
 	@echo "make test-directml RIG=folder   the DirectML tests, with Windows' own wheels"
-	@echo "make lint, make format, make lock   the linters alone; reformat; write the lock files anew"
+	@echo "make format, make lock   reformat; write the lock files anew"
 
 install: $(INSTALLED)
 
@@ -48,7 +50,9 @@ demo-image: $(INSTALLED)
 up: $(INSTALLED)
 	@$(BIN)/device-operations up
 
-test: lint $(KSERVE)
+check: lint test
+
+test: $(INSTALLED) $(KSERVE)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -60,6 +64,12 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What an earlier build left would get into the wheels, so it goes first.
+wheels: $(INSTALLED)
+	@rm -rf build dist server/build
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./server
+	@ls dist
 
 bench: $(INSTALLED) $(PEERS)
 	@$(BIN)/python -m benchmarks
