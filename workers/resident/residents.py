@@ -100,15 +100,16 @@ class ResidentModel:
         """
         if not self.batching.enabled:
             return None
+        onnx = self.onnx
         # What stands for one of the model's own weights holds for a whole run.
-        if any(spec.name in inputs for spec in self.onnx.optional_inputs):
+        if any(spec.name in inputs for spec in onnx.optional_inputs):
             return None
         rows = None
         key: list[Hashable] = [self.model_id, tuple(outputs) if outputs else None]
         for name in sorted(inputs):
             tensor = inputs[name]
             shape = tensor["shape"]
-            if tensor.get("allocation_id") or name not in self.onnx.row_inputs:
+            if tensor.get("allocation_id") or name not in onnx.row_inputs:
                 return None
             if not shape:
                 value = tensor.get("base64") or repr(tensor.get("data"))
