@@ -12,20 +12,22 @@ RIG ?= ../shared/directml-rig
 WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training demo-image up test test-unit lint format bench streams soak test-directml lock peers kserve
+.PHONY: help install demo demo-training demo-image up check test test-unit lint format wheels bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
 	@echo "make demo-training  the same for training"
 	@echo "make demo-image     from a prompt to a PNG, by a tiny pipeline with random weights; SDXL=/path takes a real one"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
-	@echo "make test           linters, types, import rules, all tests; WORKERS=1 where memory is short"
+	@echo "make check          the gate, as in CI: make lint and make test"
+	@echo "make lint, make test   linters, types, import rules; all tests; WORKERS=1 where memory is short"
 	@echo "make test-unit      the tests that need no server"
+	@echo "make wheels         both distributions, into dist/"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults; then the random tests at length"
 	@echo "make test-directml RIG=folder   the DirectML tests, with Windows' own wheels"
-	@echo "make lint, make format, make lock   the linters alone; reformat; write the lock files anew"
+	@echo "make format, make lock   reformat; write the lock files anew"
 
 install: $(INSTALLED)
 
@@ -51,10 +53,12 @@ demo-image: $(INSTALLED)
 up: $(INSTALLED)
 	@$(BIN)/device-operations up
 
+check: lint test
+
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
 
-test: lint $(KSERVE)
+test: $(INSTALLED) $(KSERVE)
 	$(BIN)/python -m pytest -m "not serial" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m serial
 
@@ -67,6 +71,12 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What an earlier build left would get into the wheels, so it goes first.
+wheels: $(INSTALLED)
+	@rm -rf build dist server/build
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./server
+	@ls dist
 
 bench: $(INSTALLED) $(PEERS)
 	@$(BIN)/python -m benchmarks

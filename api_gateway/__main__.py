@@ -10,9 +10,9 @@ import structlog
 import uvicorn
 
 from api_gateway.app import create_app
+from api_gateway.fast_path.wire import Protocol
 from api_gateway.guard import Guard
-from api_gateway.oip_infer import InferLane
-from api_gateway.wire import Protocol
+from api_gateway.oip.infer import InferMiddleware
 from device_operations.folders import keep_private
 from device_operations.settings import Settings, SettingsError, load
 from tasks.logs import configure
@@ -46,7 +46,7 @@ def main() -> int:
         return 3
     _allow_open_files(settings.http.max_connections)
     uvicorn.run(
-        Guard(InferLane(app), settings),
+        Guard(InferMiddleware(app), settings),
         host=settings.http.host,
         port=settings.http.port,
         http=Protocol.limited_to(settings.http.max_connections),

@@ -12,22 +12,11 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from api_gateway import (
-    blobs,
-    devices,
-    documents,
-    gateway,
-    health,
-    inference,
-    jobs,
-    memory,
-    oip,
-    pages,
-    problems,
-    training,
-)
+from api_gateway import documents, gateway, problems
+from api_gateway.background.reaper import Reaper
+from api_gateway.oip import service as oip
 from api_gateway.openai import routes as openai_routes
-from api_gateway.reaper import Reaper
+from api_gateway.routes import blobs, devices, health, inference, jobs, memory, pages, training
 from device_operations import collector
 from device_operations.settings import Settings
 

@@ -56,8 +56,11 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
             "targets": {"dtype": "float32", "shape": [1, 1], "data": [[1.0]]},
         },
     ),
-    "embeddings": (openai.Embeddings, {"model": "minilm", "input": ["a first text", "a second one"]}),
-    "images": (openai.Images, {"model": "sdxl", "prompt": "a lighthouse at dusk", "size": "1024x1024", "seed": 7}),
+    "embeddings": (openai.EmbeddingsRequest, {"model": "minilm", "input": ["a first text", "a second one"]}),
+    "images": (
+        openai.ImagesRequest,
+        {"model": "sdxl", "prompt": "a lighthouse at dusk", "size": "1024x1024", "seed": 7},
+    ),
 }
 
 _BULK_SCHEMA: dict[str, Any] = {

@@ -9,18 +9,18 @@ import redis
 from fastapi import Request
 from sqlalchemy import Engine
 
-from api_gateway.rates import Rates
-from api_gateway.rings import Rings
-from api_gateway.submitter import Submitter
-from api_gateway.waiting import Waiters
+from api_gateway.streams.rings import Rings
+from api_gateway.submission.rates import Rates
+from api_gateway.submission.submitter import Submitter
+from api_gateway.submission.waiting import Waiters
 from device_operations.settings import Settings
-from tasks.blobs import BlobStore
+from tasks.blobs.store import BlobStore
+from tasks.blobs.transients import Transients
+from tasks.celery_bridge.outbox import Outbox
 from tasks.database import open_engine
-from tasks.directory import Directory
-from tasks.outbox import Outbox
-from tasks.plans.base import Context
-from tasks.publish import Publisher, connect
-from tasks.transients import Transients
+from tasks.devices.directory import Directory
+from tasks.planning.context import Context
+from tasks.redis.publish import Publisher, connect
 
 
 @dataclass(frozen=True, slots=True)

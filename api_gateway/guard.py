@@ -6,7 +6,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api_gateway import problems
-from api_gateway.bodies import ROOM, Bodies, Room
+from api_gateway.submission.bodies import ROOM, Bodies, Room
 from device_operations.errors import failure
 from device_operations.settings import Settings
 

@@ -23,14 +23,14 @@ from celery import Celery
 from benchmarks import running
 from benchmarks.measure import Figure, compare
 from device_operations.stack.state import free_port
-from tasks.blobs import BlobStore
+from tasks.blobs.store import BlobStore
 from tests.memory.calls import Memory
 from tests.support.stack import RunningStack, eventually
 from workers.devices import open_device
-from workers.lane import Entry
+from workers.execution.claimed_job import ClaimedJob
+from workers.execution.scheduler import Entry
 from workers.operations import memory as operations
-from workers.resident import Resident
-from workers.work import Work
+from workers.resident.residents import Resident
 
 SIZE = int(os.environ.get("MEMORY_MIB", "1024")) << 20
 
@@ -114,8 +114,8 @@ def on_the_device() -> list[Figure]:
 
 
 def perform(operation: Any, resident: Resident, request: dict[str, Any]) -> None:
-    """One operation to its end, step by step as the runner takes it."""
-    made = operation(resident, Work(Entry("one", "memory.copy", 5, 1), {}, request))
+    """One operation to its end, step by step as the executor takes it."""
+    made = operation(resident, ClaimedJob(Entry("one", "memory.copy", 5, 1), {}, request))
     if hasattr(made, "__next__"):
         for _ in made:
             pass

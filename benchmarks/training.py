@@ -30,8 +30,8 @@ from examples import digits
 from examples.digits import Digits
 from tests.support.stack import RunningStack
 from tests.training_service.calls import tensor
-from workers.training.definition import Sources, define
-from workers.training.export import OPSET
+from workers.training.model.definition import Sources, define
+from workers.training.onnx.export import OPSET
 
 #: Steps in one job, and samples in a batch.
 STEPS, BATCH_SIZE = 500, 32

@@ -35,7 +35,7 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class NamedDevice:
     """One device as callers name it, and how to reach it: `gpu_0`, or `node-a.gpu_0` where a node is set."""
 
     device_id: str
@@ -43,12 +43,12 @@ class Device:
     ordinal: int
 
 
-def device_ids(settings: Settings) -> list[Device]:
+def device_ids(settings: Settings) -> list[NamedDevice]:
     """This machine's devices under the names that callers use, in order; `auto` looks for them (seconds, once)."""
     return name_devices(settings.devices or found_devices(), settings.node)
 
 
-def device(settings: Settings, device_id: str) -> Device:
+def device(settings: Settings, device_id: str) -> NamedDevice:
     """The device of that name on this machine. Raises `LookupError` naming those that are there."""
     devices = device_ids(settings)
     for known in devices:
@@ -97,7 +97,7 @@ def spell_devices(specs: Iterable[DeviceSpec]) -> str:
     return ",".join(texts) or "auto"
 
 
-def name_devices(specs: Iterable[DeviceSpec], node: str | None = None) -> list[Device]:
+def name_devices(specs: Iterable[DeviceSpec], node: str | None = None) -> list[NamedDevice]:
     """Gives each adapter its name: `gpu_N` after its own number, the next free one where two backends share it."""
     taken: set[str] = set()
     named = []
@@ -107,7 +107,7 @@ def name_devices(specs: Iterable[DeviceSpec], node: str | None = None) -> list[D
             number += 1
         taken.add(f"{kind}_{number}")
         device_id = f"{kind}_{number}" if node is None else f"{node}.{kind}_{number}"
-        named.append(Device(device_id, spec.backend, spec.ordinal))
+        named.append(NamedDevice(device_id, spec.backend, spec.ordinal))
     return named
 
 

@@ -1,8 +1,8 @@
 """The Celery application: its settings, and one named task for each job kind.
 
-The tasks' bodies never run: the worker's own pool (`workers.pool`) takes each message into the lane, where jobs run in
-order of priority and one device call at a time. They are registered so that Celery, Flower and every Celery tool know
-the names.
+The tasks' bodies never run: the worker's own pool (`workers.celery_bridge.pool`) takes each message into the scheduler,
+where jobs run in order of priority and one device call at a time. They are registered so that Celery, Flower and every
+Celery tool know the names.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from kombu.entity import Exchange, Queue
 
 from device_operations.jobs import Kind
 from device_operations.settings import Settings, load
-from tasks.queues import ANY_QUEUE, device_queue
+from tasks.redis.queues import ANY_QUEUE, device_queue
 
-#: Messages that one worker may hold unacknowledged, and eligible jobs in its lane above which it reads no more. Far
-#: more than the lane runs at once, so that a high priority is seen early. The messages of jobs that wait for
+#: Messages that one worker may hold unacknowledged, and eligible jobs in its scheduler above which it reads no more.
+#: Far more than the scheduler runs at once, so that a high priority is seen early. The messages of jobs that wait for
 #: predecessors are acknowledged at once and do not count.
 PREFETCH = 1024
 
@@ -45,7 +45,7 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         options["unacked_index_key"] = f"device-operations.unacked-index.{device_id}"
         options["unacked_mutex_key"] = f"device-operations.unacked-mutex.{device_id}"
         options["home_queue"] = device_queue(device_id)
-        app.conf.broker_transport = "tasks.transport:Transport"
+        app.conf.broker_transport = "tasks.celery_bridge.transport:Transport"
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -75,7 +75,7 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         event_queue_expires=60,
     )
     for kind in Kind:
-        app.task(_never_runs, name=kind.task, bind=True, shared=False, Strategy="workers.pool:strategy")
+        app.task(_never_runs, name=kind.task, bind=True, shared=False, Strategy="workers.celery_bridge.pool:strategy")
     return app
 
 
@@ -94,9 +94,7 @@ def _queue(name: str) -> Queue:
 
 
 def _never_runs(self: Any, *arguments: Any, **named: Any) -> None:
-    raise RuntimeError(
-        f"{self.name} runs only in a worker started by `device-operations worker`, whose pool takes it into the lane"
-    )
+    raise RuntimeError(f"{self.name} runs only in a worker started by `device-operations worker`, whose pool takes it")
 
 
 def __getattr__(name: str) -> Celery:

@@ -15,16 +15,18 @@ from device_operations.errors import failure
 from device_operations.jobs import Kind
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
-from tasks.directory import Directory
-from tasks.effects import Effect, EndAtOnce, JointEffect
-from tasks.effects import inference as inference_effects
-from tasks.effects import memory as memory_effects
-from tasks.effects import training as training_effects
+from tasks.devices.directory import Directory
+from tasks.inference import effects as inference_effects
+from tasks.inference import plan as inference
+from tasks.jobs.effects import Effect, EndAtOnce, JointEffect
+from tasks.memory import effects as memory_effects
+from tasks.memory import plan as memory
 from tasks.owners import Asker
-from tasks.plans import inference, memory, training
-from tasks.plans.base import Context
-from tasks.plans.earlier import Earlier
-from tasks.plans.plan import Plan
+from tasks.planning.context import Context
+from tasks.planning.earlier import Earlier
+from tasks.planning.plan import Plan
+from tasks.training import effects as training_effects
+from tasks.training import plan as training
 
 #: Makes the plan of a checked request of the kind, under a job id; raises why it is refused. Never writes the database.
 Planner = Callable[[Context, Any, str], Plan]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from device_operations.errors import OperationError, failure
-from tasks.store.connection import Row
+from tasks.statements import Row
 
 
 class Asker(Protocol):

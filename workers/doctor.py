@@ -29,7 +29,7 @@ from device_operations.devices import DeviceSpec, spell_devices
 from device_operations.errors import OperationError
 from device_operations.settings import Settings, SettingsError, load
 from workers.devices import Device, enumerate_devices, open_device
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 #: Bytes that the memory check copies: enough to time, small enough for any device.
 MEMORY_BYTES = 64 * 2**20
@@ -194,9 +194,9 @@ def _training(device: Device) -> str:
     """Ten steps of a linear model, a checkpoint, and its resumption, compared to the bit."""
     from device_operations.requests.training import Initialize
     from workers.training import checkpoints
-    from workers.training.definition import Sources
+    from workers.training.model.definition import Sources
+    from workers.training.model.ports import Batch
     from workers.training.outcomes import StepOptions
-    from workers.training.ports import Batch
     from workers.training.session import Limits, build_session
 
     layers = [{"type": "linear", "name": "fc", "in_features": 4, "out_features": 2}]
@@ -268,7 +268,7 @@ CHECKS: dict[str, Callable[[Device], str]] = {
 
 def _postgresql(settings: Settings) -> str:
     from tasks.database import open_engine
-    from tasks.store.connection import row
+    from tasks.statements import row
 
     with open_engine(settings.require_database_url()).connect() as connection:
         told = row(connection, "SELECT current_setting('server_version') AS version, to_regclass('jobs') AS jobs")
@@ -278,7 +278,7 @@ def _postgresql(settings: Settings) -> str:
 
 
 def _redis(settings: Settings) -> str:
-    from tasks.publish import connect
+    from tasks.redis.publish import connect
 
     client = connect(settings.require_redis_url())
     about: dict[str, Any] = client.info()
@@ -288,7 +288,7 @@ def _redis(settings: Settings) -> str:
 
 
 def _blobs(settings: Settings) -> str:
-    from tasks.blobs import BlobStore
+    from tasks.blobs.store import BlobStore
 
     store = BlobStore(str(settings.blobs.url))
     store.check()

@@ -1,7 +1,7 @@
 """The lease: this process's right to a device, taken under a new epoch and prolonged from a thread of its own.
 
-The database's clock alone says whether a lease stands. The worker stops its lane by its own monotonic clock before its
-lease can have run out, and goes on with what it holds once it hears that its epoch still stands.
+The database's clock alone says whether a lease stands. The worker stops its scheduler by its own monotonic clock before
+its lease can have run out, and goes on with what it holds once it hears that its epoch still stands.
 
 A library that holds the interpreter keeps the renewing thread from running: `extended` takes the time beforehand.
 """
@@ -22,17 +22,17 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from device_operations.errors import failure
-from tasks import lifecycle
-from tasks.lifecycle import Burial
-from tasks.store import devices as store
-from tasks.store.connection import Row, transaction
+from tasks.devices import store
+from tasks.jobs import lifecycle
+from tasks.jobs.lifecycle import Rescue
+from tasks.statements import Row, transaction
 
 log = structlog.get_logger(__name__)
 
 #: How many times the lease is renewed in its own length.
 RENEWALS_PER_LEASE = 4
 
-#: The share of the lease after which, unrenewed, the lane stops: well before the database could call it expired.
+#: The share of the lease after which, unrenewed, the scheduler stops: well before the database could call it expired.
 STOP_AT_SHARE = 0.75
 
 
@@ -137,7 +137,7 @@ class Lease:
                 self._on_drain(self.draining)
 
 
-def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds: float) -> tuple[Lease, Burial | None]:
+def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds: float) -> tuple[Lease, Rescue | None]:
     """Takes the device over under a new epoch, declaring lost what the last one held.
 
     Raises `device_unavailable` while a live worker holds it. A holder on this very machine whose process is gone does
@@ -147,7 +147,7 @@ def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds
     own = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": psutil.Process().create_time()}
     with transaction(engine) as connection:
         row = store.lock(connection, device_id)
-        burial = None
+        rescue = None
         if row is not None:
             if row["alive"] and not is_gone(row):
                 raise failure(
@@ -157,10 +157,10 @@ def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds
                     detail={"pid": row["pid"], "host": row["host"], "lease_until": row["lease_until"].isoformat()},
                 )
             if not row["buried"]:
-                burial = lifecycle.bury(connection, device_id, row["epoch"])
+                rescue = lifecycle.rescue(connection, device_id, row["epoch"])
         epoch = store.register(connection, {**facts, **own}, lease_seconds)
         store.set_budget(connection, device_id, budget_bytes)
-    return Lease(engine, device_id, epoch, lease_seconds), burial
+    return Lease(engine, device_id, epoch, lease_seconds), rescue
 
 
 def is_gone(row: Row) -> bool:

@@ -1,9 +1,9 @@
-"""The worker service: one device, one lease, one lane, and Celery's own worker in front of it.
+"""The worker service: one device, one lease, one scheduler, and Celery's own worker in front of it.
 
     open the device ─▶ take the lease ─▶ start Celery's worker with our pool ─▶ bring back models and training sessions
     ─▶ run jobs ─▶ stop ─▶ give the device back
 
-Messages are received while models come back, and their jobs wait in the lane.
+Messages are received while models come back, and their jobs wait in the scheduler.
 
 Exit status: 0 after an orderly stop, 75 when the device was lost (the supervisor starts it again), 76 when the lease
 was lost to another worker, 77 when it ended to give memory back (it is started again too). `workers.__main__` adds 2
@@ -28,36 +28,37 @@ from kombu.messaging import Consumer
 from sqlalchemy.exc import DBAPIError
 
 from device_operations import collector
-from device_operations.devices import Device as Named
+from device_operations.devices import NamedDevice as Named
 from device_operations.errors import OperationError
 from device_operations.settings import Settings
-from tasks import lifecycle, transport
 from tasks.app import PREFETCH, make_app
-from tasks.blobs import BlobStore
+from tasks.blobs.store import BlobStore
+from tasks.celery_bridge import transport
+from tasks.celery_bridge.outbox import Outbox
 from tasks.database import is_disconnect, open_engine, until_reachable
-from tasks.directory import Directory
-from tasks.messages import Wake, read_wake
-from tasks.outbox import Outbox
-from tasks.plans.base import Context
-from tasks.publish import Publisher, connect
-from tasks.queues import control_queue, device_queue
-from tasks.store import devices as device_store
-from tasks.store import ends
-from tasks.store.connection import transaction
+from tasks.devices import store as device_store
+from tasks.devices.directory import Directory
+from tasks.jobs import lifecycle
+from tasks.jobs import lost_ends as ends
+from tasks.planning.context import Context
+from tasks.redis.messages import Wake, read_wake
+from tasks.redis.publish import Publisher, connect
+from tasks.redis.queues import control_queue, device_queue
+from tasks.statements import transaction
 from workers import lease as leases
-from workers import training_sessions as training
+from workers.celery_bridge.events import SERIALIZER, Dispatcher, EventsInTurns
+from workers.celery_bridge.pool import Note, SchedulerPool
+from workers.celery_bridge.revoked import Revoked
 from workers.devices import open_device
-from workers.events import SERIALIZER, Dispatcher, EventsInTurns
-from workers.intake import Intake
-from workers.lane import Lane
-from workers.models import bring_back, let_replaced_go, look_after, replaced
-from workers.pool import LanePool, Note
-from workers.reconcile import Reconciler
-from workers.recorder import Recorder
-from workers.resident import Resident
-from workers.revoked import Revoked
-from workers.runner import DEVICE_LOST_STATUS, Runner
-from workers.transfers import Transfers
+from workers.execution.completer import Completer
+from workers.execution.executor import DEVICE_LOST_STATUS, Executor
+from workers.execution.prefetch import Prefetch
+from workers.execution.reconcile import Reconciler
+from workers.execution.scheduler import Scheduler
+from workers.operations.training import upkeep as training
+from workers.operations.transfers import Transfers
+from workers.resident.models import bring_back, let_replaced_go, look_after, replaced
+from workers.resident.residents import Resident
 
 log = structlog.get_logger(__name__)
 
@@ -96,35 +97,35 @@ class Service:
             "providers": list(about.providers),
         }  # fmt: skip
         budget = reading.budget_bytes or int((about.total_bytes or 0) * BUDGET_SHARE)
-        self._lease, self._burial = until_reachable(
+        self._lease, self._rescue = until_reachable(
             lambda: leases.take(self._engine, facts, budget, settings.lease_seconds)
         )
         epoch = self._lease.epoch
         blobs = BlobStore(str(settings.blobs.url))
-        self._lane = Lane()
+        self._scheduler = Scheduler()
         self.app = make_app(settings, self.device_id)
         self.resident = Resident(self.device_id, epoch, device, self._engine, settings, blobs)
         self.resident.extend_lease = self._lease.extended
         self._outbox = Outbox(self._engine, settings.require_redis_url())
         self._revoked = Revoked(self._engine, self._publisher, self._outbox)
-        self._recorder = Recorder(self._engine, self._publisher, self._lane, self.device_id, epoch, self._outbox)
+        self._completer = Completer(self._engine, self._publisher, self._scheduler, self.device_id, epoch, self._outbox)
         directory = Directory(self._engine, settings)
-        self._recorder.on_models_changed = directory.expire
+        self._completer.on_models_changed = directory.expire
         context = Context(self._engine, settings, directory, blobs, "default", device_id=self.device_id)
-        self._intake = Intake(
-            self._lane, self._recorder, self.resident, context, self._engine, self._publisher, self._redis,
+        self._prefetch = Prefetch(
+            self._scheduler, self._completer, self.resident, context, self._engine, self._publisher, self._redis,
             self._revoked, self._outbox, lambda: self._lease.draining or not self._lease.safe,
         )  # fmt: skip
-        self.runner = Runner(
-            self._lane, self._lease, self.resident, self._recorder, self._engine,
-            on_unclaimed=self._intake.unclaimed, on_device_lost=self._device_lost,
+        self.executor = Executor(
+            self._scheduler, self._lease, self.resident, self._completer, self._engine,
+            on_unclaimed=self._prefetch.unclaimed, on_device_lost=self._device_lost,
         )  # fmt: skip
         self._reconciler = Reconciler(
             self._engine, self.device_id, epoch,
-            lambda job_id: job_id in self._lane or job_id in self._recorder.unflushed, self._announce,
+            lambda job_id: job_id in self._scheduler or job_id in self._completer.unflushed, self._announce,
         )  # fmt: skip
         self.resident.transfers = self._transfers = Transfers(
-            self.resident, self._publisher, settings.require_database_url(), self._lane.wake
+            self.resident, self._publisher, settings.require_database_url(), self._scheduler.wake
         )
         self._sweeper = threading.Thread(target=self._sweep_until_stopped, name="sweep", daemon=True)
 
@@ -144,20 +145,21 @@ class Service:
             on_lost=lambda: self._leave(LEASE_LOST_STATUS),
             on_drain=lambda draining: log.info("draining" if draining else "resumed", device_id=self.device_id),
         )
-        self._tell_burial()
+        self._tell_rescue()
         restore_unacked(self.app)
-        LanePool.intake = self
-        transport.Transport.take = staticmethod(self._intake.receive_recorded)
-        transport.Transport.unknown_task = staticmethod(self._intake.report_unknown)
-        transport.Channel.has_room = staticmethod(lambda: self._lane.eligible < PREFETCH)
-        Dispatcher.active = staticmethod(lambda: len(self.runner.running()))
-        self.app.events.dispatcher_cls = "workers.events:Dispatcher"
+        SchedulerPool.prefetch = self
+        transport.Transport.take = staticmethod(self._prefetch.receive_recorded)
+        transport.Transport.unknown_task = staticmethod(self._prefetch.report_unknown)
+        transport.Channel.has_room = staticmethod(lambda: self._scheduler.eligible < PREFETCH)
+        Dispatcher.active = staticmethod(lambda: len(self.executor.running()))
+        self.app.events.dispatcher_cls = "workers.celery_bridge.events:Dispatcher"
         self.app.conf.event_serializer = SERIALIZER
         self.app.steps["consumer"].add(control_step(self))
         self.app.steps["consumer"].add(EventsInTurns)
         self.app.Worker(
             hostname=f"{self.device_id}@{socket.gethostname()}",
-            pool_cls="workers.pool:LanePool", concurrency=PREFETCH, queues=[device_queue(self.device_id)],
+            pool_cls="workers.celery_bridge.pool:SchedulerPool", concurrency=PREFETCH,
+            queues=[device_queue(self.device_id)],
             without_gossip=True, without_mingle=True, task_events=True, loglevel="WARNING", quiet=True,
         ).start()  # fmt: skip
 
@@ -167,19 +169,19 @@ class Service:
         """Celery's worker is up: what the last epoch had loaded comes back first, then jobs."""
         self._started = True
         self._outbox.start()
-        self._recorder.start()
+        self._completer.start()
         self._revoked.start()
-        self.resident.record, self.resident.announce = self._recorder.note, self._recorder.announce
-        self.runner.call(lambda: bring_back(self.resident))
-        self.runner.call(lambda: training.bring_back(self.resident))
-        self.runner.start()
-        self._intake.start()
+        self.resident.record, self.resident.announce = self._completer.note, self._completer.announce
+        self.executor.call(lambda: bring_back(self.resident))
+        self.executor.call(lambda: training.bring_back(self.resident))
+        self.executor.start()
+        self._prefetch.start()
         self._sweeper.start()
         collector.spare()
 
     def receive(self, handle: Any) -> None:
         """One message."""
-        self._intake.receive(handle)
+        self._prefetch.receive(handle)
 
     def revoke(self, task_ids: list[str]) -> None:
         """Tasks are revoked by Celery's remote control."""
@@ -195,13 +197,13 @@ class Service:
             if self._stopping.is_set():
                 return
             self._stopping.set()
-        self._intake.stop()
-        left = self._lane.close()
+        self._prefetch.stop()
+        left = self._scheduler.close()
         if self._started:
-            self.runner.stop(cold=cold)
+            self.executor.stop(cold=cold)
             self._transfers.close()
             self._revoked.stop()
-            self._recorder.stop()
+            self._completer.stop()
             self._outbox.stop()
         log.info("worker stops", device_id=self.device_id, left_to_the_next=len(left))
         self._lease.stop_renewing()
@@ -209,24 +211,24 @@ class Service:
             try:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)
-                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch, self.runner.running())
-                self._announce(burial)
+                    rescue = lifecycle.rescue(connection, self.device_id, self._lease.epoch, self.executor.running())
+                self._announce(rescue)
             except DBAPIError as error:
                 log.warning("the epoch could not be closed; it ends with its lease", error=str(error.orig).strip())
         self._lease.release()
 
     def notes(self, *, running: bool) -> list[Note]:
-        """The recorded jobs that run, or that wait in the lane, for `celery inspect`."""
-        entries = self.runner.entries(running=running)
+        """The recorded jobs that run, or that wait in the scheduler, for `celery inspect`."""
+        entries = self.executor.entries(running=running)
         if not running:
-            entries += self._lane.select(lambda _: True)
+            entries += self._scheduler.select(lambda _: True)
         return [entry.handle for entry in entries if isinstance(entry.handle, Note)]
 
     def standing(self) -> dict[str, Any]:
-        """What `celery inspect stats` shows of the lane."""
+        """What `celery inspect stats` shows of the scheduler."""
         return {
-            "device_id": self.device_id, "epoch": self._lease.epoch, "waiting": len(self._lane),
-            "running": self.runner.running(), "models": sorted(self.resident.models),
+            "device_id": self.device_id, "epoch": self._lease.epoch, "waiting": len(self._scheduler),
+            "running": self.executor.running(), "models": sorted(self.resident.models),
         }  # fmt: skip
 
     # ---- called by the control queue
@@ -236,29 +238,29 @@ class Service:
         if wake.send is not None:
             self._transfers.send(wake.send)
         if wake.follow is not None:
-            self._recorder.follow(wake.follow)
-        if wake.cancel is not None and not self.runner.cancel(wake.cancel):
-            entry = self._lane.discard(wake.cancel)
+            self._completer.follow(wake.follow)
+        if wake.cancel is not None and not self.executor.cancel(wake.cancel):
+            entry = self._scheduler.discard(wake.cancel)
             if entry is not None:
-                self._intake.unclaimed([entry])
+                self._prefetch.unclaimed([entry])
 
     # ---- looking after
 
-    def _tell_burial(self) -> None:
-        if self._burial is not None:
-            burial = self._burial
+    def _tell_rescue(self) -> None:
+        if self._rescue is not None:
+            rescue = self._rescue
             log.info(
-                "took over", device_id=self.device_id, requeued=len(burial.requeued), ended=len(burial.ended),
-                lost_allocations=len(burial.lost_allocations), lost_models=len(burial.lost_models),
-                lost_sessions=len(burial.lost_sessions),
+                "took over", device_id=self.device_id, requeued=len(rescue.requeued), ended=len(rescue.ended),
+                lost_allocations=len(rescue.lost_allocations), lost_models=len(rescue.lost_models),
+                lost_sessions=len(rescue.lost_sessions),
             )  # fmt: skip
-            self._announce(burial)
+            self._announce(rescue)
 
-    def _announce(self, burial: lifecycle.Burial) -> None:
-        lifecycle.announce(self._publisher, burial.ended)
-        self._outbox.ended_unseen(burial.ended)
-        self._outbox.requeued(burial.requeued)
-        self._publisher.jobs([(row, row["request"]) for row in burial.requeued])
+    def _announce(self, rescue: lifecycle.Rescue) -> None:
+        lifecycle.announce(self._publisher, rescue.ended)
+        self._outbox.ended_unseen(rescue.ended)
+        self._outbox.requeued(rescue.requeued)
+        self._publisher.jobs([(row, row["request"]) for row in rescue.requeued])
 
     def _sweep_until_stopped(self) -> None:
         sampled_at, busy_before = time.monotonic(), 0.0
@@ -266,12 +268,12 @@ class Service:
         idle_seconds = self.resident.settings.inference.session_timeout_minutes * 60
         look_seconds = min(5.0, max(0.25, idle_seconds / 4))
         while not self._stopping.wait(0.05):
-            self.runner.check_deadlines()
+            self.executor.check_deadlines()
             now = time.monotonic()
             if now - looked_at >= look_seconds:
                 looked_at = now
-                self.runner.call(lambda: look_after(self.resident))
-                self.runner.call(lambda: training.look_after(self.resident))
+                self.executor.call(lambda: look_after(self.resident))
+                self.executor.call(lambda: training.look_after(self.resident))
                 self._recycle_if_asked()
             if now - swept_at < SWEEP_SECONDS:
                 continue
@@ -279,7 +281,7 @@ class Service:
             try:
                 self._sweep()
                 if now - sampled_at >= SAMPLE_SECONDS:
-                    busy = self.runner.busy_seconds
+                    busy = self.executor.busy_seconds
                     self._sample(min(1.0, (busy - busy_before) / (now - sampled_at)))
                     sampled_at, busy_before = now, busy
             except DBAPIError as error:
@@ -289,20 +291,20 @@ class Service:
                 log.exception("sweep failed")
 
     def _sweep(self) -> None:
-        self._intake.sweep()
+        self._prefetch.sweep()
         with self._engine.connect() as connection:
             running = ends.claimed(connection, self.device_id, self._lease.epoch)
             outdated = bool(self.resident.models) and replaced(connection, self.device_id)
         for job in running:
             if job["cancel_requested"]:
-                self.runner.cancel(job["id"])
+                self.executor.cancel(job["id"])
         self._reconciler.look(running)
         if outdated:
-            self.runner.call(lambda: let_replaced_go(self.resident))
+            self.executor.call(lambda: let_replaced_go(self.resident))
 
     def _recycle_if_asked(self) -> None:
         """Ends the process in good order once it is idle; what it held loaded comes back with the next."""
-        if self.resident.recycle and not len(self._lane) and not len(self.runner.held):
+        if self.resident.recycle and not len(self._scheduler) and not len(self.executor.held):
             log.info("worker recycles to give memory back", device_id=self.device_id)
             self._status = RECYCLED_STATUS
             celery_state.should_stop = 0
@@ -311,7 +313,7 @@ class Service:
         reading = self.resident.device.memory()
         sample = {
             "used_bytes": reading.used_bytes, "free_bytes": reading.free_bytes,
-            "busy_share": round(busy_share, 4), "queue_length": len(self._lane),
+            "busy_share": round(busy_share, 4), "queue_length": len(self._scheduler),
         }  # fmt: skip
         with self._engine.connect() as connection:
             device_store.add_sample(connection, self.device_id, sample)
@@ -328,13 +330,13 @@ class Service:
         self._status = status
 
         def leave() -> None:
-            self._recorder.stop()
+            self._completer.stop()
             self._outbox.stop()
             if status == DEVICE_LOST_STATUS:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)
-                    burial = lifecycle.bury(connection, self.device_id, self._lease.epoch, self.runner.running())
-                self._announce(burial)
+                    rescue = lifecycle.rescue(connection, self.device_id, self._lease.epoch, self.executor.running())
+                self._announce(rescue)
             os._exit(status)
 
         # The device's own thread may be the caller, and a driver that lost its device may never let Celery stop.

@@ -15,11 +15,11 @@ from starlette.responses import Response
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Gateway, of
-from api_gateway.oip_infer import CLIENT_CLOSED_REQUEST
+from api_gateway.oip.infer import CLIENT_CLOSED_REQUEST
 from api_gateway.openai.models import find_that_makes
-from api_gateway.openai.requests import Embeddings, checked
+from api_gateway.openai.requests import EmbeddingsRequest, checked
 from api_gateway.openai.runs import run
-from api_gateway.submission import JSON, read_body
+from api_gateway.submission.answer import JSON, read_body
 from device_operations.tensors import Tensor, decode
 
 router = APIRouter(tags=["openai"])
@@ -29,7 +29,7 @@ router = APIRouter(tags=["openai"])
 async def create_embeddings(request: Request, caller: Known) -> Response:
     """Embeds texts. A client that goes away cancels the job. Texts over the model's limit are cut, and listed."""
     body = await read_body(request)
-    asked = checked(Embeddings, body)
+    asked = checked(EmbeddingsRequest, body)
     gateway = of(request)
     given = "texts" if isinstance(asked.input[0], str) else "tokens"
     fields: dict[str, Any] = {given: asked.input, "normalize": True}
@@ -42,7 +42,7 @@ async def create_embeddings(request: Request, caller: Known) -> Response:
         return await run_in_threadpool(_answer, gateway, asked, job)
 
 
-def _answer(gateway: Gateway, asked: Embeddings, job: dict[str, Any]) -> Response:
+def _answer(gateway: Gateway, asked: EmbeddingsRequest, job: dict[str, Any]) -> Response:
     result = job["result"]
     vectors = _vectors(gateway, result["outputs"]["embeddings"])
     used = result["tokens"]

@@ -15,13 +15,13 @@ from api_gateway import links
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.oip_infer import CLIENT_CLOSED_REQUEST
+from api_gateway.oip.infer import CLIENT_CLOSED_REQUEST
 from api_gateway.openai.models import MAKES, find_that_makes
-from api_gateway.openai.requests import Images, checked
+from api_gateway.openai.requests import ImagesRequest, checked
 from api_gateway.openai.runs import run
-from api_gateway.submission import json_response, read_body
+from api_gateway.submission.answer import json_response, read_body
 from device_operations.errors import failure
-from tasks.store.connection import Row
+from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
 
@@ -30,7 +30,7 @@ router = APIRouter(tags=["openai"])
 async def create_images(request: Request, caller: Known) -> Response:
     """Makes images of a prompt. A client that goes away cancels the job. A `url` is good for an hour, without a key."""
     body = await read_body(request)
-    asked = checked(Images, body)
+    asked = checked(ImagesRequest, body)
     gateway = of(request)
     find = partial(_model, gateway, caller, asked.model)
     async with run(request, caller, body, find, _fields(asked), asked.job) as job:
@@ -56,7 +56,7 @@ def _makes_images(models: list[Row]) -> bool:
     return bool(models) and MAKES.get(models[0]["model_type"]) == "images"
 
 
-def _fields(asked: Images) -> dict[str, Any]:
+def _fields(asked: ImagesRequest) -> dict[str, Any]:
     """The run's own fields: what was not given is the model's to choose."""
     width, height = asked.sides or (None, None)
     guidance = asked.guidance if asked.guidance_scale is None else asked.guidance_scale
@@ -74,7 +74,7 @@ def _fields(asked: Images) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _answer(gateway: Gateway, asked: Images, job: dict[str, Any], service: str) -> dict[str, Any]:
+def _answer(gateway: Gateway, asked: ImagesRequest, job: dict[str, Any], service: str) -> dict[str, Any]:
     images = job["result"]["images"]
     made = []
     for image in images:

@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.submission import json_response
+from api_gateway.submission.answer import json_response
 from device_operations.errors import OperationError, failure
-from tasks.directory import Snapshot
-from tasks.store.connection import Row
+from tasks.devices.directory import DirectorySnapshot
+from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
 
@@ -62,7 +62,7 @@ def no_such(name: str) -> OperationError:
     return failure("model_not_found", f"The model {name!r} does not exist or you do not have access to it.")
 
 
-def _entries(snapshot: Snapshot, caller: Caller) -> list[tuple[str, Row]]:
+def _entries(snapshot: DirectorySnapshot, caller: Caller) -> list[tuple[str, Row]]:
     found: list[tuple[str, Row]] = []
     versions: dict[str, list[str]] = {}
     for name, version in snapshot.names(caller):

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, WithJsonSchema
 
-from device_operations.requests.base import LabelName, LabelValue, Name, Request
-from device_operations.requests.kinds import invalid
+from device_operations.requests.base import LabelName, LabelValue, Name, Request, invalid
 from device_operations.requests.pipelines import MAX_TEXTS
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -72,7 +71,7 @@ class Options(Request):
     labels: dict[LabelName, LabelValue] = Field(default_factory=dict, max_length=64)
 
 
-class Embeddings(Request):
+class EmbeddingsRequest(Request):
     """`POST /v1/embeddings`. After its check, `input` is a list."""
 
     model: Name
@@ -83,7 +82,7 @@ class Embeddings(Request):
     job: Options = Field(default_factory=Options)
 
 
-class Images(Request):
+class ImagesRequest(Request):
     """`POST /v1/images/generations`, with the fields that this service adds."""
 
     prompt: Annotated[str, StringConstraints(min_length=1, max_length=32_000)]

@@ -15,16 +15,16 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.oip_infer import performed
-from api_gateway.oip_tensors import stashed
+from api_gateway.oip.infer import performed
+from api_gateway.oip.tensors import stashed
 from api_gateway.openai.requests import Options
-from api_gateway.submission import make_plan, promise_of, read_row
+from api_gateway.submission.answer import make_plan, promise_of, read_row
 from device_operations.errors import from_job_error
 from device_operations.jobs import TERMINAL, Kind, State, new_id
 from device_operations.requests.kinds import parse
-from tasks.store import jobs as store
-from tasks.store.connection import Row
-from tasks.submit import Plan, Promise, recall_jobs
+from tasks.jobs import store
+from tasks.jobs.submit import Plan, Promise, recall_jobs
+from tasks.statements import Row
 
 #: Finds the model of a request; it may read the database.
 FindModel = Callable[[], Row]

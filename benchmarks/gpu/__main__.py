@@ -70,7 +70,8 @@ def gpu() -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from workers.devices import nvml, open_device
+    from workers.devices import open_device
+    from workers.devices.adapters import nvml
 
     about = open_device("cuda", 0).describe()
     return {

@@ -46,7 +46,7 @@ def memory_over_http(stack: RunningStack) -> list[Figure]:
 
 def used(ordinal: int = 0) -> float:
     """What the driver says is in use on a GPU, in bytes, once it has settled."""
-    from workers.devices import nvml
+    from workers.devices.adapters import nvml
 
     time.sleep(0.5)
     usage = nvml.usage(nvml.gpus()[ordinal].index)

@@ -151,7 +151,7 @@ def gpu() -> dict[str, Any]:
     import torch
     from diffusers import __version__ as diffusers_version
 
-    from workers.devices import nvml
+    from workers.devices.adapters import nvml
 
     here = nvml.gpus()
     return {

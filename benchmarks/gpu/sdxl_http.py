@@ -59,7 +59,7 @@ def figures(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
 
 def scaling(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
     """Images a second of two and four workers beside one. Raises `NotHere` where there is one GPU."""
-    from workers.devices import nvml
+    from workers.devices.adapters import nvml
 
     here = 2 if tiny else len(nvml.gpus())
     if here < 2:
@@ -239,7 +239,7 @@ class _Peak:
 def _used(*, tiny: bool, settle: bool = True) -> float:
     if tiny:
         return 0.0
-    from workers.devices import nvml
+    from workers.devices.adapters import nvml
 
     if settle:
         time.sleep(0.5)

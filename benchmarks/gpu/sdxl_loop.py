@@ -18,8 +18,8 @@ from benchmarks.gpu import sdxl_models
 from benchmarks.gpu.sdxl_torch import PROMPT
 from benchmarks.measure import Figure, absolute, compare
 from workers.devices.base import Device
-from workers.devices.onnx import Cancel
-from workers.pipelines.base import Run, run_to_end
+from workers.devices.onnx.runtime import Cancel
+from workers.pipelines.base import RunContext, run_to_end
 from workers.pipelines.sdxl import SdxlPipeline
 
 #: The weight of the text against no text, and the seed.
@@ -185,7 +185,7 @@ def figures(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
             "width": side,
             "height": side,
         }
-        run = Run(request, Cancel(), lambda _: np.zeros(0), lambda _: b"", lambda _: "")
+        run = RunContext(request, Cancel(), lambda _: np.zeros(0), lambda _: b"", lambda _: "")
         made: np.ndarray[Any, Any] = run_to_end(pipeline.run(run)).images[0].pixels
         return made
 
@@ -252,14 +252,14 @@ def _variant(
 ) -> float:
     from dataclasses import replace
 
-    from workers.devices.values import ModelOptions
+    from workers.devices.values import SessionOptions
 
     provider = device.provider()
     given = replace(provider, options={**provider.options, **options})
     own = device.provider
     device.provider = lambda: given  # type: ignore[method-assign]
     try:
-        model = device.open_model(folder / "unet" / "model.onnx", ModelOptions(graph_optimization=level), None)
+        model = device.open_model(folder / "unet" / "model.onnx", SessionOptions(graph_optimization=level), None)
     finally:
         device.provider = own  # type: ignore[method-assign]
     session = model._session

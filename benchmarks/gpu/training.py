@@ -75,8 +75,8 @@ def training_figures() -> list[Figure]:
     import torch
 
     from device_operations.requests.training import Initialize
-    from workers.training.dataset import Dataset, Plan
-    from workers.training.definition import Sources
+    from workers.training.dataset import BatchPlan, Samples
+    from workers.training.model.definition import Sources
     from workers.training.outcomes import StepOptions
     from workers.training.session import Limits, build_session
 
@@ -131,7 +131,7 @@ def training_figures() -> list[Figure]:
         nonlocal sequence
         sequence += 1
         run = session.run(
-            Dataset({"input": inputs}, targets), Plan(BATCH, steps=STEPS, shuffle=False), StepOptions(), sequence
+            Samples({"input": inputs}, targets), BatchPlan(BATCH, steps=STEPS, shuffle=False), StepOptions(), sequence
         )
         torch.cuda.synchronize()
         began = time.perf_counter()

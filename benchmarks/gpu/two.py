@@ -30,7 +30,7 @@ class NotHere(Exception):
 
 def two_gpus() -> list[Figure]:
     """The product with a worker on each of the first two GPUs. Raises `NotHere` where there are not two."""
-    from workers.devices import nvml
+    from workers.devices.adapters import nvml
 
     count = len(nvml.gpus())
     if count < 2:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from device_operations.cli.output import json_option, print_json, print_table
-from device_operations.setting_names import PREFIX, nearest
 from device_operations.settings import SettingsError, describe, load
+from device_operations.settings.names import PREFIX, nearest
 
 
 @click.command()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from device_operations.client import blobs
-from device_operations.client.calls import Flow, at
+from device_operations.client.transport.calls import Flow, at
 from device_operations.errors import failure
 from device_operations.json_text import loads
 from device_operations.tensors import (

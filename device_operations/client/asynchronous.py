@@ -9,18 +9,18 @@ from typing import Any
 
 import httpx
 
-from device_operations.client import connection
 from device_operations.client.blobs import Blobs
-from device_operations.client.calls import Call, Content, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
 from device_operations.client.embeddings import Embedding
-from device_operations.client.exchange import Course, Policy
 from device_operations.client.images import Images
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
 from device_operations.client.memory import Memory
-from device_operations.client.operations import Async
 from device_operations.client.training import Training
+from device_operations.client.transport import connection
+from device_operations.client.transport.calls import Call, Command, Content, Do, Emit, Flow, Next, Sleep
+from device_operations.client.transport.exchange import FlowRun, Policy
+from device_operations.client.transport.operations import Async
 
 
 class AsyncClient(Jobs[Async], Embedding[Async]):
@@ -78,44 +78,44 @@ class _Driver:
 
     async def run(self, flow: Flow[Any]) -> Any:
         async with AsyncExitStack() as opened:
-            course = self._set_out(flow, opened)
-            await self._advance(course, opened)
-            return course.result
+            flow_run = self._set_out(flow, opened)
+            await self._advance(flow_run, opened)
+            return flow_run.result
 
     async def iterate(self, flow: Flow[None]) -> AsyncIterator[Any]:
         async with AsyncExitStack() as opened:
-            course = self._set_out(flow, opened)
+            flow_run = self._set_out(flow, opened)
             while True:
-                await self._advance(course, opened)
-                if not isinstance(course.wants, Emit):
+                await self._advance(flow_run, opened)
+                if not isinstance(flow_run.wants, Emit):
                     return
-                yield course.wants.value
-                course.go_on(None)
+                yield flow_run.wants.value
+                flow_run.go_on(None)
 
-    def _set_out(self, flow: Flow[Any], opened: AsyncExitStack) -> Course:
-        course = Course(flow, self._policy)
-        opened.callback(course.close)
-        return course
+    def _set_out(self, flow: Flow[Any], opened: AsyncExitStack) -> FlowRun:
+        flow_run = FlowRun(flow, self._policy)
+        opened.callback(flow_run.close)
+        return flow_run
 
-    async def _advance(self, course: Course, opened: AsyncExitStack) -> None:
+    async def _advance(self, flow_run: FlowRun, opened: AsyncExitStack) -> None:
         """Carries the flow on until it emits a value or is over."""
-        while course.wants is not None and not isinstance(course.wants, Emit):
+        while flow_run.wants is not None and not isinstance(flow_run.wants, Emit):
             try:
-                answer = await self._carry_out(course.wants, opened)
+                answer = await self._carry_out(flow_run.wants, opened)
             except Exception as error:  # noqa: BLE001 - raised again inside the flow
-                course.fail(error)
+                flow_run.fail(error)
             else:
-                course.go_on(answer)
+                flow_run.go_on(answer)
 
-    async def _carry_out(self, wish: Wish, opened: AsyncExitStack) -> Any:
-        if isinstance(wish, Call):
-            return await self._send(wish, opened)
-        if isinstance(wish, Next):
-            return await anext(wish.response.extensions[connection.PIECES], None)
-        if isinstance(wish, Do):
-            return await asyncio.to_thread(wish.function)
-        if isinstance(wish, Sleep):
-            await asyncio.sleep(wish.seconds)
+    async def _carry_out(self, command: Command, opened: AsyncExitStack) -> Any:
+        if isinstance(command, Call):
+            return await self._send(command, opened)
+        if isinstance(command, Next):
+            return await anext(command.response.extensions[connection.PIECES], None)
+        if isinstance(command, Do):
+            return await asyncio.to_thread(command.function)
+        if isinstance(command, Sleep):
+            await asyncio.sleep(command.seconds)
         return None
 
     async def _send(self, call: Call, opened: AsyncExitStack) -> httpx.Response:

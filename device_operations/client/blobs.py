@@ -11,8 +11,8 @@ from typing import BinaryIO, TypeAlias
 
 import httpx
 
-from device_operations.client.calls import Call, Do, Flow, Next, Sleep, at
-from device_operations.client.operations import Mode, Noun, operation
+from device_operations.client.transport.calls import Call, Do, Flow, Next, Sleep, at
+from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.errors import failure
 
 #: Bytes read from a file, and sent, at once.

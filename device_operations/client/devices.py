@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, TypeAlias
 
-from device_operations.client.calls import Call, Flow, at, get
-from device_operations.client.operations import Mode, Noun, operation
+from device_operations.client.transport.calls import Call, Flow, at, get
+from device_operations.client.transport.operations import Mode, Noun, operation
 
 #: Objects as the API gives them; a name of its own, since `list` is a method below.
 Rows: TypeAlias = list[dict[str, Any]]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from device_operations.client.arrays import received
-from device_operations.client.calls import Flow
 from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
-from device_operations.client.operations import Mode, Noun, operation
+from device_operations.client.transport.calls import Flow
+from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
 
 if TYPE_CHECKING:

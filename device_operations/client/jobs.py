@@ -10,8 +10,8 @@ from typing import Any, TypedDict
 
 import httpx
 
-from device_operations.client.calls import Call, Content, Emit, Flow, Next, Sleep, at, get
-from device_operations.client.operations import Mode, Noun, emits, operation
+from device_operations.client.transport.calls import Call, Content, Emit, Flow, Next, Sleep, at, get
+from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import Job, Kind, State
 from device_operations.requests.base import JobOptions, JobRequest

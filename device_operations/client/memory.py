@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from device_operations.client import arrays, blobs
 from device_operations.client.blobs import Body, Source
-from device_operations.client.calls import Call, Emit, Flow, at, get
 from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, submission_of_bytes, succeeded
-from device_operations.client.operations import Mode, Noun, emits, operation
+from device_operations.client.transport.calls import Call, Emit, Flow, at, get
+from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.jobs import Job, Kind
 from device_operations.tensors import from_bytes
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import httpx
 
-from device_operations.client import connection
 from device_operations.client.blobs import Blobs
-from device_operations.client.calls import Call, Do, Emit, Flow, Next, Sleep, Wish
 from device_operations.client.devices import Devices
 from device_operations.client.embeddings import Embedding
-from device_operations.client.exchange import Course, Policy
 from device_operations.client.images import Images
 from device_operations.client.inference import Inference
 from device_operations.client.jobs import Jobs
 from device_operations.client.memory import Memory
-from device_operations.client.operations import Sync
 from device_operations.client.training import Training
+from device_operations.client.transport import connection
+from device_operations.client.transport.calls import Call, Command, Do, Emit, Flow, Next, Sleep
+from device_operations.client.transport.exchange import FlowRun, Policy
+from device_operations.client.transport.operations import Sync
 
 
 class Client(Jobs[Sync], Embedding[Sync]):
@@ -87,44 +87,44 @@ class _Driver:
 
     def run(self, flow: Flow[Any]) -> Any:
         with ExitStack() as opened:
-            course = self._set_out(flow, opened)
-            self._advance(course, opened)
-            return course.result
+            flow_run = self._set_out(flow, opened)
+            self._advance(flow_run, opened)
+            return flow_run.result
 
     def iterate(self, flow: Flow[None]) -> Iterator[Any]:
         with ExitStack() as opened:
-            course = self._set_out(flow, opened)
+            flow_run = self._set_out(flow, opened)
             while True:
-                self._advance(course, opened)
-                if not isinstance(course.wants, Emit):
+                self._advance(flow_run, opened)
+                if not isinstance(flow_run.wants, Emit):
                     return
-                yield course.wants.value
-                course.go_on(None)
+                yield flow_run.wants.value
+                flow_run.go_on(None)
 
-    def _set_out(self, flow: Flow[Any], opened: ExitStack) -> Course:
-        course = Course(flow, self._policy)
-        opened.callback(course.close)
-        return course
+    def _set_out(self, flow: Flow[Any], opened: ExitStack) -> FlowRun:
+        flow_run = FlowRun(flow, self._policy)
+        opened.callback(flow_run.close)
+        return flow_run
 
-    def _advance(self, course: Course, opened: ExitStack) -> None:
+    def _advance(self, flow_run: FlowRun, opened: ExitStack) -> None:
         """Carries the flow on until it emits a value or is over."""
-        while course.wants is not None and not isinstance(course.wants, Emit):
+        while flow_run.wants is not None and not isinstance(flow_run.wants, Emit):
             try:
-                answer = self._carry_out(course.wants, opened)
+                answer = self._carry_out(flow_run.wants, opened)
             except Exception as error:  # noqa: BLE001 - raised again inside the flow
-                course.fail(error)
+                flow_run.fail(error)
             else:
-                course.go_on(answer)
+                flow_run.go_on(answer)
 
-    def _carry_out(self, wish: Wish, opened: ExitStack) -> Any:
-        if isinstance(wish, Call):
-            return self._send(wish, opened)
-        if isinstance(wish, Next):
-            return next(wish.response.extensions[connection.PIECES], None)
-        if isinstance(wish, Do):
-            return wish.function()
-        if isinstance(wish, Sleep):
-            time.sleep(wish.seconds)
+    def _carry_out(self, command: Command, opened: ExitStack) -> Any:
+        if isinstance(command, Call):
+            return self._send(command, opened)
+        if isinstance(command, Next):
+            return next(command.response.extensions[connection.PIECES], None)
+        if isinstance(command, Do):
+            return command.function()
+        if isinstance(command, Sleep):
+            time.sleep(command.seconds)
         return None
 
     def _send(self, call: Call, opened: ExitStack) -> httpx.Response:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from device_operations.addresses import check_webhook_url
+from device_operations.errors import failure
 from device_operations.ids import job_id
+from device_operations.requests.addresses import check_webhook_url
 
 #: Identifiers that a caller may choose.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
@@ -78,3 +79,19 @@ class JobRequest(Request):
     def payload(self) -> dict[str, Any]:
         """The request as it is stored and sent: JSON values, without `job` and without what was not said."""
         return self.model_dump(mode="json", exclude={"job"}, exclude_none=True)
+
+
+#: Fields named in one error at most: a caller may send any number of unknown ones, with names of any length.
+MAX_PROBLEMS = 100
+
+
+def invalid(error: ValidationError, what: str) -> Exception:
+    """`validation_failed` with one entry for each field that does not fit, `MAX_PROBLEMS` at most."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_PROBLEMS]
+    problems = [
+        {"loc": [str(part)[:100] for part in entry["loc"]], "message": entry["msg"], "type": entry["type"]}
+        for entry in found
+    ]
+    first = problems[0]
+    where = ".".join(first["loc"]) or "the body"
+    return failure("validation_failed", f"{what}: {where}: {first['message']}", errors=problems)

@@ -6,10 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from device_operations.errors import failure
 from device_operations.jobs import Kind
 from device_operations.requests import inference, memory, pipelines, training
-from device_operations.requests.base import JobRequest
+from device_operations.requests.base import JobRequest, invalid
 
 REQUESTS: dict[Kind, type[JobRequest]] = {
     Kind.MEMORY_ALLOCATE: memory.Allocate,
@@ -39,10 +38,6 @@ def requests_of(kind: Kind) -> tuple[type[JobRequest], ...]:
     return (REQUESTS[kind], *_OTHERS.get(kind, ()))
 
 
-#: Fields named in one error at most: a caller may send any number of unknown ones, with names of any length.
-MAX_PROBLEMS = 100
-
-
 def parse(kind: Kind, request: Any) -> JobRequest:
     """The checked request of `kind`; `validation_failed` names every field that does not fit."""
     schema = REQUESTS[kind]
@@ -52,15 +47,3 @@ def parse(kind: Kind, request: Any) -> JobRequest:
         return schema.model_validate(request)
     except ValidationError as error:
         raise invalid(error, f"The request of {kind.value} does not fit the contract") from error
-
-
-def invalid(error: ValidationError, what: str) -> Exception:
-    """`validation_failed` with one entry for each field that does not fit, `MAX_PROBLEMS` at most."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_PROBLEMS]
-    problems = [
-        {"loc": [str(part)[:100] for part in entry["loc"]], "message": entry["msg"], "type": entry["type"]}
-        for entry in found
-    ]
-    first = problems[0]
-    where = ".".join(first["loc"]) or "the body"
-    return failure("validation_failed", f"{what}: {where}: {first['message']}", errors=problems)

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from device_operations.errors import failure
-from device_operations.requests.base import Identifier, JobRequest, Name, Request
+from device_operations.requests.base import Identifier, JobRequest, Name, Request, invalid
 from device_operations.tensors import Form, Tensor
 
 #: Bytes of a picture that rides in the request as base64; more is uploaded as a blob.
@@ -254,8 +254,6 @@ class AnyPipelineRun(PipelineRun):
 
     def fitted(self, model_type: str) -> PipelineRun:
         """The checked run of a model of that type. Raises `validation_failed`, which names every wrong field."""
-        from device_operations.requests.kinds import invalid
-
         schema = RUNS.get(model_type)
         if schema is None:
             raise failure(

@@ -21,7 +21,7 @@ import psutil
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Account, Command
 from device_operations.stack.state import Remembered, make_private_folder
-from device_operations.stack.supervisor import Service
+from device_operations.stack.supervisor import ChildService
 
 MAJOR_VERSION = "18"
 ROLE = "device_operations"
@@ -45,7 +45,7 @@ _SETTINGS = {
 _NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
 
 
-def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> Service:
+def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> ChildService:
     """Makes the cluster where there is none yet (seconds, once) and answers how to run it.
 
     Raises `StackError` where the package is missing, or the cluster is another version's.
@@ -63,7 +63,7 @@ def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> 
     arguments = [str(binaries / "postgres"), "-D", str(cluster)]
     for name, value in settings.items():
         arguments += ["-c", f"{name}={value}"]
-    return Service(
+    return ChildService(
         # SIGINT is PostgreSQL's fast shutdown: SIGTERM would wait for every client to leave.
         Command(
             "postgresql",

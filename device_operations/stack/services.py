@@ -15,7 +15,7 @@ import httpx
 
 from device_operations.settings import PREFIX, local_url
 from device_operations.stack.processes import Command
-from device_operations.stack.supervisor import Service
+from device_operations.stack.supervisor import ChildService
 
 #: A worker finishes the step that runs when it is asked to stop; what waits goes to the next worker.
 WORKER_GRACE_SECONDS = 30
@@ -54,10 +54,10 @@ def migrate(environment: Mapping[str, str], folder: Path | None = None) -> Comma
     return Command("migrate", python(*MIGRATE), environment, folder)
 
 
-def gateway(environment: Mapping[str, str], folder: Path | None = None, name: str = "gateway") -> Service:
+def gateway(environment: Mapping[str, str], folder: Path | None = None, name: str = "gateway") -> ChildService:
     """The HTTP gateway; ready as soon as it answers at all, since `/readyz` also asks for a device."""
     url = gateway_url(environment)
-    return Service(
+    return ChildService(
         Command(name, python(*GATEWAY), environment, folder),
         is_ready=lambda: answers(f"{url}/healthz"),
         url=url,
@@ -65,19 +65,19 @@ def gateway(environment: Mapping[str, str], folder: Path | None = None, name: st
     )
 
 
-def worker(device_id: str, environment: Mapping[str, str], folder: Path | None = None) -> Service:
+def worker(device_id: str, environment: Mapping[str, str], folder: Path | None = None) -> ChildService:
     """The worker of one device. `/readyz` tells when it is online."""
     command, own = python(*worker_arguments(device_id)), {**WORKER_ENVIRONMENT, **environment}
-    return Service(
+    return ChildService(
         Command(f"worker-{device_id}", command, own, folder, grace_seconds=WORKER_GRACE_SECONDS),
         remedy="run `device-operations doctor` to see what this machine's devices lack",
         failed_starts=WORKER_FAILED_STARTS,
     )
 
 
-def flower(environment: Mapping[str, str], url: str, folder: Path | None = None) -> Service:
+def flower(environment: Mapping[str, str], url: str, folder: Path | None = None) -> ChildService:
     """Flower at its URL; ready when it answers, if only to ask for the password."""
-    return Service(
+    return ChildService(
         Command("flower", python(*FLOWER), environment, folder), is_ready=lambda: answers(url, any_status=True), url=url
     )
 

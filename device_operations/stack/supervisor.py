@@ -51,7 +51,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ChildService:
     """One service: what runs it, its URL, whether it is ready (at once, if it cannot tell), and what helps if not."""
 
     command: Command
@@ -67,7 +67,7 @@ class Service:
 class Child:
     """A service and its process now. `running -- crashed (waits out its backoff) -> running`, until it is stopped."""
 
-    service: Service
+    service: ChildService
     log: Path
     process: psutil.Popen | None = None
     started_at: float = 0.0
@@ -104,7 +104,7 @@ class Supervisor:
         """Every child, in the order of starting."""
         return [child for group in self._groups for child in group]
 
-    def start(self, *groups: Sequence[Service]) -> None:
+    def start(self, *groups: Sequence[ChildService]) -> None:
         """Starts services side by side and returns once all are ready; groups matter for the order of stopping.
 
         Raises `StackError` for one that keeps ending or is not ready in its time, `Stopped` when asked to stop.

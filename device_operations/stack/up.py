@@ -22,7 +22,7 @@ from device_operations.settings import Settings, local_url, stack_file
 from device_operations.stack import postgres, services, state, valkey
 from device_operations.stack.errors import StackError
 from device_operations.stack.state import Remembered
-from device_operations.stack.supervisor import Service, Stopped, Supervisor
+from device_operations.stack.supervisor import ChildService, Stopped, Supervisor
 
 #: From the start of the gateway until a device is online: a GPU's first contact takes many seconds.
 READY_WITHIN_SECONDS = 180
@@ -91,7 +91,7 @@ def _addresses(
     flower_port = _port(
         "FLOWER__PORT", settings.flower.host, settings.flower.port, "port" in settings.flower.model_fields_set, say
     )
-    ours: dict[str, Service] = {}
+    ours: dict[str, ChildService] = {}
     if settings.database_url is None:
         ours["database"] = postgres.prepare(settings.data_dir, remembered)
     if settings.redis_url is None:

@@ -15,7 +15,7 @@ from device_operations.folders import private_folder
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Command
 from device_operations.stack.state import Remembered
-from device_operations.stack.supervisor import Service
+from device_operations.stack.supervisor import ChildService
 
 _CONFIGURATION = """\
 bind 127.0.0.1
@@ -32,7 +32,7 @@ appendfsync everysec
 """
 
 
-def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> Service:
+def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> ChildService:
     """Writes the configuration and answers how to run the server. Raises `StackError` where there is none."""
     program = _program()
     folder = private_folder(data_dir / "valkey")
@@ -46,7 +46,7 @@ def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> 
         encoding="utf-8",
     )
     url = f"redis://:{password}@127.0.0.1:{port}/0"
-    return Service(
+    return ChildService(
         Command("valkey", [str(program), str(configuration)], folder=folder),
         url=url,
         is_ready=lambda: _answers(url),

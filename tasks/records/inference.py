@@ -40,7 +40,7 @@ models = Table(
     Column("load_ms", Float),
     Column("provider", Text),
     Column("cpu_fallback_ops", Integer),
-    # Whether runs may be joined, as the worker found out: the fields of `workers.batching.Batching`.
+    # Whether runs may be joined, as the worker found out: the fields of `workers.resident.batching.Batching`.
     Column("batching", Json),
     # [{"name", "side", "reason"}]: inputs and outputs that callers cannot give or get, as the worker found out.
     Column("not_offered", Json),

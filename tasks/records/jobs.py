@@ -18,8 +18,8 @@ from sqlalchemy import (
 )
 
 from device_operations.jobs import TERMINAL
+from tasks.jobs.states import listed
 from tasks.records.base import Json, Texts, Time, metadata
-from tasks.states import listed
 
 #: The states that have ended, as SQL.
 ENDED_SQL = f"state IN {listed(TERMINAL)}"
@@ -70,7 +70,7 @@ jobs = Table(
     Column("progress", Json),
     Column("result", Json),
     Column("error", Json),
-    # What a direct caller's Celery is to be given at the end (`tasks.outbox`); null once it was, and for other jobs.
+    # What Celery is given at the end of a direct caller's job (`tasks.celery_bridge.outbox`); null otherwise.
     Column("celery", Json),
     Column("webhook_url", Text),
     # Deliveries tried so far; null once delivered or given up.

@@ -59,7 +59,7 @@ def test_celery_inspect_answers_while_jobs_run(stack: RunningStack) -> None:
     (name,) = inspected("inspect", "ping")
     assert name.startswith("cpu_0@")
     stats = inspected("inspect", "stats")[name]
-    assert stats["pool"]["lane"]["device_id"] == "cpu_0"
+    assert stats["pool"]["scheduler"]["device_id"] == "cpu_0"
     assert "device_operations.training.step" in inspected("inspect", "registered")[name]
     assert [queue["name"] for queue in inspected("inspect", "active_queues")[name]] == ["device.cpu_0"]
 
@@ -96,7 +96,7 @@ def test_where_the_server_lacks_blmpop_recorded_and_direct_jobs_come_one_at_a_ti
     stack.stop("cpu_0")
     # Every server here has the command; a worker that was told otherwise is this one.
     program = (
-        "import sys; from tasks.transport import Channel; Channel._takes_many = False; "
+        "import sys; from tasks.celery_bridge.transport import Channel; Channel._takes_many = False; "
         "from workers.__main__ import main; sys.exit(main(['--device', 'cpu_0']))"
     )
     log = (stack.folder / "one-at-a-time.log").open("w")

@@ -14,7 +14,7 @@ import numpy as np
 import psycopg2
 import pytest
 
-from api_gateway.webhooks import pinned
+from api_gateway.background.webhooks import pinned
 from device_operations.errors import OperationError
 from tests.support import graphs
 from tests.support.stack import RunningStack, eventually

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from device_operations.errors import OperationError
-from tasks.blobs import CHUNK_BYTES, BlobStore
+from tasks.blobs.store import CHUNK_BYTES, BlobStore
 from tests.support.stack import eventually
 
 

@@ -145,7 +145,7 @@ def test_a_priority_is_the_same_number_for_the_producer_and_over_http(
 def test_every_priority_goes_to_the_list_that_workers_read_for_it(producer: Producer, loaded: RunningStack) -> None:
     import redis
 
-    from tasks.queues import redis_key
+    from tasks.redis.queues import redis_key
 
     with redis.Redis.from_url(loaded.redis_url) as client:
         for priority in range(10):

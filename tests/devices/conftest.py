@@ -10,8 +10,8 @@ import pytest
 from tests.devices import graphs
 from tests.devices.torch_on_cpu import TorchOnCpu
 from workers.devices import Device, enumerate_devices, open_device, torch_memory
-from workers.devices.base import installed
-from workers.devices.onnx import OnnxModel
+from workers.devices.libraries import installed
+from workers.devices.onnx.runtime import LoadedGraph
 
 #: Where there is torch and no GPU, what the torch backends share is run on the CPU (see torch_on_cpu).
 HERE = sorted({found.backend for found in enumerate_devices()} | ({"torch"} if installed("torch") else set()))
@@ -53,12 +53,12 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def opened(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], OnnxModel]]:
+def opened(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], LoadedGraph]]:
     """A model of `graphs` by its function's name, loaded once for all tests: some backends give no session back."""
-    models: dict[str, OnnxModel] = {}
+    models: dict[str, LoadedGraph] = {}
     folder = tmp_path_factory.mktemp("models")
 
-    def once(name: str) -> OnnxModel:
+    def once(name: str) -> LoadedGraph:
         if name not in models:
             path = folder / f"{name}.onnx"
             path.write_bytes(getattr(graphs, name)())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from device_operations.errors import OperationError
-from workers.devices import nvml
+from workers.devices.adapters import nvml
+from workers.devices.adapters.nvml import visible
 from workers.devices.cuda import CudaDevice, names_cuda
-from workers.devices.nvml import visible
 
 UUIDS = ["GPU-aaaa-1", "GPU-aabb-2", "GPU-cccc-3"]
 

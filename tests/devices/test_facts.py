@@ -12,9 +12,9 @@ import pytest
 from device_operations.errors import OperationError, failure
 from tests.devices import graphs
 from workers.devices import BACKENDS, Device, Found, enumerate_devices, open_device
-from workers.devices.base import DTYPES
+from workers.devices.arrays import DTYPES
 from workers.devices.cpu import CpuDevice
-from workers.devices.onnx import resolve_provider
+from workers.devices.onnx.runtime import resolve_provider
 from workers.devices.values import Provider
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from tests.support import pipelines
-from workers.devices.onnx_diffusion import SUFFIX, fused, joined
+from workers.devices.onnx.fusions.diffusion import SUFFIX, fused, joined
 
 
 def _constant(name: str, values: np.ndarray[Any, Any]) -> onnx.NodeProto:

@@ -12,9 +12,9 @@ from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import floats
 from workers.devices import BufferView, Device
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import LoadedGraph
 
-Opened = Callable[[str], OnnxModel]
+Opened = Callable[[str], LoadedGraph]
 
 
 def test_outputs_stay_as_they_are_through_later_runs_of_other_sizes(opened: Opened) -> None:

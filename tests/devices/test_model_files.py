@@ -11,13 +11,13 @@ import pytest
 
 from device_operations.errors import OperationError
 from tests.devices import graphs
-from workers.devices import Device, ModelOptions
-from workers.devices.onnx_file import inspect
+from workers.devices import Device, SessionOptions
+from workers.devices.onnx.file import inspect
 
 Save = Callable[..., Path]
 
 
-def refused(device: Device, path: Path, options: ModelOptions | None = None) -> str:
+def refused(device: Device, path: Path, options: SessionOptions | None = None) -> str:
     with pytest.raises(OperationError) as error:
         device.open_model(path, options)
     assert error.value.code == "model_invalid"

@@ -11,10 +11,10 @@ import pytest
 from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import RNG, floats, placed
-from workers.devices import BufferView, Device, ModelOptions
-from workers.devices.onnx import OnnxModel
+from workers.devices import BufferView, Device, SessionOptions
+from workers.devices.onnx.runtime import LoadedGraph
 
-Opened = Callable[[str], OnnxModel]
+Opened = Callable[[str], LoadedGraph]
 
 
 def test_a_model_tells_its_inputs_and_outputs_with_symbols_for_free_dimensions(opened: Opened) -> None:
@@ -151,7 +151,7 @@ def test_an_index_outside_its_table_fails_the_run_or_harms_nothing_and_the_next_
 
 
 def test_free_dimensions_are_fixed_by_name(device: Device, save: Callable[..., Path]) -> None:
-    model = device.open_model(save(graphs.linear()), ModelOptions(free_dimensions={"n": 4}))
+    model = device.open_model(save(graphs.linear()), SessionOptions(free_dimensions={"n": 4}))
     assert model.inputs[0].shape == (4, 16)
     assert model.run({"x": floats(4, 16)})["y"].shape == (4, 8)
     with pytest.raises(OperationError) as refused:
@@ -163,16 +163,16 @@ def test_free_dimensions_are_fixed_by_name(device: Device, save: Callable[..., P
 def test_options_that_mean_nothing_are_refused(device: Device, save: Callable[..., Path]) -> None:
     path = save(graphs.linear())
     with pytest.raises(OperationError, match="has no free dimension batch; it has n"):
-        device.open_model(path, ModelOptions(free_dimensions={"batch": 1}))
+        device.open_model(path, SessionOptions(free_dimensions={"batch": 1}))
     with pytest.raises(OperationError, match="graph_optimization is one of"):
-        device.open_model(path, ModelOptions(graph_optimization="most"))
+        device.open_model(path, SessionOptions(graph_optimization="most"))
 
 
 @pytest.mark.parametrize("level", ["disable", "basic", "extended", "all"])
 def test_every_level_of_optimization_gives_the_same_answer(
     device: Device, opened: Opened, save: Callable[..., Path], level: str
 ) -> None:
-    model = device.open_model(save(graphs.convnet()), ModelOptions(graph_optimization=level, deterministic=True))
+    model = device.open_model(save(graphs.convnet()), SessionOptions(graph_optimization=level, deterministic=True))
     x = floats(2, 3, 8, 8)
     np.testing.assert_allclose(model.run({"x": x})["y"], opened("convnet").run({"x": x})["y"], atol=1e-5)  # type: ignore[arg-type]
 

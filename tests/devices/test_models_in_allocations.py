@@ -12,9 +12,9 @@ from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import floats, placed, seen
 from workers.devices import BufferView, Device
-from workers.devices.onnx import Kept, OnnxModel
+from workers.devices.onnx.runtime import Kept, LoadedGraph
 
-Opened = Callable[[str], OnnxModel]
+Opened = Callable[[str], LoadedGraph]
 
 
 @pytest.mark.parametrize("offset", [0, 4, 64, 1, 6])

@@ -16,10 +16,10 @@ from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import floats
 from tests.support import models
-from workers.devices import Device, ModelOptions
-from workers.devices.onnx_rewrite import rewritten
+from workers.devices import Device, SessionOptions
+from workers.devices.onnx.rewrite import rewritten
 
-REWRITE = ModelOptions(graph_optimization="rewrite")
+REWRITE = SessionOptions(graph_optimization="rewrite")
 
 Save = Callable[..., Path]
 

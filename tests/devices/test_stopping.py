@@ -12,11 +12,11 @@ import pytest
 from device_operations.errors import OperationError
 from tests.devices import graphs
 from tests.devices.tensors import floats, placed
-from workers.devices import BufferView, Device, ModelOptions
-from workers.devices.onnx import Cancel, OnnxModel
-from workers.devices.onnx_tensors import Feed
+from workers.devices import BufferView, Device, SessionOptions
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
+from workers.devices.onnx.tensors import Feed
 
-Opened = Callable[[str], OnnxModel]
+Opened = Callable[[str], LoadedGraph]
 
 
 def side(device: Device) -> int:
@@ -24,7 +24,7 @@ def side(device: Device) -> int:
     return 64 if device.backend == "directml" else 512
 
 
-def stopped_once(model: OnnxModel, feed: Feed) -> None:
+def stopped_once(model: LoadedGraph, feed: Feed) -> None:
     """A first run, stopped as soon as it is under way: some backends compile a graph in it, and hear of nothing."""
     cancel = Cancel()
     threading.Timer(0.05, cancel.trip).start()
@@ -37,7 +37,7 @@ def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_u
     device: Device, save: Callable[..., Path]
 ) -> None:
     width = side(device)
-    model = device.open_model(save(graphs.slow(width=width)), ModelOptions(intra_op_threads=1))
+    model = device.open_model(save(graphs.slow(width=width)), SessionOptions(intra_op_threads=1))
     x = floats(width, width)
     stopped_once(model, x)
     cancel = Cancel()
@@ -51,13 +51,13 @@ def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_u
         ended["at"] = time.perf_counter()
 
     started = time.perf_counter()
-    runner = threading.Thread(target=run)
-    runner.start()
-    runner.join(0.3)
-    assert runner.is_alive(), "the model must run for longer than this test waits before it cancels"
+    executor = threading.Thread(target=run)
+    executor.start()
+    executor.join(0.3)
+    assert executor.is_alive(), "the model must run for longer than this test waits before it cancels"
     tripped = time.perf_counter()
     cancel.trip()
-    runner.join(30)
+    executor.join(30)
     assert ended["code"] == "cancelled"
     # In software DirectML's queue takes its time to run dry; what it takes on a GPU, only a GPU tells.
     assert float(ended["at"]) - tripped < (5.0 if device.backend == "directml" else 0.1)
@@ -75,7 +75,7 @@ def test_a_run_of_seconds_stops_within_a_tenth_of_a_second_and_the_model_stays_u
 
 def test_a_run_with_allocations_stops_too(device: Device, save: Callable[..., Path]) -> None:
     width = side(device)
-    model = device.open_model(save(graphs.slow(width=width)), ModelOptions(intra_op_threads=1))
+    model = device.open_model(save(graphs.slow(width=width)), SessionOptions(intra_op_threads=1))
     x = placed(device, floats(width, width))
     stopped_once(model, x)
     out = BufferView(device.allocate(1 << 20))

@@ -13,8 +13,8 @@ import pytest
 from device_operations.errors import OperationError
 from tests.support import value_graphs as graphs
 from workers.devices import Device
-from workers.devices.base import BufferView
-from workers.devices.onnx_values import Values, parse_type
+from workers.devices.arrays import BufferView
+from workers.devices.onnx.values import Values, parse_type
 
 Save = Callable[..., Path]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workers.devices.base import DTYPES, Array
+from workers.devices.arrays import DTYPES, Array
 from workers.devices.cpu import CpuDevice
 from workers.devices.torch_memory import TorchDevice
-from workers.devices.transfers import Transfers
+from workers.devices.transfers import TensorTransfers
 from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TorchOnCpu(TorchDevice):
 
         return torch.device("cpu")
 
-    def transfers(self) -> Transfers:
+    def transfers(self) -> TensorTransfers:
         return CopiedTransfers()
 
     def _allocate(self, size_bytes: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ class TorchOnCpu(TorchDevice):
         return int(storage.data_ptr())
 
 
-class CopiedTransfers(Transfers):
+class CopiedTransfers(TensorTransfers):
     """Inputs and outputs copied to places of their own, as to and from a device that the host cannot address."""
 
     def __init__(self) -> None:

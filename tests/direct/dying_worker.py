@@ -10,9 +10,9 @@ from typing import Any
 
 from celery.backends.base import Backend
 
-from tasks.celery_results import CeleryResults
-from tasks.once import Once
-from tasks.outbox import Outbox
+from tasks.celery_bridge.once import Once
+from tasks.celery_bridge.outbox import Outbox
+from tasks.celery_bridge.results import CeleryResults
 from workers.__main__ import main
 
 

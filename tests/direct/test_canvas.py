@@ -6,7 +6,7 @@ import pytest
 from celery import chain, chord, group
 
 from tasks.database import open_engine
-from tasks.store.connection import rows
+from tasks.statements import rows
 from tests.direct.conftest import Caller
 from tests.support.stack import eventually
 

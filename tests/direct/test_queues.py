@@ -9,7 +9,7 @@ import httpx
 import pytest
 from celery import chain
 
-from tasks.queues import redis_keys
+from tasks.redis.queues import redis_keys
 from tests.direct.conftest import Caller
 from tests.support import messages
 from tests.support.stack import RunningStack, eventually

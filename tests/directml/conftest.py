@@ -10,7 +10,7 @@ import pytest
 
 from tests.devices import graphs
 from workers.devices import Device, open_device
-from workers.devices.onnx import OnnxModel
+from workers.devices.onnx.runtime import LoadedGraph
 
 WINDOWS = sys.platform == "win32"
 HERE = Path(__file__).parent
@@ -32,10 +32,10 @@ def device() -> Device:
 
 
 @pytest.fixture
-def load(device: Device, tmp_path: Path) -> Callable[..., OnnxModel]:
+def load(device: Device, tmp_path: Path) -> Callable[..., LoadedGraph]:
     """Loads a graph: by the name of a function of `graphs`, or as bytes. A session's memory is gone until the end."""
 
-    def loaded(graph: str | bytes, on: Device = device) -> OnnxModel:
+    def loaded(graph: str | bytes, on: Device = device) -> LoadedGraph:
         path = tmp_path / "model.onnx"
         path.write_bytes(getattr(graphs, graph)() if isinstance(graph, str) else graph)
         return on.open_model(path)

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from device_operations.errors import OperationError
-from workers.devices import Device, dxgi, enumerate_devices, open_device
+from workers.devices import Device, enumerate_devices, open_device
+from workers.devices.adapters import dxgi
 from workers.devices.directml import DirectMLDevice, _torch_index
 
 

@@ -14,10 +14,10 @@ from device_operations.errors import OperationError
 from tests.devices import graphs
 from workers.devices import Device, open_device
 from workers.devices.directml import DirectMLDevice
-from workers.devices.onnx import OnnxModel, resolve_provider
+from workers.devices.onnx.runtime import LoadedGraph, resolve_provider
 from workers.devices.values import Provider
 
-Load = Callable[..., OnnxModel]
+Load = Callable[..., LoadedGraph]
 IMAGE = np.ones((2, 3, 8, 8), np.float32)
 
 

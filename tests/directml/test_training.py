@@ -15,9 +15,9 @@ from workers.devices import Device
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from workers.training import checkpoints  # noqa: E402 - these import torch themselves
-from workers.training.definition import Sources  # noqa: E402
+from workers.training.model.definition import Sources  # noqa: E402
+from workers.training.model.ports import Batch  # noqa: E402
 from workers.training.outcomes import StepOptions  # noqa: E402
-from workers.training.ports import Batch  # noqa: E402
 from workers.training.session import Limits, TrainingSession, build_session  # noqa: E402
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ import pytest
 
 from tests.support import embedding
 from workers.devices import Device, open_device
-from workers.devices.onnx import OnnxModel
-from workers.devices.values import ModelOptions
-from workers.pipelines.text.embedder import Embedded, Embedder
+from workers.devices.onnx.runtime import LoadedGraph
+from workers.devices.values import SessionOptions
+from workers.pipelines.text.embedder import Embedder, TextVectors
 from workers.pipelines.text.layout import Layout, read_layout
 from workers.pipelines.text.tokens import Tokens
 
@@ -40,7 +40,7 @@ def open_embedder(cpu: Device) -> Callable[..., Embedder]:
     def open_it(folder: Path) -> Embedder:
         layout = read_layout(folder)
         tokens = Tokens(layout)
-        model = cpu.open_model(layout.graph, ModelOptions(root=folder))
+        model = cpu.open_model(layout.graph, SessionOptions(root=folder))
         made = embedder_over(layout, tokens, model)
         made.try_out()
         return made
@@ -48,7 +48,7 @@ def open_embedder(cpu: Device) -> Callable[..., Embedder]:
     return open_it
 
 
-def embedder_over(layout: Layout, tokens: Tokens, model: OnnxModel) -> Embedder:
+def embedder_over(layout: Layout, tokens: Tokens, model: LoadedGraph) -> Embedder:
     """An embedder that runs a loaded graph."""
     return Embedder(
         layout,
@@ -59,7 +59,7 @@ def embedder_over(layout: Layout, tokens: Tokens, model: OnnxModel) -> Embedder:
     )
 
 
-def embed(embedder: Embedder, texts: Any, most_rows: int = 8) -> Embedded:
+def embed(embedder: Embedder, texts: Any, most_rows: int = 8) -> TextVectors:
     """All of it at once."""
     steps = embedder.embed(texts, most_rows)
     while True:
@@ -67,5 +67,5 @@ def embed(embedder: Embedder, texts: Any, most_rows: int = 8) -> Embedded:
             next(steps)
         except StopIteration as stop:
             found = stop.value
-            assert isinstance(found, Embedded)
+            assert isinstance(found, TextVectors)
             return found

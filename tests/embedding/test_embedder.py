@@ -13,8 +13,8 @@ from device_operations.errors import OperationError
 from tests.embedding.conftest import embed, embedder_over
 from tests.support import embedding
 from workers.devices import Device
-from workers.devices.onnx import Cancel
-from workers.devices.values import ModelOptions
+from workers.devices.onnx.runtime import Cancel
+from workers.devices.values import SessionOptions
 from workers.pipelines.text.batches import MOST_BATCH_TOKENS, by_length
 from workers.pipelines.text.embedder import PORTION_TEXTS, Embedder
 from workers.pipelines.text.layout import read_layout
@@ -119,7 +119,7 @@ def test_a_graph_that_is_no_text_model_is_refused(tmp_path: Path, open_embedder:
 def test_int8_minilm_is_the_same_joined_as_alone(models_dir: Path, minilm: Path, cpu: Device) -> None:
     """The published int8 file quantises its weights only, so that rows are proven apart: float noise remains."""
     layout = read_layout(minilm)
-    model = cpu.open_model(models_dir / "minilm" / "model.onnx", ModelOptions())
+    model = cpu.open_model(models_dir / "minilm" / "model.onnx", SessionOptions())
     made = embedder_over(layout, Tokens(layout), model)
     made.try_out()
     texts = ["a lighthouse", "at dusk the sea is calm and grey", "", "word " * 100]

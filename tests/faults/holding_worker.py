@@ -13,8 +13,8 @@ from pathlib import Path
 
 from workers.__main__ import main
 from workers.devices.cpu import CpuDevice
-from workers.devices.onnx import Cancel, OnnxModel
-from workers.devices.values import Description, ModelOptions
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
+from workers.devices.values import Description, SessionOptions
 
 _described, _opened = CpuDevice.describe, CpuDevice.open_model
 
@@ -25,8 +25,8 @@ def _describe(self: CpuDevice) -> Description:
 
 
 def _open_model(
-    self: CpuDevice, path: Path, options: ModelOptions | None = None, cancel: Cancel | None = None
-) -> OnnxModel:
+    self: CpuDevice, path: Path, options: SessionOptions | None = None, cancel: Cancel | None = None
+) -> LoadedGraph:
     # A function called through PyDLL keeps the interpreter's lock: no other thread runs until it returns.
     ctypes.PyDLL(None).sleep(int(os.environ["HOLD_SECONDS"]))
     return _opened(self, path, options, cancel)

@@ -1,6 +1,6 @@
 """A worker on the CPU that records lost ends again only HOLD_SECONDS after it found that they may be lost.
 
-As one does whose recorder has something long to write first. Only the delay is put in.
+As one does whose completer has something long to write first. Only the delay is put in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from tasks.unflushed import Unflushed
+from tasks.jobs.unflushed import Unflushed
 from workers.__main__ import main
 
 _record_again = Unflushed._record_again

@@ -9,16 +9,17 @@ import pytest
 from sqlalchemy import Engine
 
 from tasks.database import open_engine
-from tasks.lifecycle import Burial
-from tasks.store import ends, jobs
-from tasks.store.connection import Row, execute
-from tasks.store.jobs import Ending
+from tasks.jobs import lost_ends as ends
+from tasks.jobs import store as jobs
+from tasks.jobs.lifecycle import Rescue
+from tasks.jobs.store import Ending
+from tasks.statements import Row, execute
 from tests.faults.test_spine_faults import load
 from tests.spine.test_records import new_job
 from tests.support import graphs
 from tests.support.records import make_device
 from tests.support.stack import RunningStack, eventually
-from workers.reconcile import Reconciler
+from workers.execution.reconcile import Reconciler
 
 
 class Bench:
@@ -28,7 +29,7 @@ class Bench:
         self.engine = engine
         self.epoch = make_device(engine)
         self.held: set[str] = set()
-        self.announced: list[Burial] = []
+        self.announced: list[Rescue] = []
         self.reconciler = Reconciler(
             engine, "cpu_0", self.epoch, lambda job_id: job_id in self.held, self.announced.append
         )

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
-from api_gateway.awake import Awake
+from api_gateway.background.awake import Awake
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
 LEASE_SECONDS = 4
 
 TELLING = """
 import sys
-from api_gateway.awake import Awake
+from api_gateway.background.awake import Awake
 awake = Awake()
 {start}
 for line in sys.stdin:

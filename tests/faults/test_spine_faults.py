@@ -210,7 +210,7 @@ def test_from_four_clients_dependent_jobs_keep_their_order_and_the_most_urgent_g
 
     with ThreadPoolExecutor(4) as clients:
         jobs = list(itertools.chain.from_iterable(clients.map(submit, range(4))))
-    # All of them are in the lane before the gate opens, so that "next" is well defined.
+    # All of them are in the scheduler before the gate opens, so that "next" is well defined.
     eventually(
         lambda: stack.client.get("/api/jobs", params={"state": "reserved", "limit": 300}).json()["jobs"][199:], 30
     )

@@ -12,13 +12,14 @@ from sqlalchemy import Engine
 
 from device_operations.jobs import State
 from device_operations.stack.servers import Servers
-from tasks import lifecycle, unflushed
 from tasks.database import open_engine
-from tasks.lifecycle import Outcome
-from tasks.store import ends, jobs
-from tasks.store.connection import Relaxed, Row, execute, transaction
-from tasks.store.jobs import Ending
-from tasks.unflushed import Unflushed
+from tasks.jobs import lifecycle, unflushed
+from tasks.jobs import lost_ends as ends
+from tasks.jobs import store as jobs
+from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.store import Ending
+from tasks.jobs.unflushed import Unflushed
+from tasks.statements import Relaxed, Row, execute, transaction
 from tests.spine.test_records import new_job
 from tests.support.crashing import CrashingPostgres, crashing_postgres
 from tests.support.databases import Databases
@@ -68,7 +69,7 @@ class Bench:
         return self.kept.end([Ending(row["id"], "succeeded", {"y": 1}, device_ms=2.5)], self.epoch, {row["id"]: row})
 
     def finish(self, row: Row) -> list[Row]:
-        """As the recorder does."""
+        """As the completer does."""
         outcomes, claimed = [Outcome(row["id"], State.SUCCEEDED, {"y": 1}, device_ms=2.5)], {row["id"]: row}
         ended = lifecycle.finish(self.engine, outcomes, claimed, self.epoch, self.kept)
         return ended or lifecycle.recover(self.engine, outcomes, claimed, self.epoch)
@@ -175,7 +176,7 @@ def test_what_a_death_put_back_is_not_ended_by_the_one_who_held_it(bench: Bench)
 def test_a_lost_claim_of_an_epoch_that_is_over_ends_nothing(bench: Bench) -> None:
     row = bench.lost(lambda: bench.begun(1), "queued")
     with transaction(bench.engine) as connection:
-        lifecycle.bury(connection, "cpu_0", bench.epoch)
+        lifecycle.rescue(connection, "cpu_0", bench.epoch)
     assert bench.finish(row) == []
     assert (bench.found(row) or {})["state"] == "queued"
 

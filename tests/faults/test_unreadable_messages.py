@@ -13,9 +13,9 @@ from celery.exceptions import NotRegistered
 
 from device_operations.jobs import new_id
 from tasks.database import open_engine
-from tasks.queues import DONE_CHANNEL, NOTED, control_queue, redis_keys
-from tasks.store import jobs as store
-from tasks.store.jobs import NewJob
+from tasks.jobs import store
+from tasks.jobs.store import NewJob
+from tasks.redis.queues import DONE_CHANNEL, NOTED, control_queue, redis_keys
 from tests.support.device_queue import DeviceQueue
 from tests.support.messages import REQUEST, changed, direct, packed, raw, recorded, unreadable, wrong_requests
 from tests.support.stack import REPOSITORY, RunningStack, eventually

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from tasks import transport
-from tasks.message_fields import Unreadable
-from tasks.messages import Direct, Recorded, read
+from tasks.celery_bridge import transport
+from tasks.redis.message_fields import Unreadable
+from tasks.redis.messages import Direct, RecordedMessage, read
 from workers.__main__ import main
 
 
-def _read(raw: bytes) -> Recorded | Direct:
+def _read(raw: bytes) -> RecordedMessage | Direct:
     message = read(raw)
-    if isinstance(message, Recorded):
+    if isinstance(message, RecordedMessage):
         raise Unreadable("no recorded job's message is readable in this test")
     return message
 

@@ -16,11 +16,11 @@ from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
 from tests.rows.graphs import Case, reported, siblings
 from tests.support.stack import eventually
-from workers.batching import TOLERANCE, decide, find_out
 from workers.devices import open_device
-from workers.devices.onnx import OnnxModel
-from workers.devices.values import ModelOptions
-from workers.resident import Graph, ResidentModel
+from workers.devices.onnx.runtime import LoadedGraph
+from workers.devices.values import SessionOptions
+from workers.resident.batching import TOLERANCE, decide, find_out
+from workers.resident.residents import Graph, ResidentModel
 from workers.rows.proof import Proof, Verdict
 
 
@@ -173,11 +173,11 @@ def test_a_models_runs_are_joined_by_default_where_that_is_proven(
     assert found.trial == ("joined rows are what they are alone" if proof == "proven" else None)
 
 
-def opened(tmp_path: Path, graph: bytes) -> OnnxModel:
+def opened(tmp_path: Path, graph: bytes) -> LoadedGraph:
     """A model on the CPU device."""
     path = tmp_path / "model.onnx"
     path.write_bytes(graph)
-    return OnnxModel(open_device("cpu", 0), path, ModelOptions())
+    return LoadedGraph(open_device("cpu", 0), path, SessionOptions())
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from tests.inference import graphs
 from tests.inference.conftest import Api
 from tests.rows.graphs import const, model, node, value
 from tests.support.stack import eventually
-from workers import batching, models
-from workers.batching import MADE_UP_BYTES, find_out, made_up_bytes, too_large
 from workers.devices import open_device
-from workers.devices.onnx import Cancel, OnnxModel
-from workers.devices.onnx_tensors import TensorSpec
-from workers.devices.values import ModelOptions
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
+from workers.devices.onnx.tensors import TensorSpec
+from workers.devices.values import SessionOptions
+from workers.resident import batching, models
+from workers.resident.batching import MADE_UP_BYTES, find_out, made_up_bytes, too_large
 
 HUGE = 1_000_000_000
 
@@ -56,11 +56,11 @@ def endless() -> bytes:
     return bytes(made.SerializeToString())
 
 
-def opened(folder: Path, content: bytes) -> OnnxModel:
+def opened(folder: Path, content: bytes) -> LoadedGraph:
     """A model on the CPU device."""
     path = folder / "model.onnx"
     path.write_bytes(content)
-    return OnnxModel(open_device("cpu", 0), path, ModelOptions())
+    return LoadedGraph(open_device("cpu", 0), path, SessionOptions())
 
 
 @pytest.mark.parametrize("content", [huge(), huge_inside()], ids=["input", "inside"])

@@ -17,13 +17,13 @@ import pytest
 from device_operations.jobs import Kind
 from device_operations.requests.kinds import parse
 from device_operations.settings import Settings
-from tasks import submit
-from tasks.blobs import BlobStore
+from tasks.blobs.store import BlobStore
 from tasks.database import open_engine
-from tasks.directory import Directory
-from tasks.planning import plan
-from tasks.plans.base import Context
-from tasks.publish import Publisher, connect
+from tasks.devices.directory import Directory
+from tasks.jobs import submit
+from tasks.planning.context import Context
+from tasks.planning.planner import plan
+from tasks.redis.publish import Publisher, connect
 from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
 from tests.support.stack import eventually

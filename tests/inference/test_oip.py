@@ -15,7 +15,7 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from tasks.transients import KEPT_OF_A_SIZE
+from tasks.blobs.transients import KEPT_OF_A_SIZE
 from tests.inference import graphs
 from tests.inference.conftest import Api
 from tests.support.stack import eventually

@@ -15,24 +15,24 @@ from device_operations.errors import OperationError
 from device_operations.jobs import TERMINAL, Kind
 from device_operations.requests.kinds import parse
 from device_operations.settings import Settings
-from tasks import lifecycle, submit
-from tasks.blobs import BlobStore
+from tasks.blobs import records as blob_store
+from tasks.blobs.store import BlobStore
 from tasks.database import open_engine
-from tasks.directory import Directory
-from tasks.lifecycle import Outcome
-from tasks.planning import plan
-from tasks.plans.base import Context
-from tasks.store import blobs as blob_store
-from tasks.store import devices as device_store
-from tasks.store import jobs as job_store
-from tasks.store import memory as memory_store
-from tasks.store.connection import Row
+from tasks.devices import store as device_store
+from tasks.devices.directory import Directory
+from tasks.jobs import lifecycle, submit
+from tasks.jobs import store as job_store
+from tasks.jobs.lifecycle import Outcome
+from tasks.memory import budgets as memory_store
+from tasks.planning.context import Context
+from tasks.planning.planner import plan
+from tasks.statements import Row
 from workers.devices import open_device
-from workers.lane import Entry
+from workers.execution.claimed_job import ClaimedJob, named
+from workers.execution.scheduler import Entry
 from workers.lease import take
 from workers.operations import OPERATIONS
-from workers.resident import Resident
-from workers.work import Work, named
+from workers.resident.residents import Resident
 
 
 class Bench:
@@ -89,7 +89,7 @@ class Bench:
 
     def _perform(self, row: Row) -> Outcome:
         entry = Entry(row["id"], row["kind"], row["priority"], row["seq"])
-        work = Work(entry, row, row["request"])
+        work = ClaimedJob(entry, row, row["request"])
         try:
             made = OPERATIONS[row["kind"]](self.resident, work)
             if isinstance(made, Outcome):
@@ -125,7 +125,7 @@ class Bench:
             self.resident.device.release(buffer)
         with submit.transaction(self.engine) as connection:
             device_store.lock(connection, "cpu_0")
-            lifecycle.bury(connection, "cpu_0", self.lease.epoch)
+            lifecycle.rescue(connection, "cpu_0", self.lease.epoch)
         self.engine.dispose()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from device_operations.errors import failure
-from tasks.ring import SLOT_BYTES, Ring, segment_name, sweep
+from tasks.blobs.ring import SLOT_BYTES, Ring, segment_name, sweep
 from tests.memory.calls import Memory, refused
 from tests.support.stack import RunningStack, eventually
 

@@ -15,8 +15,8 @@ import pytest
 from device_operations.errors import OperationError
 from device_operations.jobs import Kind, State
 from device_operations.settings import Settings
-from tasks import lifecycle
-from tasks.store.jobs import Ending
+from tasks.jobs import lifecycle
+from tasks.jobs.store import Ending
 from tests.memory.bench import Bench
 from tests.memory.calls import Memory
 from tests.support.stack import RunningStack
@@ -139,7 +139,7 @@ def test_room_that_a_queued_deallocation_makes_is_given_out_and_waited_for(bench
     assert totals(bench) == (BUDGET, BUDGET)
 
 
-def test_room_that_was_counted_on_and_did_not_come_fails_in_the_lane(bench: Bench) -> None:
+def test_room_that_was_counted_on_and_did_not_come_fails_in_the_scheduler(bench: Bench) -> None:
     full, freed_by = freeing(bench, BUDGET)
     hopeful = bench.submit([(Kind.MEMORY_ALLOCATE, {"size_bytes": 10})])[0]
     cancel(bench, freed_by)

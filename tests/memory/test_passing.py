@@ -15,13 +15,13 @@ import httpx
 import psutil
 import pytest
 
-from api_gateway.rings import FORGOTTEN_SECONDS, RINGS, Rings
+from api_gateway.streams.rings import FORGOTTEN_SECONDS, RINGS, Rings
 from device_operations.jobs import Kind
 from device_operations.requests.kinds import parse
 from device_operations.settings import Settings
-from tasks import submit
-from tasks.planning import plan
-from tasks.ring import Ring, segment_name
+from tasks.blobs.ring import Ring, segment_name
+from tasks.jobs import submit
+from tasks.planning.planner import plan
 from tests.memory.bench import Bench
 from tests.memory.calls import Memory
 from tests.memory.test_faults import files

@@ -19,7 +19,7 @@ from tests.owners.things import client_of
 from tests.support import embedding
 from tests.support.stack import RunningStack, eventually
 from workers.devices import open_device
-from workers.devices.values import ModelOptions
+from workers.devices.values import SessionOptions
 from workers.pipelines.text.layout import read_layout
 from workers.pipelines.text.pooling import normalized
 from workers.pipelines.text.tokens import Tokens
@@ -36,7 +36,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """expected(texts) -> the vectors of length 1, each text alone."""
     folder: Path = embedding.write(tmp_path_factory.mktemp("expected"))
     layout = read_layout(folder)
-    graph = open_device("cpu", 0).open_model(layout.graph, ModelOptions(root=folder))
+    graph = open_device("cpu", 0).open_model(layout.graph, SessionOptions(root=folder))
     made = embedder_over(layout, Tokens(layout), graph)
     return lambda texts: normalized(np.concatenate([embed(made, [text]).vectors for text in texts]))
 

@@ -12,9 +12,9 @@ import pytest
 
 from device_operations.folders import private_folder
 from device_operations.stack import processes, services
-from tasks.blobs import BlobStore
-from tasks.ring import Ring, segment_name
-from tasks.transients import Transients
+from tasks.blobs.ring import Ring, segment_name
+from tasks.blobs.store import BlobStore
+from tasks.blobs.transients import Transients
 from tests.owners.things import Things, done, make_things
 from tests.support.stack import RunningStack
 

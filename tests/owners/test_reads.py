@@ -13,11 +13,11 @@ from device_operations.errors import OperationError
 from device_operations.jobs import Kind, new_id
 from device_operations.requests.kinds import parse
 from device_operations.settings import Settings
-from tasks.blobs import BlobStore
+from tasks.blobs.store import BlobStore
 from tasks.database import open_engine
-from tasks.directory import Directory
-from tasks.planning import plan
-from tasks.plans.base import Context
+from tasks.devices.directory import Directory
+from tasks.planning.context import Context
+from tasks.planning.planner import plan
 from tests.owners.things import BATCH, FLOATS, Things
 from tests.support.stack import RunningStack
 

@@ -11,8 +11,8 @@ import numpy as np
 from workers import pipelines
 from workers.devices.base import Device
 from workers.devices.cpu import CpuDevice
-from workers.devices.onnx import Cancel
-from workers.pipelines.base import Pipeline, Result, Run, run_to_end
+from workers.devices.onnx.runtime import Cancel
+from workers.pipelines.base import Pipeline, Result, RunContext, run_to_end
 
 
 def opened(model_type: str, folder: Path, device: Device | None = None, **options: Any) -> Pipeline:
@@ -27,7 +27,7 @@ def context(
     arrays: Mapping[str, np.ndarray] | None = None,
     files: Mapping[str, bytes] | None = None,
     kept: list[bytes] | None = None,
-) -> Run:
+) -> RunContext:
     """A run whose tensors are `arrays` by field, and whose pictures are `files` by blob id; `kept` are its blobs."""
 
     def keep(data: bytes) -> str:
@@ -36,12 +36,12 @@ def context(
         return str(len(store) - 1)
 
     given = {name: {"dtype": "float32"} for name in arrays or {}} | dict(request)
-    return Run(
+    return RunContext(
         given, Cancel(), lambda name: (arrays or {})[name],
         lambda place: (files or {})[place["blob_id"]], keep,
     )  # fmt: skip
 
 
-def made(pipeline: Pipeline, run: Run) -> Result:
+def made(pipeline: Pipeline, run: RunContext) -> Result:
     """What the run gives."""
     return run_to_end(pipeline.run(run))

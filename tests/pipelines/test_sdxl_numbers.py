@@ -33,9 +33,9 @@ from tests.pipelines.driving import context, made, opened
 from tests.support.pipelines import export_sdxl, reference, tiny_sdxl, tokenizer_files, write_json
 from workers.devices.base import Device
 from workers.devices.cpu import CpuDevice
-from workers.pipelines import denoising
 from workers.pipelines.base import Pipeline, Result
-from workers.pipelines.prompts import PromptTokenizer
+from workers.pipelines.diffusion import denoising
+from workers.pipelines.diffusion.prompts import PromptTokenizer
 
 PROMPT = "a photo of an astronaut riding a horse"
 
@@ -281,7 +281,11 @@ def test_float16_is_as_the_files_have_it(pipeline: Pipeline, tmp_path: Path) -> 
 
 
 def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("workers.pipelines.sdxl", "workers.pipelines.prompts", "workers.pipelines.sdxl_parts"):
+    for module in (
+        "workers.pipelines.sdxl",
+        "workers.pipelines.diffusion.prompts",
+        "workers.pipelines.diffusion.parts",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(OperationError, match=r"device-operations\[pipelines\]") as raised:

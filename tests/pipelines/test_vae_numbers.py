@@ -16,10 +16,11 @@ from device_operations.errors import OperationError, failure
 from tests.pipelines.conftest import png
 from tests.pipelines.driving import context, made, opened
 from tests.support.pipelines import export_vae, tiny_vae, write_json
-from workers.devices.onnx import OnnxModel
-from workers.pipelines import images, normalisations
+from workers.devices.onnx.runtime import LoadedGraph
+from workers.pipelines import images
 from workers.pipelines.base import Pipeline
-from workers.pipelines.tiles import Tiling, mapped
+from workers.pipelines.diffusion import normalisations
+from workers.pipelines.diffusion.tiles import Tiling, mapped
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +101,17 @@ def test_a_decoder_without_a_normalisation_that_is_known_goes_in_plain_tiles(vae
 def test_an_image_that_does_not_fit_goes_in_tiles_that_do(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = latents_of(40, 150)
     whole = decoded(pipeline, latents)
-    run = OnnxModel.run
+    run = LoadedGraph.run
     sizes: list[int] = []
 
-    def out_of_memory(self: OnnxModel, feeds: Any, *more: Any, **named: Any) -> Any:
+    def out_of_memory(self: LoadedGraph, feeds: Any, *more: Any, **named: Any) -> Any:
         given = feeds["latent_sample"]
         sizes.append(given.shape[3])
         if given.shape[3] > 128:
             raise failure("out_of_memory", "it does not fit")
         return run(self, feeds, *more, **named)
 
-    monkeypatch.setattr(OnnxModel, "run", out_of_memory)
+    monkeypatch.setattr(LoadedGraph, "run", out_of_memory)
     tiled = decoded(pipeline, latents)
     # The whole, tiles of 512 and of 256 latents, which are the whole too; then two of 128, measured and normalised.
     assert sizes == [150] * 3 + [128] * 4

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from tests.rows.joined import difference, session_of
-from workers.devices.onnx_graph import read_graph
+from workers.devices.onnx.graph import read_graph
 from workers.rows.proof import Proof, prove
 
 

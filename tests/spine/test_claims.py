@@ -8,12 +8,13 @@ import pytest
 from sqlalchemy import Engine
 
 from device_operations.jobs import new_id
-from tasks import lifecycle
 from tasks.database import open_engine
-from tasks.lifecycle import Outcome, State
-from tasks.store import claims, ends, jobs
-from tasks.store.connection import Row, execute, transaction
-from tasks.store.jobs import Ending, NewJob
+from tasks.jobs import claims, lifecycle
+from tasks.jobs import lost_ends as ends
+from tasks.jobs import store as jobs
+from tasks.jobs.lifecycle import Outcome, State
+from tasks.jobs.store import Ending, NewJob
+from tasks.statements import Row, execute, transaction
 from tests.support.records import make_device
 
 
@@ -133,7 +134,7 @@ def test_only_its_worker_ends_it(engine: Engine, epoch: int) -> None:
 
 def buried(engine: Engine, epoch: int, begun: list[str] | None = None) -> None:
     with transaction(engine) as connection:
-        lifecycle.bury(connection, "cpu_0", epoch, begun)
+        lifecycle.rescue(connection, "cpu_0", epoch, begun)
 
 
 def test_behind_what_ran_a_death_is_not_counted(engine: Engine, epoch: int) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from tasks.database import is_disconnect, open_engine, refuse_closed
-from tasks.store.connection import row, rows, transaction
+from tasks.statements import row, rows, transaction
 
 
 def test_rows_are_dictionaries_of_python_values(database_url: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway import bounded
-from api_gateway.wire import Protocol
+from api_gateway.fast_path import bounded
+from api_gateway.fast_path.wire import Protocol
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 

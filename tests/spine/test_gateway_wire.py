@@ -14,20 +14,20 @@ from threading import Thread
 
 import pytest
 
-from api_gateway.wire import HELD_BYTES, WHOLE_BYTES, WHOLE_REST_BYTES, Held
+from api_gateway.fast_path.wire import HELD_BYTES, WHOLE_BYTES, WHOLE_REST_BYTES, BufferedConnection
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 
 
 @asynccontextmanager
-async def connection() -> AsyncIterator[tuple[Held, socket.socket]]:
+async def connection() -> AsyncIterator[tuple[BufferedConnection, socket.socket]]:
     """A held connection, and the socket of its other end."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
     transport, _ = await asyncio.get_running_loop().connect_accepted_socket(asyncio.Protocol, ours)
     with theirs:
-        yield Held(transport), theirs
+        yield BufferedConnection(transport), theirs
         transport.abort()
 
 

@@ -10,10 +10,10 @@ from sqlalchemy import Engine
 
 from migrations.__main__ import configuration
 from tasks.database import dumps, open_engine
-from tasks.effects import inference as effects
-from tasks.plans.models import load_key
-from tasks.store import devices, models
-from tasks.store.connection import Row, execute, rows, transaction
+from tasks.devices import store as devices
+from tasks.inference import effects, models
+from tasks.inference.content import load_key
+from tasks.statements import Row, execute, rows, transaction
 
 OPTIONS = {"max_batch_size": 8, "max_delay_ms": 0.0, "warmup": False, "free_dimensions": {"n": 1},
            "graph_optimization": "all", "intra_op_threads": None}  # fmt: skip

@@ -12,12 +12,12 @@ from sqlalchemy import Engine
 from device_operations.errors import failure
 from device_operations.jobs import new_id
 from tasks.database import open_engine
-from tasks.effects import inference as effects
-from tasks.plans.inference import record_loads
-from tasks.store import devices, graphs, models
-from tasks.store.connection import transaction
-from tasks.store.jobs import NewJob
-from tasks.submit import Plan
+from tasks.devices import store as devices
+from tasks.inference import effects, graphs, models
+from tasks.inference.plan import record_loads
+from tasks.jobs.store import NewJob
+from tasks.jobs.submit import Plan
+from tasks.statements import transaction
 from tests.support.records import make_device
 
 BYTES = 1000

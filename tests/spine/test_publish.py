@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from device_operations.jobs import new_id
-from tasks.publish import Line, Publisher, connect
-from tasks.queues import DONE_CHANNEL, redis_key
+from tasks.redis.publish import Line, Publisher, connect
+from tasks.redis.queues import DONE_CHANNEL, redis_key
 
 
 @pytest.fixture

@@ -16,15 +16,14 @@ import pytest
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from api_gateway.submitter import Submitter
+from api_gateway.submission.submitter import Submitter
 from device_operations.errors import OperationError
 from device_operations.jobs import new_id
 from tasks.database import open_engine
-from tasks.publish import Publisher, connect
-from tasks.store import jobs as store
-from tasks.store import queue_limit
-from tasks.store.connection import Relaxed, execute, rows, transaction
-from tasks.store.jobs import NewJob
+from tasks.jobs import queue_limit, store
+from tasks.jobs.store import NewJob
+from tasks.redis.publish import Publisher, connect
+from tasks.statements import Relaxed, execute, rows, transaction
 from tests.support.stack import RunningStack, eventually
 
 DEVICE = "cpu_0"

@@ -8,10 +8,11 @@ from sqlalchemy import Engine, inspect
 from device_operations.jobs import new_id
 from migrations.__main__ import configuration
 from tasks.database import open_engine
+from tasks.devices import store as devices
+from tasks.jobs import store as jobs
+from tasks.jobs.store import Ending, NewJob
 from tasks.records import metadata
-from tasks.store import devices, jobs
-from tasks.store.connection import execute, rows, transaction
-from tasks.store.jobs import Ending, NewJob
+from tasks.statements import execute, rows, transaction
 from tests.support.records import make_device
 
 

@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from api_gateway.submitter import Submitter
-from api_gateway.waiting import Awaited
+from api_gateway.submission.submitter import Submitter
+from api_gateway.submission.waiting import Awaited
 from device_operations.errors import OperationError
 from device_operations.jobs import new_id
 from tasks.database import open_engine
-from tasks.publish import Publisher, connect
-from tasks.store.connection import execute, rows
-from tasks.store.jobs import NewJob
-from tasks.submit import Plan
+from tasks.jobs.store import NewJob
+from tasks.jobs.submit import Plan
+from tasks.redis.publish import Publisher, connect
+from tasks.statements import execute, rows
 
 
 @asynccontextmanager

@@ -11,10 +11,12 @@ from sqlalchemy.exc import IntegrityError
 
 from device_operations.jobs import FOLLOWING, OPEN, TERMINAL, TRANSITIONS, State, new_id
 from tasks.database import dumps, open_engine
-from tasks.states import TRIGGER, trigger
-from tasks.store import claims, ends, jobs
-from tasks.store.connection import Row, execute, row
-from tasks.store.jobs import Ending
+from tasks.jobs import claims
+from tasks.jobs import lost_ends as ends
+from tasks.jobs import store as jobs
+from tasks.jobs.states import TRIGGER, trigger
+from tasks.jobs.store import Ending
+from tasks.statements import Row, execute, row
 from tests.support.records import make_device
 
 NOW = datetime.now(UTC)

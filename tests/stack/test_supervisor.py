@@ -16,7 +16,7 @@ import pytest
 
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Command, Identity
-from device_operations.stack.supervisor import Service, Stopped, Supervisor
+from device_operations.stack.supervisor import ChildService, Stopped, Supervisor
 from tests.support.stack import REPOSITORY, eventually, is_running
 
 #: A child that says where it is and waits; it stops at once when asked.
@@ -31,8 +31,8 @@ time.sleep(600)
 """
 
 
-def python(name: str, code: str, **options: object) -> Service:
-    return Service(Command(name, [sys.executable, "-c", code], grace_seconds=0.3), **options)  # type: ignore[arg-type]
+def python(name: str, code: str, **options: object) -> ChildService:
+    return ChildService(Command(name, [sys.executable, "-c", code], grace_seconds=0.3), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def test_groups_stop_in_the_opposite_order_of_starting(supervisor: Supervisor, t
         "signal.signal(signal.SIGTERM, stop); print('here', flush=True); time.sleep(600)"
     )
 
-    def service(name: str, slowness: float) -> Service:
+    def service(name: str, slowness: float) -> ChildService:
         arguments = [sys.executable, "-c", code, name, str(slowness), str(note)]
-        return Service(Command(name, arguments), is_ready=lambda: "here" in log_of(tmp_path, name))
+        return ChildService(Command(name, arguments), is_ready=lambda: "here" in log_of(tmp_path, name))
 
     supervisor.start([service("a", 0)], [service("b", 0.2)])
     supervisor.start([service("c", 0.4)])
@@ -155,7 +155,7 @@ def test_groups_stop_in_the_opposite_order_of_starting(supervisor: Supervisor, t
 
 
 def test_asked_twice_it_does_not_wait(supervisor: Supervisor, tmp_path: Path) -> None:
-    service = Service(Command("one", [sys.executable, "-c", STUBBORN], grace_seconds=60))
+    service = ChildService(Command("one", [sys.executable, "-c", STUBBORN], grace_seconds=60))
     supervisor.start([service])
     watch_until(supervisor, lambda: "below" in log_of(tmp_path, "one"))
     supervisor.ask_to_stop()

@@ -12,7 +12,7 @@ import psycopg2
 
 from device_operations.stack import postgres, processes
 from device_operations.stack.state import Remembered, make_private_folder
-from device_operations.stack.supervisor import Service
+from device_operations.stack.supervisor import ChildService
 
 #: The longest that PostgreSQL takes: only commits that wait for the disk write the log before the next of these.
 _WRITES_LATE = ("-c", "wal_writer_delay=10s")
@@ -24,7 +24,7 @@ class CrashingPostgres:
     def __init__(self, folder: Path) -> None:
         prepared = postgres.prepare(folder, Remembered(folder), durable=True)
         command = replace(prepared.command, arguments=[*prepared.command.arguments, *_WRITES_LATE])
-        self._service: Service = replace(prepared, command=command)
+        self._service: ChildService = replace(prepared, command=command)
         self._log = folder / "postgres.log"
         self.url = self._service.url
         self._process = processes.start(command, self._log)

@@ -10,7 +10,7 @@ from uuid import uuid4
 import redis
 from celery import Celery
 
-from tasks.queues import control_queue, device_queue, redis_keys
+from tasks.redis.queues import control_queue, device_queue, redis_keys
 from tests.support.stack import RunningStack, eventually
 
 #: Characters of a line of the worker's log at most, whatever it was sent.

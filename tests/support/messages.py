@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from device_operations.jobs import new_id
-from tasks.queues import NOTED, message
+from tasks.redis.queues import NOTED, message
 
 Envelope = dict[str, Any]
 

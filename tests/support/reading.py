@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from api_gateway.wire import WHOLE_BODY, Protocol, take_whole
+from api_gateway.fast_path.wire import WHOLE_BODY, Protocol, take_whole
 
 
 class Reader:

@@ -7,7 +7,7 @@ from contextlib import closing
 import psycopg2
 from sqlalchemy import Engine
 
-from tasks.store import devices
+from tasks.devices import store as devices
 
 
 def make_device(engine: Engine) -> int:

@@ -13,11 +13,11 @@ import httpx
 import psutil
 import psycopg2
 
-from device_operations.api_keys import parse_api_keys
 from device_operations.devices import name_devices, parse_devices
+from device_operations.settings.api_keys import parse_api_keys
 from device_operations.stack import processes, services
 from device_operations.stack.state import free_port
-from device_operations.stack.supervisor import Service
+from device_operations.stack.supervisor import ChildService
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ class RunningStack:
         self.environment = services.environment(own | given) | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         node = given.get("NODE")
         self.device_ids = [found.device_id for found in name_devices(parse_devices(devices), node and str(node))]
-        self._services: dict[str, Service] = {}
+        self._services: dict[str, ChildService] = {}
         self._processes: dict[str, psutil.Popen] = {}
         self._epochs_before: dict[str, int] = {}
         self.gateway_urls = [self._add_gateway(number) for number in range(1, gateways + 1)]

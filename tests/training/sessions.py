@@ -11,9 +11,9 @@ import torch
 
 from device_operations.requests.training import Initialize
 from workers.training import checkpoints
-from workers.training.definition import Sources
+from workers.training.model.definition import Sources
+from workers.training.model.ports import Batch
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import Limits, TrainingSession, build_session
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from tests.training.sessions import start
-from workers.training.dataset import Dataset, Plan
-from workers.training.export import onnx_bytes
+from workers.training.dataset import BatchPlan, Samples
+from workers.training.onnx.export import onnx_bytes
 from workers.training.outcomes import StepOptions, summarize
 
 CNN: list[dict[str, Any]] = [
@@ -41,11 +41,11 @@ def test_a_small_network_learns_to_read_digits() -> None:
         optimizer={"type": "adamw", "learning_rate": 0.004},
         schedule={"type": "cosine", "warmup_steps": 20, "total_steps": 675},
     )
-    run = session.run(Dataset({"input": seen}, seen_labels), Plan(32, epochs=15), StepOptions(), 1)
+    run = session.run(Samples({"input": seen}, seen_labels), BatchPlan(32, epochs=15), StepOptions(), 1)
     trained = summarize(run)
     run.finish()
-    unseen = Dataset({"input": held_out}, labels)
-    judged = summarize(session.run(unseen, Plan(32, epochs=1, shuffle=False), StepOptions("evaluate"), 2))
+    unseen = Samples({"input": held_out}, labels)
+    judged = summarize(session.run(unseen, BatchPlan(32, epochs=1, shuffle=False), StepOptions("evaluate"), 2))
 
     assert trained.steps == 675
     assert judged.accuracy >= 0.97

@@ -16,12 +16,12 @@ import torch
 from device_operations.errors import OperationError
 from device_operations.requests.training import LayersModel
 from tests.training.sessions import CPU, LIMITS, batch, describe, digest, start, train
-from workers.training.definition import Networks, Sources, define
-from workers.training.export import export_ahead, export_onnx, onnx_bytes
+from workers.training.model.definition import Networks, Sources, define
+from workers.training.model.ports import Batch
+from workers.training.model.shapes import ShapeTrial
+from workers.training.onnx.export import export_ahead, export_onnx, onnx_bytes
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import Limits, TrainingSession, build_session
-from workers.training.shapes import ShapeTrial
 from workers.training.validation import compare
 
 

@@ -14,10 +14,10 @@ import torch
 from device_operations.errors import OperationError
 from tests.training.networks import NETWORKS, WAYS, draw, export, make
 from tests.training.sessions import CPU, LIMITS, OPTIMIZERS, describe
-from workers.training.definition import Sources
-from workers.training.export import onnx_bytes
+from workers.training.model.definition import Sources
+from workers.training.model.ports import Batch
+from workers.training.onnx.export import onnx_bytes
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import TrainingSession, build_session
 
 STEPS = 20

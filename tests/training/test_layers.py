@@ -15,12 +15,12 @@ from device_operations.errors import OperationError
 from device_operations.requests.layers import LAYERS as TABLE
 from device_operations.requests.layers import canonical
 from tests.training.sessions import describe, start
-from workers.training.definition import Sources, define
-from workers.training.export import onnx_bytes
-from workers.training.layers import _CLASSES
+from workers.training.model.definition import Sources, define
+from workers.training.model.layers import _CLASSES
+from workers.training.model.on_device import estimate_bytes
+from workers.training.model.ports import Batch
+from workers.training.onnx.export import onnx_bytes
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
-from workers.training.resident import estimate_bytes
 
 #: For each type: a layer, and the shape of one sample that it takes.
 EXAMPLES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

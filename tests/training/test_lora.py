@@ -13,9 +13,9 @@ from onnx import TensorProto, helper
 from device_operations.errors import OperationError
 from tests.training.sessions import OPTIMIZERS, batch, carried_over, digest, start, train
 from tests.training.test_onnx_models import open_model, small_graph
-from workers.training.export import onnx_bytes
+from workers.training.model.ports import Batch
+from workers.training.onnx.export import onnx_bytes
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 
 LORA = {"rank": 2, "alpha": 8.0}
 

@@ -12,10 +12,10 @@ from pydantic import TypeAdapter
 from device_operations.errors import OperationError
 from device_operations.requests.losses import Loss
 from tests.training.sessions import LAYERS, batch, start
-from workers.training.dataset import Dataset, Plan
-from workers.training.losses import LossFunction
+from workers.training.dataset import BatchPlan, Samples
+from workers.training.model.ports import Batch
+from workers.training.optimization.losses import LossFunction
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 
 OUTPUT = torch.zeros(3, 4)
 
@@ -66,21 +66,21 @@ def test_a_dataset_is_checked_whole_and_its_ignored_targets_are_taken() -> None:
     one = batch(1, 16)
     targets = one.targets.astype(np.int16)
     targets[::3] = -1
-    outcomes = list(session.run(Dataset(one.inputs, targets), Plan(8, epochs=1, shuffle=False), StepOptions(), 1))
+    outcomes = list(session.run(Samples(one.inputs, targets), BatchPlan(8, epochs=1, shuffle=False), StepOptions(), 1))
     wanted = start(loss={"type": "cross_entropy", "ignore_index": -1})
     batches = [Batch({"input": one.inputs["input"][rows]}, targets[rows]) for rows in (slice(8), slice(8, 16))]
     assert [outcome.loss for outcome in outcomes] == [wanted.advance(part, StepOptions()).loss for part in batches]
     targets[15] = -2
     with pytest.raises(OperationError, match="-2 is none of the 4 classes"):
-        session.run(Dataset(one.inputs, targets), Plan(8, epochs=1), StepOptions(), 2)
+        session.run(Samples(one.inputs, targets), BatchPlan(8, epochs=1), StepOptions(), 2)
 
 
 def test_boolean_targets_of_a_dataset_are_taken() -> None:
     layers = [*LAYERS[:-1], {**LAYERS[-1], "out_features": 1}]
     session = start(model={"kind": "layers", "layers": layers}, loss="bce_with_logits")
     one = batch(1, 16)
-    dataset = Dataset(one.inputs, (one.targets > 1)[:, None])
-    outcomes = list(session.run(dataset, Plan(8, epochs=1), StepOptions(mode="evaluate"), 1))
+    dataset = Samples(one.inputs, (one.targets > 1)[:, None])
+    outcomes = list(session.run(dataset, BatchPlan(8, epochs=1), StepOptions(mode="evaluate"), 1))
     assert sum(outcome.elements for outcome in outcomes) == 16
 
 

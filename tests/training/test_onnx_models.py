@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.gpu.faults import ROWS, write_gatherer
 from device_operations.errors import OperationError
 from tests.training.sessions import CPU, LIMITS, describe
-from workers.training.definition import Sources
-from workers.training.export import export_onnx, onnx_bytes
+from workers.training.model.definition import Sources
+from workers.training.model.ports import Batch
+from workers.training.onnx.export import export_onnx, onnx_bytes
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import TrainingSession, build_session
 from workers.training.validation import compare
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from device_operations.errors import OperationError
-from workers.training.graph import read_graph
-from workers.training.onnx_module import OnnxModule
-from workers.training.operators import OPERATORS
+from workers.training.onnx.graph import read_graph
+from workers.training.onnx.module import OnnxModule
+from workers.training.onnx.operators import OPERATORS
 
 Arrays = dict[str, np.ndarray]
 _ELEMENTS = {

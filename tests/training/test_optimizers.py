@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from device_operations.requests.optimizers import Optimizer
 from device_operations.requests.schedules import Schedule
 from tests.training.sessions import OPTIMIZERS, batch, describe, start, train
-from workers.training.optimizers import Lists, Updater, slots_of
+from workers.training.optimization.optimizers import Lists, Updater, slots_of
+from workers.training.optimization.schedules import learning_rate_at
 from workers.training.outcomes import StepOptions
-from workers.training.schedules import learning_rate_at
 
 CASES: dict[str, dict[str, Any]] = {
     **OPTIMIZERS,

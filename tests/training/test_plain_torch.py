@@ -28,10 +28,10 @@ from tests.training.cases import (
 from tests.training.sessions import CPU, LIMITS, describe, digest
 from tests.training.test_layers import EXAMPLES
 from workers.training import checkpoints
-from workers.training.dataset import Dataset, Plan
-from workers.training.definition import Sources
+from workers.training.dataset import BatchPlan, Samples
+from workers.training.model.definition import Sources
+from workers.training.model.ports import Batch
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import TrainingSession, build_session
 
 STEPS, ROWS = 20, 6
@@ -151,11 +151,11 @@ def test_a_datasets_job_makes_one_update_of_the_gradients_of_several_batches(nam
     network = twin(case, session)
     given = batches(case, network)
     plain = Plain(case, network.train())
-    dataset = Dataset(
+    dataset = Samples(
         {"input": np.concatenate([batch.inputs["input"] for batch in given])},
         np.concatenate([batch.targets for batch in given]),
     )
-    plan = Plan(ROWS, epochs=2, shuffle=False, grad_accumulation=case.grad_accumulation)
+    plan = BatchPlan(ROWS, epochs=2, shuffle=False, grad_accumulation=case.grad_accumulation)
     run = session.run(dataset, plan, StepOptions(), 1)
     assert run.steps_total == 2 * STEPS
     for number in range(2 * STEPS):

@@ -13,11 +13,11 @@ import torch
 
 from device_operations.errors import OperationError
 from tests.training.sessions import CPU, LAYERS, batch, carried_over, describe, digest, start, train
-from workers.training import precision
-from workers.training.definition import Sources
+from workers.training.model.definition import Sources
+from workers.training.model.ports import Batch
+from workers.training.optimization import precision
+from workers.training.optimization.precision import Autocast, LossScale
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
-from workers.training.precision import Autocast, LossScale
 from workers.training.session import Limits, TrainingSession, build_session
 
 QUIET = [layer for layer in LAYERS if layer["type"] != "dropout"]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from device_operations.errors import OperationError
 from tests.training.sessions import LAYERS, OPTIMIZERS, batch, carried_over, digest, start, train
 from workers.training import checkpoints
-from workers.training.dataset import Dataset, Plan
+from workers.training.dataset import BatchPlan, Samples
+from workers.training.model.ports import Batch
+from workers.training.model.shapes import ShapeTrial
 from workers.training.outcomes import StepOptions, StepOutcome, StepRecord
-from workers.training.ports import Batch
-from workers.training.shapes import ShapeTrial
 
 SCHEDULES = [
     {},
@@ -36,17 +36,17 @@ JOBS: dict[str, Any] = {
     "query": (StepOptions(mode="gradients", accumulate=False), None),
     "apply": (StepOptions(mode="apply"), None),
     "evaluate": (StepOptions(mode="evaluate"), None),
-    "epoch": (StepOptions(), Plan(batch_size=8, epochs=1)),
-    "drawn": (StepOptions(), Plan(batch_size=7, steps=5, drop_last=True)),
-    "grouped": (StepOptions(gradient_clip_norm=0.5), Plan(batch_size=6, epochs=2, grad_accumulation=2)),
-    "judged": (StepOptions(mode="evaluate"), Plan(batch_size=8, epochs=1)),
-    "gathered": (StepOptions(mode="gradients"), Plan(batch_size=8, steps=2, shuffle=False)),
+    "epoch": (StepOptions(), BatchPlan(batch_size=8, epochs=1)),
+    "drawn": (StepOptions(), BatchPlan(batch_size=7, steps=5, drop_last=True)),
+    "grouped": (StepOptions(gradient_clip_norm=0.5), BatchPlan(batch_size=6, epochs=2, grad_accumulation=2)),
+    "judged": (StepOptions(mode="evaluate"), BatchPlan(batch_size=8, epochs=1)),
+    "gathered": (StepOptions(mode="gradients"), BatchPlan(batch_size=8, steps=2, shuffle=False)),
 }
 
 
-def samples() -> Dataset:
+def samples() -> Samples:
     whole = [batch(number, 13) for number in (50, 51)]
-    return Dataset(
+    return Samples(
         {"input": np.concatenate([part.inputs["input"] for part in whole])},
         np.concatenate([part.targets for part in whole]),
     )
@@ -110,7 +110,7 @@ def test_a_log_of_records_replayed_from_a_checkpoint_gives_the_same_state(jobs: 
     restored = carried_over(session, tmp_path)
     advance(session, jobs)
     # One dataset job more, cut short after three steps.
-    plan = Plan(batch_size=4, epochs=3)
+    plan = BatchPlan(batch_size=4, epochs=3)
     cut = session.run(samples(), plan, StepOptions(), 8)
     for _ in range(3):
         next(cut)

@@ -19,12 +19,12 @@ from torch import nn
 from device_operations.errors import OperationError
 from tests.training.networks import export, make
 from tests.training.sessions import CPU, LAYERS, LIMITS, batch, describe, digest, start
-from workers.training.definition import Sources
-from workers.training.determinism import derive_seed
-from workers.training.export import onnx_bytes
-from workers.training.listing import ListedTensor, list_tensors
+from workers.training.model.definition import Sources
+from workers.training.model.listing import ListedTensor, list_tensors
+from workers.training.model.ports import Batch
+from workers.training.onnx.export import onnx_bytes
+from workers.training.optimization.determinism import derive_seed
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import Limits, TrainingSession, build_session
 
 SGD = {"type": "sgd", "learning_rate": 0.1}

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.training.sessions import batch, carried_over, digest, start, train
-from workers.training.dataset import Dataset, Plan
+from workers.training.dataset import BatchPlan, Samples
+from workers.training.optimization.schedules import Observed
 from workers.training.outcomes import StepOptions, StepRecord
-from workers.training.schedules import Observed
 from workers.training.session import TrainingSession
 
 EVALUATE = StepOptions(mode="evaluate")
@@ -26,16 +26,16 @@ def watching(metric: str = "evaluate", **more: Any) -> dict[str, Any]:
     return {"schedule": plateau, "optimizer": {"type": "sgd", "learning_rate": 0.4}}
 
 
-def held_out(*numbers: int) -> Dataset:
+def held_out(*numbers: int) -> Samples:
     parts = [batch(number) for number in numbers]
-    return Dataset(
+    return Samples(
         {"input": np.concatenate([part.inputs["input"] for part in parts])},
         np.concatenate([part.targets for part in parts]),
     )
 
 
-def evaluate(session: TrainingSession, number: int, dataset: Dataset) -> None:
-    run = session.run(dataset, Plan(8, epochs=1, shuffle=False), EVALUATE, number)
+def evaluate(session: TrainingSession, number: int, dataset: Samples) -> None:
+    run = session.run(dataset, BatchPlan(8, epochs=1, shuffle=False), EVALUATE, number)
     for _ in run:
         pass
     run.finish()
@@ -59,7 +59,7 @@ def test_an_evaluation_with_a_number_is_one_observation_and_others_change_nothin
 
 def test_an_evaluation_of_a_dataset_without_a_number_is_forgotten() -> None:
     session = start(**watching())
-    run = session.run(held_out(1, 2), Plan(8, epochs=1), EVALUATE, 1)
+    run = session.run(held_out(1, 2), BatchPlan(8, epochs=1), EVALUATE, 1)
     next(run)
     assert session.state.observed != Observed()
     session.abandon_run()
@@ -71,7 +71,7 @@ def test_the_rate_comes_back_from_a_checkpoint_within_an_evaluation_and_from_a_r
     session = start(**watching())
     for number in range(1, 5):
         session.perform(batch(number % 2), EVALUATE if number % 2 else StepOptions(), number)
-    dataset, plan = held_out(5, 6, 7), Plan(8, epochs=1)
+    dataset, plan = held_out(5, 6, 7), BatchPlan(8, epochs=1)
     run = session.run(dataset, plan, EVALUATE, 5)
     next(run)
     resumed = carried_over(session, tmp_path, **watching())

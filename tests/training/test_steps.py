@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from device_operations.errors import OperationError
 from tests.training.sessions import LAYERS, OPTIMIZERS, batch, describe, digest, start, train
 from workers.training import checkpoints
-from workers.training.definition import Sources
+from workers.training.model.definition import Sources
+from workers.training.model.ports import Batch
 from workers.training.outcomes import StepOptions
-from workers.training.ports import Batch
 from workers.training.session import Limits
 
 PLAIN = [{"type": "linear", "name": "fc", "in_features": 6, "out_features": 4}]

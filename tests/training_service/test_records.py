@@ -8,14 +8,17 @@ import pytest
 from sqlalchemy import Engine
 
 from device_operations.jobs import State, new_id
-from tasks import lifecycle
+from tasks.blobs import records as blobs
 from tasks.database import open_engine
-from tasks.effects.training import kept, number_of
-from tasks.lifecycle import Outcome
-from tasks.store import blobs, checkpoints, devices, jobs
-from tasks.store import training as store
-from tasks.store.connection import execute, row, transaction
-from tasks.store.jobs import NewJob
+from tasks.devices import store as devices
+from tasks.jobs import lifecycle
+from tasks.jobs import store as jobs
+from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.store import NewJob
+from tasks.statements import execute, row, transaction
+from tasks.training import checkpoints
+from tasks.training import sessions as store
+from tasks.training.effects import kept, number_of
 from tests.support.records import make_device
 
 STANDING = {
@@ -238,8 +241,8 @@ def test_a_worker_s_death_leaves_sessions_to_be_brought_back_and_their_steps_que
     session_id = make_session(engine, epoch)
     running = make_step(engine, session_id, 1, epoch)
     with transaction(engine) as connection:
-        burial = lifecycle.bury(connection, "cpu_0", epoch)
-    assert running in [job["id"] for job in burial.requeued]
+        rescue = lifecycle.rescue(connection, "cpu_0", epoch)
+    assert running in [job["id"] for job in rescue.requeued]
     session = read(engine, session_id)
     assert (session["state"], session["epoch"], session["submitted_sequence"]) == ("initializing", None, 1)
     with engine.connect() as connection:

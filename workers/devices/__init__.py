@@ -1,7 +1,7 @@
 """The device layer: one interface, one file per backend, opened by name. Importing it loads no backend.
 
-    base       Device, Buffer, BufferView, Description, Reading, ModelOptions
-    onnx       OnnxModel, Cancel: a loaded model, run with arrays or buffers
+    base       Device, Buffer, BufferView, Description, Reading, SessionOptions
+    onnx       LoadedGraph, Cancel: a loaded model, run with arrays or buffers
     inventory  which devices this machine has; `python -m workers.devices --json`
 
 and a file for each backend.
@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib
 
 from device_operations.errors import failure
-from workers.devices.base import Buffer, BufferView, Device
-from workers.devices.inventory import BACKENDS, Found, enumerate_devices
-from workers.devices.values import Description, ModelOptions, Reading
+from workers.devices.adapters.inventory import BACKENDS, Found, enumerate_devices
+from workers.devices.arrays import Buffer, BufferView
+from workers.devices.base import Device
+from workers.devices.values import Description, Reading, SessionOptions
 
 
 def open_device(backend: str, ordinal: int = 0) -> Device:
@@ -27,6 +28,6 @@ def open_device(backend: str, ordinal: int = 0) -> Device:
 
 
 __all__ = [
-    "BACKENDS", "Buffer", "BufferView", "Description", "Device", "Found", "ModelOptions", "Reading",
+    "BACKENDS", "Buffer", "BufferView", "Description", "Device", "Found", "Reading", "SessionOptions",
     "enumerate_devices", "open_device",
 ]  # fmt: skip

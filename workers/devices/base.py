@@ -1,7 +1,7 @@
 """The device layer's one interface: the memory, the models and the facts of a single device, whatever drives it.
 
     open_device ─▶ Device ── allocate, fill, copy, write, read, release      bytes that outlive the call
-                         ├── open_model ─▶ OnnxModel                         inference, see onnx.py
+                         ├── open_model ─▶ LoadedGraph                       inference, see onnx.py
                          ├── torch_device, tensor_view                       training
                          └── describe, memory, classify, synchronize         facts and errors
 
@@ -12,73 +12,32 @@ databases, and importing this module loads neither torch nor ONNX Runtime.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from device_operations.errors import OperationError, failure
-from device_operations.tensors import numpy_dtype
-from workers.devices.values import Description, ModelOptions, Provider, Reading
+from workers.devices.arrays import DTYPES, Buffer, BufferView, flat_bytes
+from workers.devices.libraries import tidy
+from workers.devices.values import Description, Provider, Reading, SessionOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from workers.devices.onnx import Cancel, OnnxModel
-    from workers.devices.transfers import Transfers
+    from workers.devices.onnx.runtime import Cancel, LoadedGraph
+    from workers.devices.transfers import TensorTransfers
 
 T = TypeVar("T")
 
 #: More bytes than this no library's size holds; what would come back is an error about its type.
 MAX_BYTES = 2**63 - 1
-
-#: An array of any dtype.
-Array = np.ndarray[Any, np.dtype[Any]]
-
-#: NumPy's name for each dtype that a tensor may have on any backend; what one backend takes is in its capabilities.
-DTYPES = (
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
-)  # fmt: skip
-
-
-class Buffer:
-    """Bytes on one device, made by `Device.allocate`; `storage` is the backend's own array of uint8."""
-
-    __slots__ = ("device", "size_bytes", "storage")
-
-    def __init__(self, device: Device, size_bytes: int, storage: Any) -> None:
-        self.device = device
-        self.size_bytes = size_bytes
-        self.storage = storage
-
-    def __repr__(self) -> str:
-        state = "released" if self.storage is None else f"{self.size_bytes} bytes"
-        return f"<Buffer of {self.device}: {state}>"
-
-
-@dataclass(frozen=True, slots=True)
-class BufferView:
-    """A tensor that lies in a buffer. A view that only says where an output goes may leave `dtype` and `shape` None."""
-
-    buffer: Buffer
-    offset: int = 0
-    dtype: str | None = None
-    shape: tuple[int, ...] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """The tensor's bytes; `dtype` and `shape` must be known."""
-        assert self.dtype is not None
-        assert self.shape is not None
-        return numpy_dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 class Device(ABC):
@@ -196,12 +155,12 @@ class Device(ABC):
         return ()
 
     def open_model(
-        self, source: Path | bytes, options: ModelOptions | None = None, cancel: Cancel | None = None
-    ) -> OnnxModel:
+        self, source: Path | bytes, options: SessionOptions | None = None, cancel: Cancel | None = None
+    ) -> LoadedGraph:
         """Loads an ONNX file, or the bytes of one. Raises `model_invalid`, `out_of_memory`, `device_unavailable`."""
-        from workers.devices.onnx import OnnxModel
+        from workers.devices.onnx.runtime import LoadedGraph
 
-        return OnnxModel(self, source, options or ModelOptions(), cancel)
+        return LoadedGraph(self, source, options or SessionOptions(), cancel)
 
     def tensor_view(self, buffer: Buffer, dtype: str, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
         """A torch tensor over the bytes where they lie; a copy only where `offset` is not aligned to the dtype."""
@@ -306,7 +265,7 @@ class Device(ABC):
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
         return None
 
-    def transfers(self) -> Transfers | None:
+    def transfers(self) -> TensorTransfers | None:
         """The way of one model's arrays to the device and back, where that is faster than ONNX Runtime's own."""
         return None
 
@@ -366,23 +325,6 @@ class Device(ABC):
             free = None
         told = "unknown" if free is None else f"{free} bytes"
         return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {told}."
-
-
-def flat_bytes(array: Array) -> memoryview:
-    """The array's bytes in row-major order; its own memory where it is contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def tidy(error: BaseException) -> str:
-    """An error's text on one line, without NULs (PostgreSQL refuses them) and paths of its library's build machine."""
-    text = " ".join(str(error).replace("\0", "").split())
-    text = re.sub(r"[A-Z]:\\_work\\\S+ \(caller: \w+\) Exception\(\d+\) tid\(\w+\) ", "", text)
-    return re.sub(r"/onnxruntime_src/\S+:\d+ ", "", text)[:600]
-
-
-def installed(module: str) -> bool:
-    """Whether `module` can be imported here, without importing it."""
-    return importlib.util.find_spec(module) is not None
 
 
 def _matches(patterns: Sequence[str], text: str) -> bool:

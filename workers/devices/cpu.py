@@ -14,8 +14,10 @@ import numpy as np
 import psutil
 
 from device_operations.errors import failure
-from workers.devices.base import DTYPES, Array, Device, installed
-from workers.devices.inventory import Found
+from workers.devices.adapters.inventory import Found
+from workers.devices.arrays import DTYPES, Array
+from workers.devices.base import Device
+from workers.devices.libraries import installed
 from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:

@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from device_operations.errors import OperationError, failure
-from workers.devices import nvml
-from workers.devices.base import DTYPES, BufferView, installed, tidy
-from workers.devices.inventory import Found
+from workers.devices.adapters import nvml
+from workers.devices.adapters.inventory import Found
+from workers.devices.arrays import DTYPES, BufferView
+from workers.devices.libraries import installed, tidy
 from workers.devices.torch_memory import TorchDevice, host_tensor
 from workers.devices.values import Description, Provider, Reading
 
 if TYPE_CHECKING:
     import torch
 
-    from workers.devices.transfers import Transfers
+    from workers.devices.transfers import TensorTransfers
 
 # CUDA would count the fastest GPU first, NVML counts along the bus; read when CUDA starts, which is after this.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -199,7 +200,7 @@ class CudaDevice(TorchDevice):
 
         return pin(self.torch_device(), memory)
 
-    def transfers(self) -> Transfers | None:
+    def transfers(self) -> TensorTransfers | None:
         """Through pinned memory, where torch is there to pin it; ONNX Runtime moves arrays by itself elsewhere."""
         if not _torch_has_cuda():
             return None

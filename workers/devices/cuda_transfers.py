@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workers.devices.base import Array
-from workers.devices.transfers import Transfers
+from workers.devices.arrays import Array
+from workers.devices.transfers import TensorTransfers
 
 if TYPE_CHECKING:
     from torch.cuda import Event, Stream
@@ -36,7 +36,7 @@ _LARGEST_PINNED_BYTES = 64 << 20
 _LARGEST_HELD_BYTES = 16 << 20
 
 
-class PinnedTransfers(Transfers):
+class PinnedTransfers(TensorTransfers):
     """The transfers of one model on `device`, enqueued on `stream`."""
 
     def __init__(self, device: torch.device, stream: Stream) -> None:
@@ -46,7 +46,7 @@ class PinnedTransfers(Transfers):
         self._began, self._ended = _timer(), _timer()
         # Makes the context that torch and ONNX Runtime share, where nobody has yet.
         torch.empty(1, device=device)
-        self._driver = _Driver(device.index or 0, stream.cuda_stream)
+        self._driver = _CudaDriver(device.index or 0, stream.cuda_stream)
 
     def put(self, name: str, array: Array) -> int:
         size = array.nbytes
@@ -89,7 +89,7 @@ class PinnedTransfers(Transfers):
 
 def pin(device: torch.device, memory: memoryview) -> Callable[[], None] | None:
     """Pins the host's memory where it lies; what lets it go again, or None where the system does not let it be."""
-    driver = _Driver(device.index or 0, 0)
+    driver = _CudaDriver(device.index or 0, 0)
     address = np.frombuffer(memory, np.uint8).ctypes.data
     if not driver.register(address, memory.nbytes):
         return None
@@ -105,7 +105,7 @@ class CudaBytes:
         }  # fmt: skip
 
 
-class _Driver:
+class _CudaDriver:
     """Copies on one stream of one GPU, enqueued by CUDA's driver, and memory pinned for them.
 
     Each raises RuntimeError with the driver's words.

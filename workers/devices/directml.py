@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from device_operations.errors import OperationError, failure
-from workers.devices import dxgi
-from workers.devices.base import Buffer, installed, tidy
-from workers.devices.inventory import Found
+from workers.devices.adapters import dxgi
+from workers.devices.adapters.inventory import Found
+from workers.devices.arrays import Buffer
+from workers.devices.libraries import installed, tidy
 from workers.devices.torch_memory import TorchDevice
 from workers.devices.values import Description, Provider, Reading
 

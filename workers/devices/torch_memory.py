@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workers.devices.base import Array, Device
+from workers.devices.arrays import Array
+from workers.devices.base import Device
 
 if TYPE_CHECKING:
     import torch

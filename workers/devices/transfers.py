@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 
-class Transfers(ABC):
+class TensorTransfers(ABC):
     """The host side of one model's runs, in this order: `put` for each input, `begin`, the run, `end`, `fetch`.
 
     Used by one thread at a time, as the model is.

@@ -40,7 +40,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelOptions:
+class SessionOptions:
     """How a model is to be loaded.
 
     `graph_optimization` is one of ONNX Runtime's levels, disable, basic, extended or all, or rewrite: all, of a graph

@@ -1,29 +1,28 @@
 """What each kind of job does on the device, one module a noun.
 
 An operation takes the resident state and a claimed job, and returns its outcome; or it is a generator that yields
-`Progress` between steps, so that the lane can run something more urgent, and returns its outcome at the end. What it
-raises is the job's failure.
+`Progress` between steps, so that the scheduler can run something more urgent, and returns its outcome at the end. What
+it raises is the job's failure.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from device_operations.jobs import Kind
-from tasks.lifecycle import Outcome
-from workers.lane import Entry
+from tasks.jobs.lifecycle import Outcome
+from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Steps
+from workers.execution.scheduler import Entry
 from workers.operations import inference, memory
-from workers.resident import Resident
-from workers.work import Detached, Passed, Progress, Work
+from workers.resident.residents import Resident
 
-Steps = Generator[Progress, None, Outcome | Passed | Detached]
-Operation = Callable[[Resident, Work], Outcome | Passed | Detached | Steps]
+Operation = Callable[[Resident, ClaimedJob], Outcome | PlaceReleased | Detached | Steps]
 
 #: Several jobs of one batch in, an outcome of each out.
-JoinedOperation = Callable[[Resident, list[Work]], list[Outcome]]
+JoinedOperation = Callable[[Resident, list[ClaimedJob]], list[Outcome]]
 
 #: Notes in an entry with which others it may run, from its request.
 Join = Callable[[Resident, Entry, dict[str, Any]], None]
@@ -41,8 +40,8 @@ class OperationSpec:
 def _training(name: str) -> OperationSpec:
     """An operation on a training session. The first one loads torch, for which no other kind of job needs to wait."""
 
-    def run(resident: Resident, work: Work) -> Any:
-        return getattr(importlib.import_module("workers.operations.training"), name)(resident, work)
+    def run(resident: Resident, work: ClaimedJob) -> Any:
+        return getattr(importlib.import_module("workers.operations.training.jobs"), name)(resident, work)
 
     return OperationSpec(run)
 
@@ -72,4 +71,4 @@ BATCHES: dict[str, JoinedOperation] = {
     kind: spec.run_joined for kind, spec in SPECS.items() if spec.run_joined is not None
 }
 
-__all__ = ["BATCHES", "OPERATIONS", "SPECS", "Operation", "OperationSpec", "Steps"]
+__all__ = ["BATCHES", "OPERATIONS", "SPECS", "Operation", "OperationSpec"]

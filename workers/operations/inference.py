@@ -8,28 +8,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import structlog
 
 from device_operations.errors import OperationError, failure
-from tasks.lifecycle import Outcome
-from tasks.plans.residents import no_model
-from tasks.store import models as store
-from workers.devices.base import BufferView
-from workers.devices.onnx_session import Over
-from workers.devices.onnx_tensors import Feed, Kept
-from workers.lane import Entry
-from workers.models import close, facts, open_model, revive
+from tasks.inference import models as store
+from tasks.inference.residents import no_model
+from tasks.jobs.lifecycle import Outcome
+from workers.devices.arrays import BufferView
+from workers.devices.onnx.session import Over
+from workers.devices.onnx.tensors import Feed, Kept
+from workers.execution.claimed_job import ClaimedJob, Steps, named
+from workers.execution.scheduler import Entry
 from workers.operations import pipelines
-from workers.resident import Resident, ResidentModel
-from workers.sessions import fed_by, left_by, session_of
-from workers.tensors import feed, give, hand_over, staged_bytes, view
-from workers.work import Work, named
-
-if TYPE_CHECKING:
-    from workers.operations import Steps
+from workers.operations.tensors import feed, give, hand_over, staged_bytes, view
+from workers.resident.models import close, facts, open_model, revive
+from workers.resident.residents import Resident, ResidentModel
+from workers.resident.sessions import fed_by, left_by, session_of
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +50,7 @@ class Took:
     staged_bytes: int = 0
 
 
-def load_model(resident: Resident, work: Work) -> Outcome:
+def load_model(resident: Resident, work: ClaimedJob) -> Outcome:
     """Makes a model resident, unless it is."""
     model_id = work.request["model_id"]
     row = resident.read(store.get, model_id)
@@ -69,7 +66,7 @@ def load_model(resident: Resident, work: Work) -> Outcome:
     return work.succeeded(_loaded(resident, model), model=facts(model))
 
 
-def unload_model(resident: Resident, work: Work) -> Outcome:
+def unload_model(resident: Resident, work: ClaimedJob) -> Outcome:
     """Takes a model off the device, and says what that freed: 0 where another model uses its graph.
 
     `recycle` ends the process where nothing else would give memory back.
@@ -89,7 +86,7 @@ def unload_model(resident: Resident, work: Work) -> Outcome:
     return work.succeeded(result, freed_bytes=freed)
 
 
-def close_session(resident: Resident, work: Work) -> Outcome:
+def close_session(resident: Resident, work: ClaimedJob) -> Outcome:
     """Frees a session's state."""
     session_id = work.request["session_id"]
     session = resident.sessions.pop(session_id, None)
@@ -97,7 +94,7 @@ def close_session(resident: Resident, work: Work) -> Outcome:
     return work.succeeded({"session_id": session_id, "state_bytes": freed})
 
 
-def read_ahead(resident: Resident, works: Sequence[Work]) -> None:
+def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
     """Reads what came with runs that get the device next, on another thread than the device's.
 
     What lies on the device, or may fail, or is more than a little to keep, is left to the run itself.
@@ -124,7 +121,7 @@ def join(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
         entry.batch_delay_seconds = model.max_delay_ms / 1000
 
 
-def run(resident: Resident, work: Work) -> Outcome | Steps:
+def run(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
     """Runs a model once; a pipeline in steps."""
     model = resident.models.get(work.request["model_id"])
     if model is not None and pipelines.takes_steps(resident, work):
@@ -132,7 +129,7 @@ def run(resident: Resident, work: Work) -> Outcome | Steps:
     return run_batch(resident, [work])[0]
 
 
-def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
+def run_batch(resident: Resident, works: list[ClaimedJob]) -> list[Outcome]:
     """Runs works of one batch together.
 
     What fails together is run alone, so that one bad input fails alone; who is cancelled leaves the others to run
@@ -145,7 +142,7 @@ def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
     if model.pipeline is not None:
         return pipelines.run_joined(resident, model, works)
     outcomes: dict[str, Outcome] = {}
-    fed: list[tuple[Work, Feeds]] = []
+    fed: list[tuple[ClaimedJob, Feeds]] = []
     for work in works:
         made = _guarded(resident, work, lambda work=work: _feeds(resident, work))  # type: ignore[misc]
         if isinstance(made, Outcome):
@@ -174,7 +171,7 @@ def run_batch(resident: Resident, works: list[Work]) -> list[Outcome]:
 # ---- one run, or several as one
 
 
-def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -> Outcome:
+def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Feeds) -> Outcome:
     request = work.request
     session_id = request.get("session_id")
     session = session_of(resident, model, session_id) if session_id else None
@@ -201,7 +198,7 @@ def _alone(resident: Resident, model: ResidentModel, work: Work, feeds: Feeds) -
     return outcome
 
 
-def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Work, Feeds]]) -> dict[str, Outcome]:
+def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[ClaimedJob, Feeds]]) -> dict[str, Outcome]:
     """One run over the rows of all works, each of which has as many."""
     feeds: dict[str, Any] = {}
     rows = 0
@@ -250,7 +247,7 @@ def _gathered(resident: Resident, name: str, arrays: list[Any]) -> np.ndarray[An
 class _Together:
     """The cancels of a batch's works as one: whichever is tripped stops the run, and the works say which."""
 
-    def __init__(self, works: Sequence[Work]) -> None:
+    def __init__(self, works: Sequence[ClaimedJob]) -> None:
         self._cancels = [work.cancel for work in works]
 
     def over(self, options: Any) -> Over:
@@ -261,7 +258,7 @@ class _Together:
 # ---- what goes in and what comes out
 
 
-def _feeds(resident: Resident, work: Work) -> Feeds:
+def _feeds(resident: Resident, work: ClaimedJob) -> Feeds:
     work.cancel.check()
     if work.feeds is not None:
         return work.feeds
@@ -270,7 +267,7 @@ def _feeds(resident: Resident, work: Work) -> Feeds:
 
 def _outcome(
     resident: Resident,
-    work: Work,
+    work: ClaimedJob,
     outputs: dict[str, Any],
     batch_size: int,
     took: Took,
@@ -306,7 +303,7 @@ def _encoded(outcome: Outcome) -> None:
     outcome.result, outcome.pending = outcome.pending(), None
 
 
-def _told(resident: Resident, work: Work, outputs: dict[str, Any]) -> dict[str, Any]:
+def _told(resident: Resident, work: ClaimedJob, outputs: dict[str, Any]) -> dict[str, Any]:
     form = work.request.get("form", "auto")
     if form == "transient":
         return dict(hand_over(resident, outputs))
@@ -333,7 +330,7 @@ def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
 # ---- failing
 
 
-def _guarded(resident: Resident, work: Work, step: Callable[[], Any]) -> Any:
+def _guarded(resident: Resident, work: ClaimedJob, step: Callable[[], Any]) -> Any:
     """What `step` gives, or the outcome of a work that it failed for."""
     try:
         return step()
@@ -341,7 +338,7 @@ def _guarded(resident: Resident, work: Work, step: Callable[[], Any]) -> Any:
         return _failed(work, _known(resident, error))
 
 
-def _failed(work: Work, error: OperationError) -> Outcome:
+def _failed(work: ClaimedJob, error: OperationError) -> Outcome:
     return work.failed(error, session_id=work.request.get("session_id"))
 
 
@@ -361,7 +358,7 @@ def _missing(resident: Resident, model_id: str) -> OperationError:
     return no_model(model_id, row)
 
 
-def _stopped(work: Work) -> Outcome:
+def _stopped(work: ClaimedJob) -> Outcome:
     try:
         work.cancel.check()
     except OperationError as error:

@@ -1,6 +1,6 @@
 """Device memory: allocating, freeing, copying, clearing, writing and reading.
 
-Work on many bytes is a generator that yields between pieces, so that the lane can run something more urgent and a
+Work on many bytes is a generator that yields between pieces, so that the scheduler can run something more urgent and a
 cancellation takes effect; everything small is one call.
 """
 
@@ -12,21 +12,21 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from device_operations.errors import OperationError, failure, from_job_error
-from tasks.blobs import CHUNK_BYTES
-from tasks.lifecycle import Outcome
-from tasks.ring import Ring
-from tasks.store import allocations as store
-from tasks.store import blobs as blob_store
-from tasks.store import memory as memory_store
-from workers.devices.base import Buffer
-from workers.lane import Entry
-from workers.models import evict_one, make_room
-from workers.resident import Resident
-from workers.work import Progress, Work, named
+from tasks.blobs import records as blob_store
+from tasks.blobs.ring import Ring
+from tasks.blobs.store import CHUNK_BYTES
+from tasks.jobs.lifecycle import Outcome
+from tasks.memory import allocations as store
+from tasks.memory import budgets as memory_store
+from workers.devices.arrays import Buffer
+from workers.execution.claimed_job import ClaimedJob, Progress, named
+from workers.execution.scheduler import Entry
+from workers.resident.models import evict_one, make_room
+from workers.resident.residents import Resident
 
 Steps = Generator[Progress, None, Outcome]
 
-#: Bytes copied or filled between two looks at the lane: a few hundredths of a second. The C library copies larger
+#: Bytes copied or filled between two looks at the scheduler: a few hundredths of a second. The C library copies larger
 #: pieces in a way of its own that is an eighth faster than for pieces of 128 MiB.
 STEP_BYTES = 512 * 2**20
 
@@ -57,12 +57,12 @@ def join_all(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
     entry.batch_key, entry.batch_limit = entry.kind, BATCH_LIMIT
 
 
-def allocate(resident: Resident, work: Work) -> Outcome:
+def allocate(resident: Resident, work: ClaimedJob) -> Outcome:
     """Makes the bytes, zeroed or filled; idle models make room."""
     return allocate_batch(resident, [work])[0]
 
 
-def allocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
+def allocate_batch(resident: Resident, works: Sequence[ClaimedJob]) -> list[Outcome]:
     """Makes many allocations; each fails alone."""
     ids = [work.request["allocation_id"] for work in works]
     # What fits counted on nothing; else some were admitted against room that may not have come.
@@ -83,7 +83,7 @@ def allocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
     return outcomes
 
 
-def _allocate(resident: Resident, work: Work, room: int) -> Outcome:
+def _allocate(resident: Resident, work: ClaimedJob, room: int) -> Outcome:
     allocation_id, size = work.request["allocation_id"], work.request["size_bytes"]
     if room < 0:
         raise failure(
@@ -114,7 +114,7 @@ def _buffer(resident: Resident, size: int) -> Buffer:
                 raise
 
 
-def deallocate(resident: Resident, work: Work) -> Outcome:
+def deallocate(resident: Resident, work: ClaimedJob) -> Outcome:
     """Gives the bytes back to the device."""
     allocation_id = work.request["allocation_id"]
     buffer = _held(resident, allocation_id)
@@ -124,7 +124,7 @@ def deallocate(resident: Resident, work: Work) -> Outcome:
     return work.succeeded({"allocation_id": allocation_id, "freed_bytes": buffer.size_bytes})
 
 
-def deallocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]:
+def deallocate_batch(resident: Resident, works: Sequence[ClaimedJob]) -> list[Outcome]:
     """Frees many; each fails alone."""
     outcomes = []
     for work in works:
@@ -137,8 +137,8 @@ def deallocate_batch(resident: Resident, works: Sequence[Work]) -> list[Outcome]
     return outcomes
 
 
-def copy(resident: Resident, work: Work) -> Outcome | Steps:
-    """Copies a range; within one allocation as memmove does, from another device through `workers.transfers`."""
+def copy(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
+    """Copies a range; within one allocation as memmove does, from another device see `workers.operations.transfers`."""
     request = work.request
     source, destination, size = request["source"], request["destination"], request["size_bytes"]
     to = _held(resident, destination["allocation_id"])
@@ -162,7 +162,7 @@ def copy(resident: Resident, work: Work) -> Outcome | Steps:
 
 
 def _copy_from_elsewhere(
-    resident: Resident, work: Work, to: Buffer, offset: int, source_offset: int, result: dict[str, Any]
+    resident: Resident, work: ClaimedJob, to: Buffer, offset: int, source_offset: int, result: dict[str, Any]
 ) -> Steps:
     assert resident.transfers is not None
     request = work.request
@@ -173,7 +173,7 @@ def _copy_from_elsewhere(
     return work.succeeded({**result, "source_device_id": request["source_device_id"], "via": via})
 
 
-def clear(resident: Resident, work: Work) -> Outcome | Steps:
+def clear(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
     """Sets a range to one byte."""
     request = work.request
     buffer = _held(resident, request["allocation_id"])
@@ -188,7 +188,7 @@ def clear(resident: Resident, work: Work) -> Outcome | Steps:
     )
 
 
-def write(resident: Resident, work: Work) -> Outcome | Steps:
+def write(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
     """Writes a blob's bytes into a range; straight from its file where the device's memory is the host's."""
     request = work.request
     allocation_id, offset, size = request["allocation_id"], request.get("offset", 0), request["size_bytes"]
@@ -218,7 +218,7 @@ def write(resident: Resident, work: Work) -> Outcome | Steps:
         if offset == 0 and size == buffer.size_bytes and told:
             resident.hashes[allocation_id] = told
         if request.get("passing"):
-            resident.aside.submit(resident.blobs.retire, request["blob_id"])
+            resident.background.submit(resident.blobs.retire, request["blob_id"])
 
     result = {
         "allocation_id": allocation_id,
@@ -233,7 +233,7 @@ def write(resident: Resident, work: Work) -> Outcome | Steps:
     )  # fmt: skip
 
 
-def read(resident: Resident, work: Work) -> Steps:
+def read(resident: Resident, work: ClaimedJob) -> Steps:
     """Reads a range: into the ring of a gateway that waits for it on this machine, else into a new blob."""
     request = work.request
     allocation_id, offset, size = request["allocation_id"], request.get("offset", 0), request["size_bytes"]
@@ -260,7 +260,9 @@ def read(resident: Resident, work: Work) -> Steps:
     return work.succeeded(result, **facts)
 
 
-def _into_blob(resident: Resident, work: Work, buffer: Buffer, known: str | None) -> Generator[Progress, None, str]:
+def _into_blob(
+    resident: Resident, work: ClaimedJob, buffer: Buffer, known: str | None
+) -> Generator[Progress, None, str]:
     """A blob of the job's owner that holds the range, hashed on the way unless the hash is known; gives the hash."""
     size = work.request["size_bytes"]
     with resident.blobs.writer(work.request["blob_id"], sha256=known) as writer:
@@ -273,7 +275,7 @@ def _into_blob(resident: Resident, work: Work, buffer: Buffer, known: str | None
     return stored.sha256
 
 
-def _hashed(resident: Resident, work: Work, buffer: Buffer) -> Generator[Progress, None, str]:
+def _hashed(resident: Resident, work: ClaimedJob, buffer: Buffer) -> Generator[Progress, None, str]:
     """The range's sha256."""
     hasher = hashlib.sha256()
     for _, data in _chunks(resident, work, buffer):
@@ -283,7 +285,7 @@ def _hashed(resident: Resident, work: Work, buffer: Buffer) -> Generator[Progres
 
 
 def _into_ring(
-    resident: Resident, work: Work, buffer: Buffer, ring: Ring, sha256: str
+    resident: Resident, work: ClaimedJob, buffer: Buffer, ring: Ring, sha256: str
 ) -> Generator[Progress, None, int]:
     """Puts the hash and then the bytes into the ring, as fast as they are taken; gives how many went that way.
 
@@ -315,7 +317,7 @@ def _into_ring(
 
 
 def _rest_into_blob(
-    resident: Resident, work: Work, buffer: Buffer, ring: Ring, done: int
+    resident: Resident, work: ClaimedJob, buffer: Buffer, ring: Ring, done: int
 ) -> Generator[Progress, None, None]:
     with resident.blobs.writer(work.request["blob_id"], sha256="0" * 64) as writer:
         for _, data in _chunks(resident, work, buffer, done):
@@ -338,7 +340,7 @@ def _attached(name: str | None) -> Ring | None:
         return None
 
 
-def _chunks(resident: Resident, work: Work, buffer: Buffer, done: int = 0) -> Iterator[tuple[int, memoryview]]:
+def _chunks(resident: Resident, work: ClaimedJob, buffer: Buffer, done: int = 0) -> Iterator[tuple[int, memoryview]]:
     """The range from `done` on, a chunk at a time; each is valid until the next."""
     size, offset = work.request["size_bytes"], work.request.get("offset", 0)
     staging: memoryview | None = None
@@ -351,7 +353,7 @@ def _chunks(resident: Resident, work: Work, buffer: Buffer, done: int = 0) -> It
         yield start, data
 
 
-def _record(resident: Resident, work: Work, sha256: str | None, size: int, ttl_seconds: float) -> None:
+def _record(resident: Resident, work: ClaimedJob, sha256: str | None, size: int, ttl_seconds: float) -> None:
     blob = {
         "blob_id": work.request["blob_id"], "sha256": sha256, "size_bytes": size, "owner": work.row["owner"],
     }  # fmt: skip
@@ -360,7 +362,7 @@ def _record(resident: Resident, work: Work, sha256: str | None, size: int, ttl_s
 
 
 def _in_steps(
-    work: Work,
+    work: ClaimedJob,
     result: dict[str, Any],
     size: int,
     move: Any,
@@ -379,7 +381,14 @@ def _in_steps(
 
 
 def _pieces(
-    work: Work, result: dict[str, Any], size: int, move: Any, settle: Any, backwards: bool, step_bytes: int, facts: Any
+    work: ClaimedJob,
+    result: dict[str, Any],
+    size: int,
+    move: Any,
+    settle: Any,
+    backwards: bool,
+    step_bytes: int,
+    facts: Any,
 ) -> Steps:
     done = 0
     for start, step in _ranges(size, step_bytes, backwards):

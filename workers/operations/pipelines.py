@@ -1,33 +1,30 @@
-"""What running a pipeline does on the device: its steps, with the lane between them, and its result as JSON."""
+"""What running a pipeline does on the device: its steps, with the scheduler between them, and its result as JSON."""
 
 from __future__ import annotations
 
 import base64
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
+from tasks.blobs import records as blob_store
 from tasks.database import until_reachable
-from tasks.lifecycle import Outcome
-from tasks.store import blobs as blob_store
-from workers.devices.base import Array, BufferView
-from workers.pipelines.base import MadeImage, Pipeline, Result, Run
-from workers.resident import Resident, ResidentModel
-from workers.tensors import feed, give, hand_over, keep
-from workers.work import Detached, Work, named
-
-if TYPE_CHECKING:
-    from workers.operations import Steps
+from tasks.jobs.lifecycle import Outcome
+from workers.devices.arrays import Array, BufferView
+from workers.execution.claimed_job import ClaimedJob, Detached, Steps, named
+from workers.operations.tensors import feed, give, hand_over, keep
+from workers.pipelines.base import Pipeline, PixelImage, Result, RunContext
+from workers.resident.residents import Resident, ResidentModel
 
 #: Bytes of a picture's file; more are not read.
 MAX_PICTURE_BYTES = 64 << 20
 
 
-def run(resident: Resident, model: ResidentModel, work: Work) -> Steps:
+def run(resident: Resident, model: ResidentModel, work: ClaimedJob) -> Steps:
     """Runs a pipeline in steps. Encoding and storing what it made happens without the device."""
     pipeline = pipeline_of(model)
     device_seconds = 0.0
@@ -52,7 +49,7 @@ def run(resident: Resident, model: ResidentModel, work: Work) -> Steps:
     return Detached(lambda: _outcome(resident, work, made, device_seconds * 1e3, 1), work.job_id)
 
 
-def run_joined(resident: Resident, model: ResidentModel, works: Sequence[Work]) -> list[Outcome]:
+def run_joined(resident: Resident, model: ResidentModel, works: Sequence[ClaimedJob]) -> list[Outcome]:
     """Runs works that take no steps, together."""
     pipeline = pipeline_of(model)
     began = time.perf_counter()
@@ -79,7 +76,7 @@ def run_joined(resident: Resident, model: ResidentModel, works: Sequence[Work]) 
     return outcomes
 
 
-def takes_steps(resident: Resident, work: Work) -> bool:
+def takes_steps(resident: Resident, work: ClaimedJob) -> bool:
     """Whether a run is one of a pipeline that goes in steps."""
     model = resident.models.get(work.request.get("model_id", ""))
     pipeline = model.pipeline if model is not None else None
@@ -92,7 +89,7 @@ def pipeline_of(model: ResidentModel) -> Pipeline:
     return model.pipeline
 
 
-def context(resident: Resident, model: ResidentModel, work: Work) -> Run:
+def context(resident: Resident, model: ResidentModel, work: ClaimedJob) -> RunContext:
     """What a run may reach: its own tensors and pictures, and the blobs of its job's owner."""
 
     def tensor(name: str) -> Array:
@@ -119,11 +116,11 @@ def context(resident: Resident, model: ResidentModel, work: Work) -> Run:
         # A preview waits for a database that is away, as everything of a job does.
         return until_reachable(lambda: keep(resident, data, work.row["owner"]))
 
-    return Run(work.request, work.cancel, tensor, picture, kept, max_rows=model.max_batch_size)
+    return RunContext(work.request, work.cancel, tensor, picture, kept, max_rows=model.max_batch_size)
 
 
 def _pending(
-    resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int, *, executions: int
+    resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int, *, executions: int
 ) -> Outcome:
     """The outcome of a short run, whose result is put into words off the device's thread."""
     outcome = work.succeeded({}, device_ms=device_ms, batch_size=batch_size, executions=executions)
@@ -131,12 +128,12 @@ def _pending(
     return outcome
 
 
-def _outcome(resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int) -> Outcome:
+def _outcome(resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int) -> Outcome:
     result = _result(resident, work, made, device_ms, batch_size)
     return work.succeeded(result, device_ms=device_ms, batch_size=batch_size, executions=1)
 
 
-def _result(resident: Resident, work: Work, made: Result, device_ms: float, batch_size: int) -> dict[str, Any]:
+def _result(resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int) -> dict[str, Any]:
     owner = work.row["owner"]
     form = work.request.get("form", "auto")
     outputs: Mapping[str, Any]
@@ -150,7 +147,7 @@ def _result(resident: Resident, work: Work, made: Result, device_ms: float, batc
     return {**result, **made.facts, "batch_size": batch_size, "device_ms": round(device_ms, 3)}
 
 
-def _image(resident: Resident, image: MadeImage, owner: str) -> dict[str, Any]:
+def _image(resident: Resident, image: PixelImage, owner: str) -> dict[str, Any]:
     from workers.pipelines import images
 
     data = images.encode(image.pixels, image.format)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from device_operations.errors import OperationError, failure
-from workers.batching import Batching
-from workers.devices.base import Array
-from workers.devices.onnx import Cancel, OnnxModel
-from workers.devices.onnx_session import FUSED
-from workers.devices.values import ModelOptions
+from workers.devices.arrays import Array
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
+from workers.devices.onnx.session import FUSED
+from workers.devices.values import SessionOptions
+from workers.execution.claimed_job import Progress
 from workers.pipelines.files import Part
-from workers.work import Progress
+from workers.resident.batching import Batching
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
@@ -39,7 +39,7 @@ class Parts:
         self._options = options
         self.low_memory = bool(options.get("low_memory"))
         self._check_free_dimensions()
-        self._open: dict[str, OnnxModel] = {}
+        self._open: dict[str, LoadedGraph] = {}
         self._device: Device | None = None
         #: What each part took when it was opened first, in bytes, and how long that was, in milliseconds.
         self._memory_bytes: dict[str, int] = {}
@@ -76,7 +76,7 @@ class Parts:
             raise
         self.rest()
 
-    def get(self, name: str, cancel: Cancel | None = None) -> OnnxModel:
+    def get(self, name: str, cancel: Cancel | None = None) -> LoadedGraph:
         """The part as a model that can be run now. Another run may have closed it since the last call."""
         model = self._open.get(name)
         if model is not None:
@@ -87,7 +87,7 @@ class Parts:
         self._open[name] = model
         return model
 
-    def open_apart(self, name: str, content: bytes, cancel: Cancel | None) -> OnnxModel:
+    def open_apart(self, name: str, content: bytes, cancel: Cancel | None) -> LoadedGraph:
         """A changed graph of a part, out of its bytes, on the device; the caller closes it."""
         self.rest()
         return self._opened(self._parts[name], content, cancel)
@@ -141,7 +141,7 @@ class Parts:
             for name, part in self._parts.items()
         ]
 
-    def _open_part(self, part: Part, cancel: Cancel | None) -> OnnxModel:
+    def _open_part(self, part: Part, cancel: Cancel | None) -> LoadedGraph:
         part.check_unchanged()
         model = self._opened(part, part.file, cancel)
         self.provider = model.provider
@@ -152,9 +152,9 @@ class Parts:
             self._fallbacks[part.name] = model.cpu_fallback_ops
         return model
 
-    def _opened(self, part: Part, source: Path | bytes, cancel: Cancel | None) -> OnnxModel:
+    def _opened(self, part: Part, source: Path | bytes, cancel: Cancel | None) -> LoadedGraph:
         """Opens a graph with the options of the load; pipelines that are idle make room where memory runs out."""
-        wanted = ModelOptions(
+        wanted = SessionOptions(
             intra_op_threads=self._options.get("intra_op_threads"),
             graph_optimization=self._level(part),
             free_dimensions={name: size for name, size in self._free_dimensions().items() if name in part.symbols},
@@ -189,7 +189,7 @@ class Parts:
 
 
 @dataclass(slots=True)
-class Run:
+class RunContext:
     """One run of a pipeline: its request as stored, and what it may reach.
 
     `tensor` gives a field's tensor as an array, `picture` a picture's file as bytes, `keep` stores bytes as a blob of
@@ -206,7 +206,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class MadeImage:
+class PixelImage:
     """An image that a run made: `[H, W, 3]` of uint8, which is encoded off the device's thread; `facts` go with it."""
 
     pixels: Array
@@ -219,7 +219,7 @@ class Result:
     """What a run gives: tensors by name, images in order, and more fields of the job's result."""
 
     outputs: Mapping[str, Array] = field(default_factory=dict)
-    images: Sequence[MadeImage] = ()
+    images: Sequence[PixelImage] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -243,7 +243,7 @@ class Pipeline(ABC):
         """
 
     @abstractmethod
-    def run(self, run: Run) -> Steps:
+    def run(self, run: RunContext) -> Steps:
         """Runs in steps; what the request has wrong is raised before the first.
 
         A cancelled or overdue run raises within the step that is under way if that passes `run.cancel` on. What it
@@ -267,7 +267,7 @@ class Pipeline(ABC):
         """The key under which runs may be joined, and how many; None for a run that goes alone."""
         return None
 
-    def run_joined(self, runs: Sequence[Run]) -> list[Result | OperationError]:
+    def run_joined(self, runs: Sequence[RunContext]) -> list[Result | OperationError]:
         """Runs what does not take steps, and gives each run's result or failure. Raises what fails them all."""
         raise NotImplementedError(f"{type(self).__name__} takes steps")
 

@@ -11,10 +11,10 @@ import orjson
 
 from device_operations.errors import failure
 from device_operations.tensors import NUMPY_DTYPES
-from workers.devices.base import tidy
-from workers.devices.onnx_file import inspect
-from workers.devices.onnx_graph import read_graph
-from workers.devices.onnx_tensors import TensorSpec
+from workers.devices.libraries import tidy
+from workers.devices.onnx.file import inspect
+from workers.devices.onnx.graph import read_graph
+from workers.devices.onnx.tensors import TensorSpec
 
 #: Bytes of a configuration, and of a tokenizer's file.
 MAX_CONFIG_BYTES = 1 << 20

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from device_operations.errors import failure
-from workers.devices.base import Array
+from workers.devices.arrays import Array
 
 #: Pixels of a picture that is decoded, and the bytes of its file.
 MAX_PIXELS = 1 << 24

@@ -21,16 +21,17 @@ import torch
 from device_operations.errors import failure
 from device_operations.requests.pipelines import MAX_PIXELS
 from device_operations.tensors import numpy_dtype
-from workers.devices.base import Array
-from workers.pipelines import images, previews
-from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder
-from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
-from workers.pipelines.denoising import Conditions, Preview, denoise
+from workers.devices.arrays import Array
+from workers.execution.claimed_job import Progress
+from workers.pipelines import images
+from workers.pipelines.base import Pace, Parts, Pipeline, PixelImage, Result, RunContext, Steps
+from workers.pipelines.diffusion import previews
+from workers.pipelines.diffusion.autoencoder import DECODER, ENCODER, Autoencoder
+from workers.pipelines.diffusion.denoising import Conditions, Preview, denoise
+from workers.pipelines.diffusion.parts import TEXT_ENCODERS, UNET, Sizes, TextEncoder, check_fit, unet_of
+from workers.pipelines.diffusion.prompts import PromptTokenizer, PromptTokens
+from workers.pipelines.diffusion.schedulers import Schedule, Schedulers
 from workers.pipelines.files import find_graph, read_config, read_json, read_part
-from workers.pipelines.prompts import PromptTokenizer, Tokens
-from workers.pipelines.schedulers import Schedule, Schedulers
-from workers.pipelines.sdxl_parts import TEXT_ENCODERS, UNET, Sizes, TextEncoder, check_fit, unet_of
-from workers.work import Progress
 
 #: Where each part lies; the encoder of images may be missing.
 PLACES = {
@@ -47,7 +48,7 @@ FEW_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ImageRequest:
     """A run's request with what the model's configuration adds to it; sizes are pixels."""
 
     prompt: str
@@ -114,7 +115,7 @@ class SdxlPipeline(Pipeline):
     def about(self) -> dict[str, Any]:
         return {"scheduler": self._schedulers.own_name, "image_to_image": ENCODER in self.parts}
 
-    def run(self, run: Run) -> Steps:
+    def run(self, run: RunContext) -> Steps:
         """Text, then for each image its steps and its decoding."""
         asked = self._asked(run)
         schedule = self._schedule(asked)
@@ -146,7 +147,7 @@ class SdxlPipeline(Pipeline):
                     "float32",
                 )
             made.append(
-                MadeImage(images.to_pixels(decoded[0]), run.request.get("output_format", "png"), {"seed": seed})
+                PixelImage(images.to_pixels(decoded[0]), run.request.get("output_format", "png"), {"seed": seed})
             )
         facts = {
             "seed": asked.seed, "steps": len(schedule.timesteps), "guidance_scale": asked.guidance_scale,
@@ -156,7 +157,7 @@ class SdxlPipeline(Pipeline):
 
     # ---- what is asked
 
-    def _asked(self, run: Run) -> Asked:
+    def _asked(self, run: RunContext) -> ImageRequest:
         given = run.request
         few = self._schedulers.is_distilled or self._sizes.guidance_embedding is not None
         image = None
@@ -173,7 +174,7 @@ class SdxlPipeline(Pipeline):
         if image is not None:
             image = images.resize(image, width, height)
         embeds = self._sizes.guidance_embedding is not None
-        return Asked(
+        return ImageRequest(
             prompt=given["prompt"],
             negative_prompt=given.get("negative_prompt"),
             width=width,
@@ -187,11 +188,11 @@ class SdxlPipeline(Pipeline):
             image=image,
         )
 
-    def _side_step(self, run: Run) -> int:
+    def _side_step(self, run: RunContext) -> int:
         """A side is a multiple of so many pixels: what the VAE and the UNet halve comes back in the same size."""
         return self._autoencoder.factor(run.cancel) * self._sizes.unet_step
 
-    def _check(self, asked: Asked, run: Run) -> None:
+    def _check(self, asked: ImageRequest, run: RunContext) -> None:
         step = self._side_step(run)
         if asked.width % step or asked.height % step:
             raise failure(
@@ -202,12 +203,14 @@ class SdxlPipeline(Pipeline):
         if asked.width * asked.height > MAX_PIXELS:
             raise failure("input_mismatch", f"an image has {MAX_PIXELS} pixels at most; give width and height")
 
-    def _schedule(self, asked: Asked) -> Schedule:
+    def _schedule(self, asked: ImageRequest) -> Schedule:
         return self._schedulers.schedule(asked.scheduler, asked.steps, asked.strength)
 
     # ---- before the first step
 
-    def _conditions(self, asked: Asked, run: Run) -> Generator[Progress, None, tuple[Conditions, dict[str, Any]]]:
+    def _conditions(
+        self, asked: ImageRequest, run: RunContext
+    ) -> Generator[Progress, None, tuple[Conditions, dict[str, Any]]]:
         """What the steps are conditioned on, and what the result says of the prompts."""
         guided = asked.guidance_scale > 1 and self._sizes.guidance_embedding is None
         prompts = {"prompt": asked.prompt}
@@ -244,7 +247,7 @@ class SdxlPipeline(Pipeline):
         return Conditions(typed, asked.guidance_scale if guided else 1.0), {"truncated": truncated}
 
     def _start(
-        self, asked: Asked, schedule: Schedule, generator: torch.Generator, encoded: Array | None
+        self, asked: ImageRequest, schedule: Schedule, generator: torch.Generator, encoded: Array | None
     ) -> torch.Tensor:
         """The latents before the first step: noise, or the image's with noise for what is to be changed."""
         factor = self._autoencoder.factor()
@@ -263,7 +266,7 @@ class SdxlPipeline(Pipeline):
 
     # ---- between steps
 
-    def _preview(self, run: Run, number: int) -> Preview | None:
+    def _preview(self, run: RunContext, number: int) -> Preview | None:
         """Small images of one image's latents, as blobs, if the run asks for them."""
         every = run.request.get("preview_every")
         if every is None:
@@ -278,7 +281,7 @@ class SdxlPipeline(Pipeline):
         return Preview(every, show)
 
 
-def _cut(field: str, encoder: str, tokens: Tokens) -> dict[str, Any]:
+def _cut(field: str, encoder: str, tokens: PromptTokens) -> dict[str, Any]:
     return {"field": field, "text_encoder": encoder, "tokens": tokens.count, "kept": tokens.kept}
 
 

@@ -14,18 +14,18 @@ import numpy as np
 import orjson
 
 from device_operations.errors import OperationError, failure
-from workers.batching import DEFAULT_ROWS, Batching, decide
 from workers.devices.base import Device
-from workers.devices.onnx import Cancel
-from workers.devices.onnx_session import Over
-from workers.pipelines.base import Parts, Pipeline, Result, Run, Steps
+from workers.devices.onnx.runtime import Cancel
+from workers.devices.onnx.session import Over
+from workers.execution.claimed_job import Progress
+from workers.pipelines.base import Parts, Pipeline, Result, RunContext, Steps
 from workers.pipelines.files import read_part
-from workers.pipelines.text.embedder import Embedded, Embedder
+from workers.pipelines.text.embedder import Embedder, TextVectors
 from workers.pipelines.text.layout import Layout, read_layout
 from workers.pipelines.text.pooling import normalized
 from workers.pipelines.text.tokens import Text, Tokenized, Tokens
+from workers.resident.batching import DEFAULT_ROWS, Batching, decide
 from workers.rows.proof import Proof, Verdict
-from workers.work import Progress
 
 #: The name of the only part.
 GRAPH = "model"
@@ -95,7 +95,7 @@ class TextEmbeddingPipeline(Pipeline):
         most = max_rows // _count(request)
         return (GRAPH, most) if most > 1 else None
 
-    def run(self, run: Run) -> Steps:
+    def run(self, run: RunContext) -> Steps:
         texts = _texts(run)
         self._check_dimensions(run)
         steps = self._embedder.embed(texts, run.max_rows, run.cancel)
@@ -106,15 +106,15 @@ class TextEmbeddingPipeline(Pipeline):
                 return self._result(run, stop.value, 0, len(texts))
             yield Progress({"done": done, "total": len(texts)})
 
-    def run_joined(self, runs: Sequence[Run]) -> list[Result | OperationError]:
+    def run_joined(self, runs: Sequence[RunContext]) -> list[Result | OperationError]:
         given = [self._tokenized(run) for run in runs]
         joined = [one for tokenized in given if not isinstance(tokenized, OperationError) for one in tokenized]
-        steps = self._embedder.run(joined, runs[0].max_rows, _Together([run.cancel for run in runs]))
+        steps = self._embedder.run(joined, runs[0].max_rows, _JoinedTexts([run.cancel for run in runs]))
         while True:
             try:
                 next(steps)
             except StopIteration as stop:
-                embedded: Embedded = stop.value
+                embedded: TextVectors = stop.value
                 break
         found: list[Result | OperationError] = []
         first = 0
@@ -126,7 +126,7 @@ class TextEmbeddingPipeline(Pipeline):
             first += len(tokenized)
         return found
 
-    def _tokenized(self, run: Run) -> list[Tokenized] | OperationError:
+    def _tokenized(self, run: RunContext) -> list[Tokenized] | OperationError:
         """The tokens of a run's texts, or what is wrong with it: that must not fail the others."""
         try:
             run.cancel.check()
@@ -138,7 +138,7 @@ class TextEmbeddingPipeline(Pipeline):
     def _run_graph(self, feeds: Mapping[str, Any], outputs: Sequence[str], cancel: Any) -> Mapping[str, Any]:
         return self.parts.get(GRAPH, cancel).run(feeds, outputs, cancel=cancel)
 
-    def _result(self, run: Run, embedded: Embedded, first: int, end: int) -> Result:
+    def _result(self, run: RunContext, embedded: TextVectors, first: int, end: int) -> Result:
         """What a run gives whose texts are those from `first` to `end`."""
         vectors = embedded.vectors[first:end]
         dimensions = run.request.get("dimensions")
@@ -150,11 +150,11 @@ class TextEmbeddingPipeline(Pipeline):
         facts = {"tokens": sum(embedded.tokens[first:end]), "truncated": truncated}
         return Result({"embeddings": np.ascontiguousarray(vectors)}, facts=facts)
 
-    def _normalizes(self, run: Run) -> bool:
+    def _normalizes(self, run: RunContext) -> bool:
         asked = run.request.get("normalize")
         return self._layout.normalize if asked is None else bool(asked)
 
-    def _check_dimensions(self, run: Run) -> None:
+    def _check_dimensions(self, run: RunContext) -> None:
         """Vectors are cut only where the model was trained for that: of others, the first numbers mean little."""
         wanted, width, known = run.request.get("dimensions"), self._embedder.width, self._layout.dimensions
         if wanted is None or wanted == width:
@@ -166,7 +166,7 @@ class TextEmbeddingPipeline(Pipeline):
             raise failure("validation_failed", f"the model does not support dimensions = {wanted}; there are {there}")
 
 
-class _Together:
+class _JoinedTexts:
     """The cancels of several runs as one: whichever is tripped stops the graph."""
 
     def __init__(self, cancels: Sequence[Cancel]) -> None:
@@ -182,7 +182,7 @@ def _count(request: Mapping[str, Any]) -> int:
     return int(tensor["shape"][0])
 
 
-def _texts(run: Run) -> list[Text]:
+def _texts(run: RunContext) -> list[Text]:
     """The texts of a run, or the ids that it gives in place of them."""
     if run.request.get("texts") is not None:
         return [str(text) for text in run.tensor("texts")]

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from device_operations.errors import failure
-from workers.devices.base import Array
+from workers.devices.arrays import Array
+from workers.execution.claimed_job import Progress
 from workers.pipelines import images
-from workers.pipelines.autoencoder import DECODER, ENCODER, Autoencoder, Scale
-from workers.pipelines.base import MadeImage, Pace, Parts, Pipeline, Result, Run, Steps
+from workers.pipelines.base import Pace, Parts, Pipeline, PixelImage, Result, RunContext, Steps
+from workers.pipelines.diffusion.autoencoder import DECODER, ENCODER, Autoencoder, Scale
 from workers.pipelines.files import Part, find_graph, read_config, read_part
-from workers.work import Progress
 
 #: Images of one run, and pixels of one image, that are decoded or encoded at most.
 MAX_BATCH = 64
@@ -66,13 +66,13 @@ class VaePipeline(Pipeline):
             "shift_factor": scale.shift,
         }
 
-    def run(self, run: Run) -> Steps:
+    def run(self, run: RunContext) -> Steps:
         """One step an image, or one a tile."""
         if "latents" in run.request:
             return (yield from self._decode(run))
         return (yield from self._encode(run))
 
-    def _decode(self, run: Run) -> Steps:
+    def _decode(self, run: RunContext) -> Steps:
         self._require(DECODER, "latents are decoded")
         latents = run.tensor("latents")
         channels = self._autoencoder.channels
@@ -87,7 +87,7 @@ class VaePipeline(Pipeline):
         pace = Pace(len(latents))
         form = run.request.get("output_format", "png")
         tensors: list[Array] = []
-        made: list[MadeImage] = []
+        made: list[PixelImage] = []
         for number in range(len(latents)):
             latent = latents[number : number + 1]
             work = self._autoencoder.decode(latent, run.cancel, **_tile(run), scale=self._scale(run))
@@ -95,11 +95,11 @@ class VaePipeline(Pipeline):
             if form == "tensor":
                 tensors.append(decoded)
             else:
-                made.append(MadeImage(images.to_pixels(decoded[0]), form))
+                made.append(PixelImage(images.to_pixels(decoded[0]), form))
             yield from pace.step()
         return Result(outputs={"image": np.concatenate(tensors)} if tensors else {}, images=made)
 
-    def _encode(self, run: Run) -> Steps:
+    def _encode(self, run: RunContext) -> Steps:
         self._require(ENCODER, "images are encoded")
         pictures = self._pictures(run)
         height, width = pictures[0].shape[2:] if pictures[0].ndim == 4 else pictures[0].shape[:2]
@@ -116,7 +116,7 @@ class VaePipeline(Pipeline):
             yield from pace.step()
         return Result(outputs={"latents": np.concatenate(encoded)})
 
-    def _pictures(self, run: Run) -> list[Array]:
+    def _pictures(self, run: RunContext) -> list[Array]:
         """The images of a run: `[1, 3, H, W]` of floats each, or `[H, W, 3]` of uint8."""
         given = run.request.get("images") or [run.request["image"]]
         if "dtype" in given[0]:
@@ -138,7 +138,7 @@ class VaePipeline(Pipeline):
             _check_size(number + 1, height, width, "the images")
         return decoded
 
-    def _scale(self, run: Run) -> Scale:
+    def _scale(self, run: RunContext) -> Scale:
         scale = self._autoencoder.scale
         given = run.request.get("scaling_factor"), run.request.get("shift_factor")
         scaling = scale.scaling if given[0] is None else given[0]
@@ -189,7 +189,7 @@ def _in_steps(work: Generator[None, None, Array], pace: Pace) -> Generator[Progr
         yield from pace.pause()
 
 
-def _tile(run: Run) -> dict[str, Any]:
+def _tile(run: RunContext) -> dict[str, Any]:
     return {"tile": run.request.get("tile", "auto"), "tile_size": run.request.get("tile_size")}
 
 

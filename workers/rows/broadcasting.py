@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from workers.rows.node import Node
 from workers.rows.sizes import Dim, either, opaque_side
-from workers.rows.values import FREE, MIXED, POSITIONS, ROWS, SIZE, UNKNOWN, Because, Kind, Shape, Value
+from workers.rows.values import FREE, MIXED, POSITIONS, ROWS, SIZE, UNKNOWN, Because, Dependence, Shape, Value
 
 Side = Callable[[Dim, Dim], Dim]
 
@@ -78,7 +78,7 @@ def merged(node: Node, a: Value, b: Value) -> Value:
     if a == b:
         return a
     because = a.because or b.because
-    worst: Kind = max(a.kind, b.kind)
+    worst: Dependence = max(a.kind, b.kind)
     if worst is MIXED or worst is UNKNOWN:
         return Value(worst, None, because=next(v.because for v in (a, b) if v.kind is worst))
     shape = _same_rank(a.shape, b.shape)

@@ -29,7 +29,7 @@ Item = int | float | Size
 Shape = tuple[Dim, ...]
 
 
-class Kind(IntEnum):
+class Dependence(IntEnum):
     """How a tensor depends on the rows; a larger one outweighs a smaller one."""
 
     FREE = 0
@@ -40,7 +40,7 @@ class Kind(IntEnum):
     MIXED = 5
 
 
-FREE, SIZE, ROWS, POSITIONS, UNKNOWN, MIXED = Kind
+FREE, SIZE, ROWS, POSITIONS, UNKNOWN, MIXED = Dependence
 
 
 class Because(NamedTuple):
@@ -60,7 +60,7 @@ class Value(NamedTuple):
     only that one numbers rows.
     """
 
-    kind: Kind
+    kind: Dependence
     shape: Shape | None
     axis: int = -1
     outer: Dim = 1

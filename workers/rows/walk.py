@@ -6,19 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from time import sleep
 from typing import TYPE_CHECKING, NamedTuple
 
-from workers.rows import (  # noqa: F401 - these enter their rules into the table
-    control,
-    elementwise,
-    filling,
-    gathering,
-    images,
-    learners,
-    microsoft,
-    products,
-    selecting,
-)  # fmt: skip
-from workers.rows.elementwise import PASSING, unchanged
+from workers.rows import control  # noqa: F401 - it enters its rules into the table, as the operators do
 from workers.rows.node import ALL_KINDS, RULES, Attributes, Node
+from workers.rows.operators.elementwise import PASSING, unchanged
 from workers.rows.values import FREE, MIXED, POSITIONS, ROWS, SIZE, UNKNOWN, Because, Value
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from device_operations.errors import failure
 from device_operations.folders import private_folder, sync_folder
-from workers.training.definition import check_hash
+from workers.training.model.definition import check_hash
 
 FORMAT = 1
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from device_operations.errors import failure
 from device_operations.requests import training as requests
-from workers.training.determinism import derive_seed
-from workers.training.ports import Array, Batch, as_tensor
+from workers.training.model.ports import Array, Batch, as_tensor
+from workers.training.optimization.determinism import derive_seed
 
 #: The name of the targets in a safetensors file; every other tensor is an input.
 TARGETS = "targets"
 
 
-class Dataset:
+class Samples:
     """Inputs by name and targets, whose first axes count the same samples. Never changed."""
 
     def __init__(self, inputs: Mapping[str, Array], targets: Array) -> None:
@@ -38,7 +38,7 @@ class Dataset:
         self.count = counts[TARGETS]
 
     @classmethod
-    def from_file(cls, path: Path) -> Dataset:
+    def from_file(cls, path: Path) -> Samples:
         """The dataset in a safetensors file, mapped. Raises `input_mismatch` where it is none, or has no `targets`."""
         try:
             with safe_open(path, framework="pt") as file:
@@ -61,7 +61,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """How a job goes through a dataset: batch size, number of batches, order."""
 
     batch_size: int
@@ -73,7 +73,7 @@ class Plan:
     grad_accumulation: int = 1
 
     @classmethod
-    def of(cls, request: requests.Dataset) -> Plan:
+    def of(cls, request: requests.Dataset) -> BatchPlan:
         """The plan that a request's `dataset` describes."""
         return cls(
             request.batch_size,
@@ -91,7 +91,7 @@ class Order:
     Each epoch has a permutation of its own, from (seed, sequence, epoch).
     """
 
-    def __init__(self, count: int, plan: Plan, seed: int, sequence: int) -> None:
+    def __init__(self, count: int, plan: BatchPlan, seed: int, sequence: int) -> None:
         self._count, self._plan, self._seed, self._sequence = count, plan, seed, sequence
         self._per_epoch = count // plan.batch_size if plan.drop_last else -(-count // plan.batch_size)
         if self._per_epoch == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from device_operations.requests import training as requests
 from device_operations.requests.training import Mode
-from workers.training.dataset import Plan
+from workers.training.dataset import BatchPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class StepRecord:
 
     sequence: int
     options: StepOptions
-    plan: Plan | None = None
+    plan: BatchPlan | None = None
     steps_applied: int | None = None
 
 

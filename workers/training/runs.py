@@ -1,4 +1,4 @@
-"""A job of many steps over a dataset, one step at a time, so that the lane may do other work between any two."""
+"""A job of many steps over a dataset, one step at a time, so that the scheduler may do other work between any two."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from device_operations.errors import failure
-from workers.training.dataset import TARGETS, Dataset, Order, Plan
+from workers.training.dataset import TARGETS, BatchPlan, Order, Samples
+from workers.training.model.ports import Taken, as_tensor, check_row_numbers
 from workers.training.outcomes import StepOptions, StepOutcome
-from workers.training.ports import Taken, as_tensor, check_row_numbers
 
 if TYPE_CHECKING:
     from workers.training.session import TrainingSession
@@ -24,7 +24,7 @@ class DatasetRun:
     """
 
     def __init__(
-        self, session: TrainingSession, dataset: Dataset, plan: Plan, options: StepOptions, sequence: int
+        self, session: TrainingSession, dataset: Samples, plan: BatchPlan, options: StepOptions, sequence: int
     ) -> None:
         """Checks the whole dataset against the model. Raises as a step does."""
         if options.mode == "apply":

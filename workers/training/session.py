@@ -5,7 +5,7 @@ session's seed and the step, its kernels are deterministic unless the request sa
 nothing else goes in. So a step recorded with its inputs can be replayed, bit for bit, on the same device model, threads
 and versions. A step that fails changes nothing, or, where its update broke off half-way, leaves `intact` False.
 
-One thread at a time: the device's lane. Only what `snapshot` returns may be used elsewhere.
+One thread at a time: the device's scheduler. Only what `snapshot` returns may be used elsewhere.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from device_operations.errors import OperationError, failure
 from device_operations.requests.schedules import PlateauSchedule
 from device_operations.requests.training import Initialize
 from workers.training.checkpoints import Snapshot
-from workers.training.dataset import Dataset, Plan
-from workers.training.definition import Definition, Networks, Sources, define
-from workers.training.determinism import derive_seed, seed_device, use_deterministic
-from workers.training.losses import LossFunction
+from workers.training.dataset import BatchPlan, Samples
 from workers.training.memory import is_nondeterministic, is_out_of_memory
-from workers.training.modes import set_mode
+from workers.training.model.definition import Definition, Networks, Sources, define
+from workers.training.model.modes import set_mode
+from workers.training.model.on_device import DeviceModel, estimate_bytes, make_resident
+from workers.training.model.ports import Array, Batch, Taken, name_of, take_inputs
+from workers.training.model.shapes import ShapeTrial, as_list, load_meta_kernels
+from workers.training.optimization.determinism import derive_seed, seed_device, use_deterministic
+from workers.training.optimization.losses import LossFunction
+from workers.training.optimization.precision import Autocast
+from workers.training.optimization.schedules import add_loss, learning_rate_at, observe
 from workers.training.outcomes import StepOptions, StepOutcome, StepRecord
-from workers.training.ports import Array, Batch, Taken, name_of, take_inputs
-from workers.training.precision import Autocast
-from workers.training.resident import ResidentModel, estimate_bytes, make_resident
 from workers.training.runs import DatasetRun
-from workers.training.schedules import add_loss, learning_rate_at, observe
-from workers.training.shapes import ShapeTrial, as_list, load_meta_kernels
 from workers.training.state import Gradients, SessionState
 
 
@@ -90,7 +90,7 @@ class TrainingSession:
         self,
         spec: Initialize,
         definition: Definition,
-        model: ResidentModel,
+        model: DeviceModel,
         device: torch.device,
         limits: Limits,
         autocast: Autocast,
@@ -155,11 +155,11 @@ class TrainingSession:
         if isinstance(schedule, PlateauSchedule) and schedule.metric == "evaluate":
             self.state.observed.total = self.state.observed.weight = 0.0
 
-    def run(self, dataset: Dataset, plan: Plan, options: StepOptions, sequence: int) -> DatasetRun:
+    def run(self, dataset: Samples, plan: BatchPlan, options: StepOptions, sequence: int) -> DatasetRun:
         """A job of many steps, made one by one by whoever iterates; goes on where a checkpoint cut it off."""
         return DatasetRun(self, dataset, plan, options, sequence)
 
-    def replay(self, record: StepRecord, data: Batch | Dataset | None) -> list[StepOutcome]:
+    def replay(self, record: StepRecord, data: Batch | Samples | None) -> list[StepOutcome]:
         """Applies a recorded step again, on the same inputs; nothing where the state already holds it."""
         if record.sequence <= self.sequence:
             return []
@@ -169,8 +169,8 @@ class TrainingSession:
         finally:
             self._trial.trusting = False
 
-    def _replay(self, record: StepRecord, data: Batch | Dataset | None) -> list[StepOutcome]:
-        if not isinstance(data, Dataset):
+    def _replay(self, record: StepRecord, data: Batch | Samples | None) -> list[StepOutcome]:
+        if not isinstance(data, Samples):
             return [self.perform(data, record.options, record.sequence)]
         if record.plan is None:
             raise failure("internal_error", f"the record of step {record.sequence} has a dataset and no plan")

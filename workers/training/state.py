@@ -10,12 +10,12 @@ from torch import Tensor
 from device_operations.errors import failure
 from device_operations.requests.training import Initialize
 from workers.training.checkpoints import FORMAT, Snapshot
-from workers.training.definition import Definition
 from workers.training.memory import count_bytes
-from workers.training.optimizers import Lists, Updater
-from workers.training.precision import LossScale
-from workers.training.resident import ResidentModel
-from workers.training.schedules import Observed
+from workers.training.model.definition import Definition
+from workers.training.model.on_device import DeviceModel
+from workers.training.optimization.optimizers import Lists, Updater
+from workers.training.optimization.precision import LossScale
+from workers.training.optimization.schedules import Observed
 
 #: Gradients in the order of the trained parameters; None for one that the loss does not use.
 Gradients = list[Tensor | None]
@@ -24,7 +24,7 @@ Gradients = list[Tensor | None]
 class SessionState:
     """Parameters, buffers, optimizer, accumulated gradients and counters of one session, on its device."""
 
-    def __init__(self, spec: Initialize, definition: Definition, model: ResidentModel, device: torch.device) -> None:
+    def __init__(self, spec: Initialize, definition: Definition, model: DeviceModel, device: torch.device) -> None:
         self.model, self.device = model, device
         self.lists = Lists(device)
         self.trained = list(model.trained.values())

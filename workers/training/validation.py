@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from device_operations.errors import failure
-from workers.training.losses import LossFunction
-from workers.training.ports import Array, as_tensor
+from workers.training.model.ports import Array, as_tensor
+from workers.training.optimization.losses import LossFunction
 from workers.training.session import TrainingSession
 
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from api_gateway import bodies
-from api_gateway.bodies import Bodies, Room
+from api_gateway.submission import bodies
+from api_gateway.submission.bodies import Bodies, Room
 from device_operations.errors import OperationError
 
 MIB = 1 << 20

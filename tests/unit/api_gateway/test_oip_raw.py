@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.oip_raw import only_input
+from api_gateway.oip.raw import only_input
 from device_operations.errors import OperationError
 from device_operations.texts import unpack_texts
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from api_gateway import rates
-from api_gateway.rates import Rates
+from api_gateway.submission import rates
+from api_gateway.submission.rates import Rates
 from device_operations.errors import OperationError
 
 

@@ -27,9 +27,9 @@ WRITERS = {
 #: Where an error is known to be retryable, or not, against its table: the file and the code.
 OVERRIDES = {
     # Planned on what changed meanwhile: the same request is planned anew.
-    ("tasks/plans/inference.py", "model_in_use"),
+    ("tasks/inference/plan.py", "model_in_use"),
     # A name that does not resolve may resolve later; the delivery is tried again.
-    ("api_gateway/webhooks.py", "validation_failed"),
+    ("api_gateway/background/webhooks.py", "validation_failed"),
     # The same input kills the CUDA context again.
     ("workers/devices/cuda.py", "device_lost"),
 }

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from device_operations.api_keys import ApiKey
-from device_operations.devices import Device, device_ids, name_devices, parse_devices, spell_devices
+from device_operations.devices import NamedDevice, device_ids, name_devices, parse_devices, spell_devices
 from device_operations.settings import Settings, SettingsError, describe, gateway_url, names, read, stack_file
+from device_operations.settings.api_keys import ApiKey
 from tests.support.stack import REPOSITORY
 
 Read = Callable[..., Settings]
@@ -213,7 +213,7 @@ def test_devices_written_out_again_are_the_same_devices(text: str) -> None:
 def test_auto_finds_this_machines_devices(settings: Read) -> None:
     found = device_ids(settings())
     assert found
-    assert all(one.device_id.startswith("gpu_") for one in found) or found == [Device("cpu_0", "cpu", 0)]
+    assert all(one.device_id.startswith("gpu_") for one in found) or found == [NamedDevice("cpu_0", "cpu", 0)]
 
 
 def test_the_public_face_loads_no_device_library_and_no_web_framework() -> None:

@@ -31,17 +31,17 @@ NAME_KINDS = {
     "device_operations/client/training.py",
     "device_operations/cli/train.py",
     "tasks/kinds.py",
-    "tasks/plans/memory.py",
-    "tasks/plans/inference.py",
-    "tasks/plans/training.py",
+    "tasks/memory/plan.py",
+    "tasks/inference/plan.py",
+    "tasks/training/plan.py",
     "workers/operations/__init__.py",
-    "api_gateway/memory.py",
-    "api_gateway/inference.py",
-    "api_gateway/training.py",
-    "api_gateway/oip_repository.py",
+    "api_gateway/routes/memory.py",
+    "api_gateway/routes/inference.py",
+    "api_gateway/routes/training.py",
+    "api_gateway/oip/repository.py",
     "api_gateway/openai/runs.py",
     # Whether a session is `stepping`, in SQL.
-    "tasks/store/training.py",
+    "tasks/training/sessions.py",
 }
 
 
@@ -74,7 +74,7 @@ def test_an_entry_fits_its_operation_and_its_request(kind: Kind) -> None:
 
 
 def test_the_operations_that_load_torch_are_there() -> None:
-    training = importlib.import_module("workers.operations.training")
+    training = importlib.import_module("workers.operations.training.jobs")
     for kind in Kind:
         if kind.startswith("training."):
             assert callable(getattr(training, kind.removeprefix("training.")))

@@ -14,10 +14,19 @@ import pytest
 from kombu.compression import compress
 
 from device_operations.ids import is_job_id
-from tasks import messages
-from tasks.message_fields import REMOTE_CONTROL, Unreadable
-from tasks.messages import Direct, Recorded, UnknownTask, read, read_kept, read_notice, read_wake, unstorable
-from tasks.queues import MESSAGE_BYTES, NOTED, message
+from tasks.redis import messages
+from tasks.redis.message_fields import REMOTE_CONTROL, Unreadable
+from tasks.redis.messages import (
+    Direct,
+    RecordedMessage,
+    UnknownTask,
+    read,
+    read_kept,
+    read_notice,
+    read_wake,
+    unstorable,
+)
+from tasks.redis.queues import MESSAGE_BYTES, NOTED, message
 from tests.support.messages import EMBED, REQUEST, changed, direct, packed, raw, recorded, unreadable, wrong_requests
 
 CASES = unreadable()
@@ -68,7 +77,7 @@ def test_a_recorded_jobs_message_in_the_book_is_not_needed() -> None:
 
 def test_a_recorded_jobs_message_gives_what_the_lane_needs() -> None:
     found = read(raw(recorded("some-job")))
-    assert isinstance(found, Recorded)
+    assert isinstance(found, RecordedMessage)
     assert found.headers["id"] == "some-job"
     assert found.headers["task"] == "device_operations.memory.deallocate"
     assert found.headers[NOTED] == {"seq": 1, "priority": 5, "after": [], "needs": []}
@@ -83,7 +92,7 @@ def test_a_request_too_big_for_a_message_is_left_to_the_record() -> None:
     big = message(row, {"label": "x" * MESSAGE_BYTES})
     assert len(big) < 4096
     found = read(big)
-    assert isinstance(found, Recorded)
+    assert isinstance(found, RecordedMessage)
     assert found.request == {}
 
 

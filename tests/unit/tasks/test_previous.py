@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from device_operations.errors import OperationError
-from tasks.previous import filled
+from tasks.celery_bridge.previous import filled
 
 RESULT = {"allocation_id": "a-1", "outputs": {"y": {"data": [1, 2]}}, "parts": [{"size": 3}, {"size": 4}]}
 

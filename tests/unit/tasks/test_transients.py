@@ -10,8 +10,8 @@ import pytest
 
 from device_operations.errors import OperationError
 from device_operations.jobs import new_id
-from tasks.blobs import BlobStore
-from tasks.transients import KEPT_OF_A_SIZE, KEPT_SECONDS, Transients
+from tasks.blobs.store import BlobStore
+from tasks.blobs.transients import KEPT_OF_A_SIZE, KEPT_SECONDS, Transients
 
 SIZE = 100_000
 

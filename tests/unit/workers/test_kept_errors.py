@@ -10,7 +10,7 @@ import pytest
 
 from device_operations.errors import failure
 from workers.devices import open_device
-from workers.work import clear_calls
+from workers.execution.claimed_job import clear_calls
 
 
 def fail(held: list[weakref.ref[np.ndarray[tuple[int], np.dtype[np.uint8]]]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
-from workers.devices.onnx_tensors import TensorSpec
+from workers.devices.onnx.tensors import TensorSpec
 from workers.pipelines.text.batches import by_length
 from workers.pipelines.text.layout import Layout
 from workers.pipelines.text.pooling import pool
@@ -42,7 +42,7 @@ class RunGraph(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class TextVectors:
     """`vectors` [texts, width] in float32, as pooled; how many tokens each text took, and which texts had more."""
 
     vectors: Array
@@ -102,7 +102,9 @@ class Embedder:
         """
         return self._tokens.encode(texts, first)
 
-    def run(self, tokenized: Sequence[Tokenized], most_rows: int, cancel: Any = None) -> Generator[int, None, Embedded]:
+    def run(
+        self, tokenized: Sequence[Tokenized], most_rows: int, cancel: Any = None
+    ) -> Generator[int, None, TextVectors]:
         """Embeds texts that are tokens already, a batch of at most `most_rows` each step; yields how many are done.
 
         `cancel` is a run's, or those of several as one. Raises `cancelled`, `timeout`, `run_failed`.
@@ -114,9 +116,9 @@ class Embedder:
             done += len(batch)
             yield done
         truncated = [index for index, one in enumerate(tokenized) if one.truncated]
-        return Embedded(vectors, [len(one.ids) for one in tokenized], truncated)
+        return TextVectors(vectors, [len(one.ids) for one in tokenized], truncated)
 
-    def embed(self, texts: Sequence[Text], most_rows: int, cancel: Any = None) -> Generator[int, None, Embedded]:
+    def embed(self, texts: Sequence[Text], most_rows: int, cancel: Any = None) -> Generator[int, None, TextVectors]:
         """Embeds texts: a portion is tokenised, or a batch runs, each step; yields how many are done."""
         tokenized: list[Tokenized] = []
         for portion in _portions(texts):

@@ -1,0 +1,1 @@
+"""What reaches into uvicorn's insides."""

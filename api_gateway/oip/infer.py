@@ -1,0 +1,402 @@
+"""Inference over the Open Inference Protocol: the one route whose every microsecond is paid a thousand times a second.
+
+read ─▶ plan ─▶ record and publish ─▶ wait for the end, or for the client to leave ─▶ answer
+
+The run is a job like any other. Its tensors above a few kilobytes go by transient files, never through JSON, a row or
+a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import re
+import zlib
+from contextlib import suppress
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api_gateway import problems
+from api_gateway.auth import authenticate
+from api_gateway.fast_path.wire import WHOLE_BODY, take_whole
+from api_gateway.gateway import Caller, Gateway, of
+from api_gateway.oip.raw import only_input
+from api_gateway.oip.tensors import InferRequest, Raw, answer, read, stash, stashed
+from api_gateway.routes import jobs
+from api_gateway.submission.bodies import room_of
+from api_gateway.submission.compression import ENCODINGS, decompressed, too_large
+from device_operations.bounds import is_number_above, whole_number
+from device_operations.errors import OperationError, failure, from_job_error
+from device_operations.jobs import State, new_id
+from device_operations.requests.base import JobOptions
+from tasks.blobs.transients import TRANSIENT_BYTES
+from tasks.database import unavailable
+from tasks.inference.plan import plan_stored_run
+from tasks.inference.residents import check_against_model, find_model, find_session, require_graph, state_inputs
+from tasks.jobs.submit import Plan
+from tasks.statements import Row
+
+#: JSON above this many bytes is read and written on a thread, so that other requests are not held up.
+ON_THE_LOOP_BYTES = 65_536
+
+#: The same for raw bytes, which are only copied; going to a thread and back costs about as much as copying this.
+RAW_ON_THE_LOOP_BYTES = 2 << 20
+
+#: The longest time limit of a job, in the protocol's unit.
+MAX_TIMEOUT_MICROSECONDS = 30 * 86400 * 10**6
+
+#: Seconds for which nobody looks whether the client is still there.
+UNWATCHED_SECONDS = 0.05
+
+#: The status for a client that has left; it is never read.
+CLIENT_CLOSED_REQUEST = 499
+
+
+class InferMiddleware:
+    """The way to `infer` past the framework: no middleware, no routing, no parameters solved, one response sent.
+
+    Everything else goes the usual way, through `app`.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers an inference request, or hands on."""
+        address = None
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(_INFER):
+            address = _ADDRESS.fullmatch(scope["path"])
+        if address is None:
+            await self._app(_usual(scope), receive, send)
+            return
+        scope["app"] = self._app
+        scope["path_params"] = address.groupdict()
+        request = _Request(scope, receive)
+        try:
+            response = await infer(request)
+        except OperationError as error:
+            response = problems.shape(request, error)
+        except Exception as error:  # noqa: BLE001 - whatever a request fails with is its answer
+            response = problems.unexpected(request, error)
+        await response(scope, receive, send)
+
+
+def _usual(scope: Scope) -> Scope:
+    """A request below /v2 as it is routed: without a slash at its end, and HEAD as GET, whose body is not sent then."""
+    if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v2/"):
+        return scope
+    changed: dict[str, Any] = {}
+    if scope["path"].endswith("/"):
+        changed = {"path": scope["path"].rstrip("/"), "raw_path": (scope.get("raw_path") or b"").rstrip(b"/")}
+    if scope["method"] == "HEAD":
+        changed["method"] = "GET"
+    return {**scope, **changed} if changed else scope
+
+
+class _Request(Request):
+    """A request whose headers are looked up: Starlette's reads all of them for each that is asked for."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        super().__init__(scope, receive)
+        self._looked_up = _Headers(scope)
+
+    @property
+    def headers(self) -> Headers:
+        return self._looked_up
+
+
+class _Headers(Headers):
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope=scope)
+        # Of a header that is given twice the first counts, as in Starlette's.
+        self._first = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self.raw)}
+
+    def __getitem__(self, key: str) -> str:
+        return self._first[key.lower()]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._first.get(key, default)
+
+
+_INFER = ("/infer", "/infer/")
+_ADDRESS = re.compile(r"/v2/models/(?P<model_name>[^/]+)(?:/versions/(?P<model_version>[^/]+))?/infer/*")
+
+
+async def infer(request: Request) -> Response:
+    """Runs a model and answers with its outputs. A client that goes away cancels its run."""
+    gateway = of(request)
+    caller = authenticate(request)
+    body = await _body(request, gateway.settings.http.max_body_bytes)
+    length = _header_length(request)
+    long_json = (len(body) if length is None else length) > ON_THE_LOOP_BYTES
+    asked = await run_in_threadpool(read, body, length) if long_json else read(body, length)
+    name, version = request.path_params["model_name"], request.path_params.get("model_version")
+    job_id = new_id()
+    heavy = len(body) > RAW_ON_THE_LOOP_BYTES or (len(body) > TRANSIENT_BYTES and not gateway.transients.is_local)
+    made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
+    left_behind = stashed(made.job.request["inputs"])
+    told: dict[str, dict[str, Any]] = {}
+    read_by_all = False
+    try:
+        job = await performed(request, gateway, made, _patience(asked))
+        if job is None:
+            return Response(None, CLIENT_CLOSED_REQUEST)
+        told = job["result"]["outputs"]
+        header = {"model_name": name, "model_version": model["version"], "parameters": {"job_id": job_id}}
+        if asked.request_id is not None:
+            header["id"] = asked.request_id
+        if _is_quick(asked, told, gateway):
+            response = _answered(request, asked, told, gateway, header)
+        else:
+            response = await run_in_threadpool(_answered, request, asked, told, gateway, header)
+        read_by_all = True
+        return response
+    finally:
+        left_behind += stashed(told)
+        if left_behind and gateway.transients.is_local:
+            gateway.transients.drop(left_behind, read=read_by_all)
+        elif left_behind:
+            await run_in_threadpool(gateway.transients.drop, left_behind)
+
+
+def _is_quick(asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway) -> bool:
+    """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
+    apart = sum(tensor.get("size_bytes", 0) for tensor in told.values())
+    if not apart:
+        return True
+    raw = all(output.binary for output in asked.outputs) if asked.outputs else asked.binary
+    return raw and gateway.transients.is_local and apart <= RAW_ON_THE_LOOP_BYTES
+
+
+# ---- planning
+
+
+async def _planned(
+    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str, *, heavy: bool
+) -> tuple[Plan, Row]:
+    """The run's plan and its model: on the event loop where nothing is read, written or long."""
+    gateway.rates.spend(caller.owner)
+    light = (
+        not heavy
+        and "sequence_id" not in asked.parameters
+        and gateway.directory.is_fresh()
+        and gateway.directory.snapshot().named(caller, name, version)
+    )
+    try:
+        if light:
+            return _plan(gateway, caller, asked, name, version, job_id)
+        return await run_in_threadpool(_plan, gateway, caller, asked, name, version, job_id)
+    except Exception as error:
+        raise unavailable(error) from error
+
+
+def _plan(
+    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str
+) -> tuple[Plan, Row]:
+    context = gateway.context(caller)
+    session_id = asked.parameters.get("sequence_id")
+    if session_id and not isinstance(session_id, str):
+        raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
+    session = find_session(context, session_id) if session_id else None
+    model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
+    require_graph(model, "runs with inputs")
+    if asked.raw is not None:
+        asked.inputs = only_input(model, asked.raw)
+    outputs = [output.name for output in asked.outputs]
+    check_against_model(model, asked.inputs, outputs, state_inputs(session))
+    inputs, _ = stash(asked, gateway.transients)
+    payload: dict[str, Any] = {"model_name": name, "inputs": inputs, "form": "transient"}
+    if outputs:
+        payload["outputs"] = outputs
+    if session:
+        payload["session_id"] = session_id
+    try:
+        return plan_stored_run(context, _options(asked), job_id, model, payload, session=session), model
+    except BaseException:
+        gateway.transients.drop(stashed(inputs))
+        raise
+
+
+_USUAL = JobOptions()
+
+
+def _options(asked: InferRequest) -> JobOptions:
+    """Priority and time limit as Triton has them: 1 is the highest priority, 0 the usual one; microseconds."""
+    if not asked.parameters.keys() & {"priority", "timeout"}:
+        return _USUAL
+    options = JobOptions()
+    priority = asked.parameters.get("priority", 0)
+    if not isinstance(priority, int) or priority < 0:
+        raise failure("validation_failed", "priority is a whole number: 0 for the usual one, 1 for the highest, then 2")
+    if priority:
+        options.priority = max(0, 10 - priority)
+    patience = _patience(asked)
+    if patience is not None:
+        options.timeout_seconds = options.expires_in_seconds = patience
+    return options
+
+
+def _patience(asked: InferRequest) -> float | None:
+    """The seconds after which the client does not want the answer any more."""
+    timeout = asked.parameters.get("timeout")
+    if timeout is None or timeout == 0:
+        return None
+    if not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT_MICROSECONDS:
+        raise failure(
+            "validation_failed", f"timeout is a whole number of microseconds, at most {MAX_TIMEOUT_MICROSECONDS}"
+        )
+    return timeout / 1e6
+
+
+# ---- waiting
+
+
+async def performed(
+    request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
+) -> dict[str, Any] | None:
+    """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""
+    job_id = made.job.id
+    ended = gateway.waiters.expect(job_id)
+    try:
+        await gateway.submitter.submit_awaited(made, ended)
+        try:
+            text = await _ended(request, ended, patience_seconds)
+        except _GivenUpError as given_up:
+            if given_up.answer is None:
+                return None
+            raise given_up.answer from None
+        finally:
+            if not ended.done() or ended.cancelled() or isinstance(ended.exception(), _GivenUpError):
+                await asyncio.shield(_cancel(gateway, job_id))
+    finally:
+        gateway.waiters.forget(job_id, ended)
+    job: dict[str, Any] = ended.job or orjson.loads(text)
+    if job["state"] == State.SUCCEEDED:
+        return job
+    if job["state"] == State.EXPIRED:
+        raise failure("timeout", f"the run had not started after {patience_seconds} s (parameters.timeout)")
+    raise from_job_error(job["error"])
+
+
+async def _cancel(gateway: Gateway, job_id: str) -> None:
+    """Cancels a run that nobody waits for, once it is recorded: before, there is nothing to cancel."""
+    with suppress(OperationError):
+        await gateway.submitter.recorded()
+        await run_in_threadpool(jobs.cancel, gateway, job_id)
+
+
+class _GivenUpError(Exception):
+    """Nobody waits for the run's end any more: the client has left, or is given `answer`."""
+
+    def __init__(self, answer: OperationError | None = None) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+async def _ended(request: Request, ended: asyncio.Future[bytes], patience_seconds: float | None) -> bytes:
+    """Waits for the run's end, for the client to leave, or as long as it has patience.
+
+    Most runs end so soon that looking out for a client that leaves would cost more than it could save.
+    """
+    loop = ended.get_loop()
+    watch: list[asyncio.Task[None]] = []
+    timers = [loop.call_later(UNWATCHED_SECONDS, _begin_to_watch, request, ended, watch)]
+    if patience_seconds is not None:
+        waited = f"{patience_seconds} s (parameters.timeout)"
+        late = failure("timeout", f"the run had not ended after {waited}, and was cancelled")
+        timers.append(loop.call_later(patience_seconds, _give_up, ended, late))
+    try:
+        return await ended
+    finally:
+        for timer in timers:
+            timer.cancel()
+        for task in watch:
+            task.cancel()
+
+
+def _begin_to_watch(request: Request, ended: asyncio.Future[bytes], watch: list[asyncio.Task[None]]) -> None:
+    watch.append(ended.get_loop().create_task(_look_out(request, ended)))
+
+
+async def _look_out(request: Request, ended: asyncio.Future[bytes]) -> None:
+    """Gives up when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+    _give_up(ended)
+
+
+def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None) -> None:
+    if not ended.done():
+        ended.set_exception(_GivenUpError(answer))
+
+
+# ---- bytes in and out
+
+
+async def _body(request: Request, limit: int) -> Raw:
+    """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
+    announced = request.headers.get("content-length")
+    room = None
+    # Of four digits and fewer, as nearly all are, it needs no room.
+    if announced is None or len(announced) > 4:
+        room = room_of(request)
+        if is_number_above(announced or "", limit):
+            raise too_large(limit)
+        await room.announced(announced, limit)
+        take_whole(request.scope)
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise failure("malformed_request", "the body was cut off")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise too_large(limit)
+        if room is not None:
+            room.came(size)
+        more = message.get("more_body", False)
+    body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ENCODINGS:
+        known = " and ".join(ENCODINGS)
+        raise failure("unsupported_media_type", f"Content-Encoding {encoding[:40]!r} is not supported; {known} are")
+    return await run_in_threadpool(decompressed, body, encoding, limit)
+
+
+def _answered(
+    request: Request, asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway, header: dict[str, Any]
+) -> Response:
+    parts, header_length = answer(asked, told, gateway.transients, header)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    headers = {}
+    media_type = "application/json"
+    if header_length is not None:
+        headers["Inference-Header-Content-Length"] = str(header_length)
+        media_type = "application/octet-stream"
+    # Only for who asks for one of them by name: most HTTP libraries accept both without being asked.
+    accepted = request.headers.get("accept-encoding", "").strip().lower()
+    if accepted in ("gzip", "deflate"):
+        headers["Content-Encoding"] = accepted
+        body = gzip.compress(body, 1, mtime=0) if accepted == "gzip" else zlib.compress(body, 1)
+    return Response(body, 200, headers, media_type)
+
+
+def _header_length(request: Request) -> int | None:
+    given = request.headers.get("inference-header-content-length")
+    if given is None:
+        return None
+    length = whole_number(given)
+    if length is None:
+        raise failure("malformed_request", "Inference-Header-Content-Length is not a number of bytes")
+    return length

@@ -1,0 +1,1 @@
+"""A read's bytes on their way from a worker to the caller."""

@@ -1,0 +1,1 @@
+"""How one call is sent, retried and answered, for the blocking and the async client alike."""

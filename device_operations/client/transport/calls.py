@@ -1,0 +1,101 @@
+"""What flows ask for: a flow is a generator that says what to send and what to do with the answer, and does no I/O.
+
+    Call ─▶ httpx.Response       one request; with `stream`, the body is left to be read by `Next`
+    Next ─▶ bytes | str | None   the next piece of a streamed body; None at its end
+    Do   ─▶ what it returns      work that may block: reading and writing files
+    Sleep, Emit ─▶ None          wait; hand a value to whoever iterates
+
+`sync.py` and `asynchronous.py` carry them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+T = TypeVar("T")
+
+
+class Content(Protocol):
+    """A body that is read piece by piece, and again from its beginning when it is sent again."""
+
+    repeatable: bool
+
+    def headers(self) -> dict[str, str]:
+        """The length, where it is known."""
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The pieces, from the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to the gateway."""
+
+    method: str
+    path: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    json: Any = None
+    content: Content | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    #: Seconds that the server may take on purpose, over the client's own timeout.
+    waits_seconds: float = 0.0
+    #: Whether it may be sent again when no answer came.
+    repeatable: bool = True
+    #: Whether it is a submission, which an Idempotency-Key makes repeatable.
+    keyed: bool = False
+    #: What `Next` reads: the whole body is read at once without it.
+    stream: type[bytes] | type[str] | None = None
+    #: Error statuses that are answers here.
+    accepts: frozenset[int] = frozenset()
+    #: How often it is sent again at most; the client's own number where None.
+    retries: int | None = None
+    #: The code of a 404 without a body.
+    missing: str = "not_found"
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The next piece of the body of a streamed response."""
+
+    response: httpx.Response
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """Work that may block."""
+
+    function: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """A pause."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """A value for whoever iterates over the flow."""
+
+    value: Any
+
+
+Command: TypeAlias = Call | Next | Do | Sleep | Emit
+Flow: TypeAlias = Generator[Command, Any, T]
+
+
+def at(template: str, *ids: str) -> str:
+    """A path with ids in it, whatever characters they have."""
+    return template.format(*(quote(str(given), safe="") for given in ids))
+
+
+def get(path: str, **params: Any) -> Flow[Any]:
+    """The JSON at a path; parameters that are None are left out."""
+    response: httpx.Response = yield Call("GET", path, params)
+    return response.json()

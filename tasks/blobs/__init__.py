@@ -1,0 +1,1 @@
+"""Bytes: blobs that are kept, transients that live as long as one request, rings between two processes."""

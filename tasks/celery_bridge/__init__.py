@@ -1,0 +1,1 @@
+"""What gateways and workers need of Celery's and kombu's insides."""

@@ -1,0 +1,1 @@
+"""Models, graphs and inference sessions: plans, statements, and the effects of the jobs on them."""

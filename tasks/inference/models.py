@@ -1,0 +1,468 @@
+"""Models and inference sessions: recording, settling, looking up.
+
+What locks several models does so in the order of their ids, and after the budget of the device where it takes that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from tasks.database import dumps
+from tasks.statements import Row, execute, row, rows
+
+#: The states of a model that can be run, or soon can.
+LIVE = "('loading', 'loaded', 'lost')"
+
+#: Whether nothing that is open needs the model `m`: no job, and no session.
+_IDLE = """NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = m.device_id
+            AND j.finished_at IS NULL AND m.model_id = ANY(j.needs))
+        AND NOT EXISTS (SELECT 1 FROM inference_sessions s WHERE s.model_id = m.model_id AND s.state = 'active')"""
+
+
+def insert(connection: Connection, model: dict[str, Any]) -> bool:
+    """Records a model as `loading`; False when its name and version are there already with the same load key."""
+    return bool(
+        execute(
+            connection,
+            """
+            INSERT INTO models (model_id, name, version, model_type, device_id, state, content_key, load_key, sha256,
+                source, options, pinned, owner, shared, load_job_id, blob_ids)
+            VALUES (%(model_id)s, %(name)s, %(version)s, %(model_type)s, %(device_id)s, 'loading', %(content_key)s,
+                %(load_key)s, %(sha256)s, %(source)s::jsonb, %(options)s::jsonb, %(pinned)s, %(owner)s, %(shared)s,
+                %(load_job_id)s, %(blob_ids)s)
+            ON CONFLICT DO NOTHING
+            """,
+            {**model, "source": dumps(model["source"]), "options": dumps(model["options"])},
+        )
+    )
+
+
+def get(connection: Connection, model_id: str) -> Row | None:
+    """One model, or None."""
+    return row(connection, "SELECT * FROM models WHERE model_id = %(id)s", {"id": model_id})
+
+
+def get_many(connection: Connection, model_ids: Collection[str]) -> dict[str, Row]:
+    """The models among `model_ids` that exist, by id."""
+    found = rows(connection, "SELECT * FROM models WHERE model_id = ANY(%(ids)s)", {"ids": list(model_ids)})
+    return {model["model_id"]: model for model in found}
+
+
+def same_load(connection: Connection, device_id: str, owner: str, name: str, version: str, load_key: str) -> Row | None:
+    """The owner's model of that name and version that means the same on that device, and has not been replaced."""
+    return row(
+        connection,
+        f"""
+        SELECT * FROM models WHERE device_id = %(device)s AND owner = %(owner)s AND name = %(name)s
+          AND version = %(version)s AND load_key = %(key)s AND replaced_by IS NULL AND state IN {LIVE}
+        """,
+        {"device": device_id, "owner": owner, "name": name, "version": version, "key": load_key},
+    )
+
+
+def load_again(
+    connection: Connection,
+    model_id: str,
+    *,
+    source: dict[str, Any],
+    blob_ids: list[str],
+    pin: bool | None,
+    shared: bool | None,
+) -> bool:
+    """Notes a further load of the same: from now on its name means it. False where the name means another by now.
+
+    What its files are read from is what was given last. `pin` and `shared` stay as they are where they are None.
+    """
+    return bool(
+        execute(
+            connection,
+            """
+            UPDATE models SET pinned = coalesce(%(pin)s, pinned), shared = coalesce(%(shared)s, shared),
+                source = %(source)s::jsonb, blob_ids = %(blob_ids)s, named_at = clock_timestamp()
+            WHERE model_id = %(id)s AND replaced_by IS NULL
+            """,
+            {"id": model_id, "pin": pin, "shared": shared, "source": dumps(source), "blob_ids": blob_ids},
+        )
+    )
+
+
+def revive(connection: Connection, model_id: str, job_id: str) -> Row | None:
+    """A model that left its device while a load of the same waited is `loading` again."""
+    return row(
+        connection,
+        """
+        UPDATE models SET state = 'loading', load_job_id = %(job)s, error = NULL, ended_at = NULL, freed_bytes = NULL
+        WHERE model_id = %(id)s AND state IN ('unloaded', 'evicted', 'failed') AND replaced_by IS NULL RETURNING *
+        """,
+        {"id": model_id, "job": job_id},
+    )
+
+
+def page(
+    connection: Connection, *, owner: str | None, device_id: str | None, state: str | None, limit: int
+) -> list[Row]:
+    """Models, newest first: those of `owner` and those that are shared, or all where it is None."""
+    return rows(
+        connection,
+        """
+        SELECT * FROM models WHERE (%(owner)s::text IS NULL OR owner = %(owner)s OR shared)
+          AND (%(device)s::text IS NULL OR device_id = %(device)s)
+          AND (%(state)s::text IS NULL OR state = %(state)s) ORDER BY created_at DESC LIMIT %(limit)s
+        """,
+        {"owner": owner, "device": device_id, "state": state, "limit": limit},
+    )
+
+
+def resident(connection: Connection, device_id: str) -> list[Row]:
+    """Models that the device was holding when its worker died, oldest first: what a new epoch brings back."""
+    return rows(
+        connection,
+        "SELECT * FROM models WHERE device_id = %(id)s AND state = 'lost' ORDER BY created_at",
+        {"id": device_id},
+    )
+
+
+def runnable(connection: Connection) -> list[Row]:
+    """Models that can be run or soon can, the last load first."""
+    return rows(
+        connection,
+        f"SELECT * FROM models WHERE state IN {LIVE} ORDER BY named_at DESC, model_id DESC LIMIT 10000",
+    )
+
+
+def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> bool:
+    """A load ended well: the model is `loaded` under `epoch`, with what was measured; False where it is gone."""
+    changed = execute(
+        connection,
+        """
+        UPDATE models SET state = 'loaded', epoch = %(epoch)s, inputs = %(inputs)s::jsonb, outputs = %(outputs)s::jsonb,
+            memory_bytes = %(memory_bytes)s, load_ms = %(load_ms)s,
+            provider = %(provider)s, cpu_fallback_ops = %(cpu_fallback_ops)s, last_used_at = clock_timestamp(),
+            error = NULL, batching = %(batching)s::jsonb, not_offered = %(not_offered)s::jsonb,
+            parts = %(parts)s::jsonb
+        WHERE model_id = %(id)s AND state IN ('loading', 'lost')
+        """,
+        {
+            **facts,
+            "id": model_id,
+            "epoch": epoch,
+            "inputs": dumps(facts["inputs"]),
+            "outputs": dumps(facts["outputs"]),
+            "batching": dumps(facts["batching"]),
+            "not_offered": dumps(facts["not_offered"]),
+            "parts": None if facts.get("parts") is None else dumps(facts["parts"]),
+        },
+    )
+    return bool(changed)
+
+
+def devices_of(connection: Connection, model_ids: Collection[str]) -> list[str]:
+    """The devices of models, in order."""
+    found = rows(
+        connection,
+        "SELECT DISTINCT device_id FROM models WHERE model_id = ANY(%(ids)s) ORDER BY device_id",
+        {"ids": list(model_ids)},
+    )
+    return [model["device_id"] for model in found]
+
+
+def lock(connection: Connection, model_ids: Collection[str]) -> None:
+    """Locks models in the order of their ids, as everything that changes several does."""
+    rows(
+        connection,
+        "SELECT 1 FROM models WHERE model_id = ANY(%(ids)s) ORDER BY model_id FOR UPDATE",
+        {"ids": list(model_ids)},
+    )
+
+
+def lock_namesakes(connection: Connection, model: Row) -> None:
+    """Locks the name and version of an owner, and its models on any device that the end of a load may replace."""
+    rows(
+        connection,
+        "SELECT pg_advisory_xact_lock(hashtextextended(concat_ws(chr(1), %(owner)s, %(name)s, %(version)s), 5))",
+        model,
+    )
+    rows(
+        connection,
+        """
+        SELECT 1 FROM models WHERE owner = %(owner)s AND name = %(name)s AND version = %(version)s
+          AND (state IN ('loaded', 'lost') OR model_id = %(model_id)s) ORDER BY model_id FOR UPDATE
+        """,
+        model,
+    )
+
+
+def replace_namesakes(connection: Connection, owner: str, name: str, version: str) -> list[str]:
+    """The last load that has ended is what the name and version mean; gives the models that it replaces.
+
+    Those of the same load key, on other devices, stay. The caller holds `lock_namesakes`.
+    """
+    found = rows(
+        connection,
+        """
+        WITH meant AS (
+            SELECT model_id, load_key FROM models WHERE owner = %(owner)s AND name = %(name)s AND version = %(version)s
+              AND state IN ('loaded', 'lost') AND replaced_by IS NULL ORDER BY named_at DESC, model_id DESC LIMIT 1)
+        UPDATE models m SET replaced_by = meant.model_id, replaced_at = clock_timestamp() FROM meant
+        WHERE m.owner = %(owner)s AND m.name = %(name)s AND m.version = %(version)s
+          AND m.state IN ('loaded', 'lost') AND m.replaced_by IS NULL AND m.load_key <> meant.load_key
+        RETURNING m.model_id
+        """,
+        {"owner": owner, "name": name, "version": version},
+    )
+    return [model["model_id"] for model in found]
+
+
+def end(
+    connection: Connection,
+    model_ids: Collection[str],
+    state: str,
+    *,
+    error: dict[str, Any] | None = None,
+    freed_bytes: int | None = None,
+    leaving: Sequence[str] = ("loading", "loaded", "lost"),
+) -> list[Row]:
+    """Models leave their device (`failed`, `unloaded`, `evicted`). Gives their ids, devices and content keys."""
+    return rows(
+        connection,
+        """
+        WITH leaving AS (
+            SELECT model_id FROM models WHERE model_id = ANY(%(ids)s) AND state = ANY(%(leaving)s)
+            ORDER BY model_id FOR UPDATE)
+        UPDATE models SET state = %(state)s, error = %(error)s::jsonb, freed_bytes = %(freed)s,
+            ended_at = clock_timestamp()
+        FROM leaving WHERE models.model_id = leaving.model_id
+        RETURNING models.model_id, models.device_id, models.content_key
+        """,
+        {
+            "ids": list(model_ids),
+            "state": state,
+            "error": None if error is None else dumps(error),
+            "freed": freed_bytes,
+            "leaving": list(leaving),
+        },
+    )
+
+
+def set_freed(connection: Connection, model_id: str, freed_bytes: int | None) -> None:
+    """Notes what a model that has left its device gave back, as measured."""
+    execute(
+        connection,
+        "UPDATE models SET freed_bytes = %(freed)s WHERE model_id = %(id)s AND state NOT IN ('loading', 'loaded')",
+        {"id": model_id, "freed": freed_bytes},
+    )
+
+
+def lose(connection: Connection, device_id: str) -> list[Row]:
+    """The device's worker died: what it had loaded is `lost` until the next epoch brings it back."""
+    return rows(
+        connection,
+        """
+        WITH held AS (
+            SELECT model_id FROM models WHERE device_id = %(id)s AND state = 'loaded' ORDER BY model_id FOR UPDATE)
+        UPDATE models SET state = 'lost', epoch = NULL FROM held WHERE models.model_id = held.model_id
+        RETURNING models.model_id, models.name
+        """,
+        {"id": device_id},
+    )
+
+
+def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
+    """Adds counts of runs in bulk: `[{model_id, succeeded, failed, statistics: {name: number to add}}]`."""
+    execute(
+        connection,
+        """
+        WITH used AS (
+            SELECT * FROM jsonb_to_recordset(%(uses)s::jsonb)
+                AS used (model_id text, succeeded bigint, failed bigint, statistics jsonb)),
+        locked AS (
+            SELECT model_id FROM models WHERE model_id IN (SELECT model_id FROM used) ORDER BY model_id FOR UPDATE)
+        UPDATE models SET run_count = run_count + used.succeeded, failed_count = failed_count + used.failed,
+            last_used_at = clock_timestamp(),
+            statistics = models.statistics || (SELECT coalesce(jsonb_object_agg(key,
+                coalesce((models.statistics ->> key)::numeric, 0) + value::numeric), '{}')
+                FROM jsonb_each_text(used.statistics))
+        FROM used, locked WHERE models.model_id = used.model_id AND locked.model_id = used.model_id
+        """,
+        {"uses": dumps(list(uses))},
+    )
+
+
+def evictable_graphs(connection: Connection, device_id: str) -> list[Row]:
+    """Graphs that can go: all their models are loaded, idle, and unpinned or replaced. The least recently used first.
+
+    Rows have `content_key`, `reserved_bytes` and `model_ids`.
+    """
+    return rows(
+        connection,
+        f"""
+        SELECT g.content_key, g.reserved_bytes, array_agg(m.model_id) AS model_ids
+        FROM graphs g JOIN models m USING (device_id, content_key)
+        WHERE g.device_id = %(id)s AND m.state IN {LIVE} GROUP BY g.content_key, g.reserved_bytes
+        HAVING bool_and(m.state = 'loaded' AND (NOT m.pinned OR m.replaced_by IS NOT NULL) AND {_IDLE})
+        ORDER BY bool_and(m.replaced_by IS NOT NULL) DESC, max(m.last_used_at)
+        """,
+        {"id": device_id},
+    )
+
+
+def idle(connection: Connection, device_id: str, idle_seconds: float) -> list[str]:
+    """Loaded, unpinned models that nothing open needs and that were last used so long ago."""
+    found = rows(
+        connection,
+        f"""
+        SELECT m.model_id FROM models m WHERE device_id = %(id)s AND state = 'loaded' AND NOT pinned AND {_IDLE}
+          AND last_used_at < clock_timestamp() - make_interval(secs => %(idle)s)
+        """,
+        {"id": device_id, "idle": idle_seconds},
+    )
+    return [model["model_id"] for model in found]
+
+
+def replaced(connection: Connection, device_id: str, seconds_ago: float) -> list[str]:
+    """Models that were replaced so long ago and that nothing open needs."""
+    found = rows(
+        connection,
+        f"""
+        SELECT m.model_id FROM models m WHERE device_id = %(id)s AND state IN ('loaded', 'lost')
+          AND replaced_at < clock_timestamp() - make_interval(secs => %(ago)s) AND {_IDLE}
+        """,
+        {"id": device_id, "ago": seconds_ago},
+    )
+    return [model["model_id"] for model in found]
+
+
+def open_session(connection: Connection, session: dict[str, Any], limit: int) -> bool:
+    """Records a session unless `limit` are open on its device, which is counted under the device's budget row lock."""
+    execute(
+        connection,
+        "SELECT 1 FROM device_budgets WHERE device_id = %(device_id)s FOR UPDATE",
+        session,
+    )
+    return bool(
+        execute(
+            connection,
+            """
+            INSERT INTO inference_sessions (session_id, model_id, device_id, state, owner, state_map, initial, blob_ids,
+                expires_at)
+            SELECT %(session_id)s, %(model_id)s, %(device_id)s, 'active', %(owner)s, %(state_map)s::jsonb,
+                %(initial)s::jsonb, %(blob_ids)s, clock_timestamp() + make_interval(secs => %(timeout_seconds)s)
+            WHERE (SELECT count(*) FROM inference_sessions WHERE device_id = %(device_id)s AND state = 'active')
+                < %(limit)s
+            """,
+            {
+                **session,
+                "limit": limit,
+                "state_map": dumps(session["state_map"]),
+                "initial": dumps(session["initial"]),
+            },
+        )
+    )
+
+
+#: A session, with how many of its runs are open.
+_SESSION = """
+    SELECT s.*, (SELECT count(*) FROM jobs j WHERE j.device_id = s.device_id
+        AND j.finished_at IS NULL
+        AND s.session_id = ANY(j.needs)) AS running
+    FROM inference_sessions s"""
+
+
+def get_session(connection: Connection, session_id: str) -> Row | None:
+    """One inference session, with how many of its runs are open."""
+    return row(connection, f"{_SESSION} WHERE session_id = %(id)s", {"id": session_id})
+
+
+def page_sessions(connection: Connection, *, owner: str | None, state: str | None, limit: int) -> list[Row]:
+    """Inference sessions, newest first; `state` as it is recorded: active, closed, expired or lost."""
+    return rows(
+        connection,
+        f"""{_SESSION}
+        WHERE (%(owner)s::text IS NULL OR owner = %(owner)s) AND (%(state)s::text IS NULL OR state = %(state)s)
+        ORDER BY opened_at DESC LIMIT %(limit)s
+        """,
+        {"owner": owner, "state": state, "limit": limit},
+    )
+
+
+def use_session(
+    connection: Connection, session_id: str, job_id: str, epoch: int | None, *, succeeded: int, failed: int,
+    timeout_seconds: float,
+) -> None:  # fmt: skip
+    """Counts a run of the session and prolongs it. `epoch` is where its state lies from now on."""
+    execute(
+        connection,
+        """
+        UPDATE inference_sessions SET succeeded = succeeded + %(succeeded)s, failed = failed + %(failed)s,
+            last_job_id = %(job)s, last_used_at = clock_timestamp(), epoch = coalesce(%(epoch)s, epoch),
+            expires_at = clock_timestamp() + make_interval(secs => %(timeout)s)
+        WHERE session_id = %(id)s AND state = 'active'
+        """,
+        {
+            "id": session_id, "job": job_id, "epoch": epoch, "succeeded": succeeded, "failed": failed,
+            "timeout": timeout_seconds,
+        },
+    )  # fmt: skip
+
+
+def end_sessions(connection: Connection, session_ids: Collection[str], state: str) -> list[str]:
+    """Open sessions become `closed`, `expired` or `lost`."""
+    found = rows(
+        connection,
+        """
+        UPDATE inference_sessions SET state = %(state)s, ended_at = clock_timestamp()
+        WHERE session_id = ANY(%(ids)s) AND state = 'active' RETURNING session_id
+        """,
+        {"ids": list(session_ids), "state": state},
+    )
+    return [session["session_id"] for session in found]
+
+
+def expire_sessions(connection: Connection) -> list[str]:
+    """Open sessions past their expiry without an open run are `expired`: their ids."""
+    found = rows(
+        connection,
+        """
+        UPDATE inference_sessions s SET state = 'expired', ended_at = clock_timestamp()
+        WHERE state = 'active' AND expires_at <= clock_timestamp()
+          AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = s.device_id
+                AND j.finished_at IS NULL
+                AND s.session_id = ANY(j.needs))
+        RETURNING session_id
+        """,
+    )
+    return [session["session_id"] for session in found]
+
+
+def open_sessions(connection: Connection, model_id: str) -> list[Row]:
+    """The open sessions of a model: id and owner."""
+    return rows(
+        connection,
+        "SELECT session_id, owner FROM inference_sessions WHERE model_id = %(id)s AND state = 'active' "
+        "ORDER BY opened_at",
+        {"id": model_id},
+    )
+
+
+def still_open(connection: Connection, session_ids: Collection[str]) -> set[str]:
+    """Those of `session_ids` that are open."""
+    found = rows(
+        connection,
+        "SELECT session_id FROM inference_sessions WHERE session_id = ANY(%(ids)s) AND state = 'active'",
+        {"ids": list(session_ids)},
+    )
+    return {session["session_id"] for session in found}
+
+
+def stateful_sessions(connection: Connection, device_id: str, epoch: int) -> list[str]:
+    """Open sessions whose state tensors lay on the device in epochs up to `epoch`."""
+    found = rows(
+        connection,
+        "SELECT session_id FROM inference_sessions WHERE device_id = %(id)s AND state = 'active' "
+        "AND epoch <= %(epoch)s AND state_map <> '{}'::jsonb",
+        {"id": device_id, "epoch": epoch},
+    )
+    return [session["session_id"] for session in found]

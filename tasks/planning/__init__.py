@@ -1,0 +1,1 @@
+"""Planning: from a checked request to a job ready to be recorded."""

@@ -1,0 +1,1 @@
+"""What Redis carries: names of queues and keys, messages, and publishing."""

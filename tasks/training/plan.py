@@ -1,0 +1,351 @@
+"""Plans for training: sessions placed and reserved for, steps numbered, checkpoints found.
+
+A session is an exclusive resource: its jobs take effect in the order of their submission. A step gets its number in
+the transaction that records it, and needs its predecessor's number, which falls when that one ends unapplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Connection
+
+from device_operations.errors import failure
+from device_operations.jobs import Kind, new_id
+from device_operations.requests.training import (
+    Checkpoint,
+    EndSession,
+    Initialize,
+    LayersModel,
+    OnnxModel,
+    Step,
+    TorchScriptModel,
+    Validate,
+)
+from device_operations.tensors import ML_DTYPES, NUMPY_DTYPES, Tensor
+from tasks.blobs import records as blob_store
+from tasks.devices.directory import Directory
+from tasks.inference.content import file_hash, model_file
+from tasks.jobs import store as job_store
+from tasks.memory.admission import reserve
+from tasks.memory.plan import check_tensors
+from tasks.owners import Asker, absent
+from tasks.planning.context import Context, check_blobs, new_job, owner_of, place, store_tensors
+from tasks.planning.earlier import Earlier
+from tasks.planning.plan import Plan, Recorded, body_hash
+from tasks.training import sessions as store
+from tasks.training.effects import number_of
+from tasks.training.named import check_open, device_of, find_session, gone, known_session, resumed_from, session_of
+from tasks.training.parameters import count_parameters
+
+#: Tensors of a parameter's size that each optimizer keeps beside the parameter and its gradient.
+_SLOTS = {"sgd": 1, "adam": 2, "adamw": 2}
+
+
+def plan_initialize(context: Context, request: Initialize, job_id: str) -> Plan:
+    """Makes a session on a device; its memory is reserved at once, as an estimate until it is built."""
+    owner = owner_of(context, request.job)
+    payload = request.payload()
+    blob_ids = request.blob_ids()
+    known = check_blobs(context, blob_ids)
+    _check_model(context, request, payload)
+    after: list[str] = []
+    resumed, sequence, step = None, 0, 0
+    if request.resume_from is not None:
+        resumed, sequence, step = resumed_from(context, request.resume_from)
+        if resumed["blob_id"]:
+            blob_ids = [*blob_ids, resumed["blob_id"]]
+        else:
+            after = [resumed["job_id"]]
+    estimate = _estimate(request, {blob_id: row["size_bytes"] for blob_id, row in known.items()})
+    device = place(context, request.device_id, size_bytes=estimate)
+    if not device["capabilities"].get("training", True):
+        raise failure(
+            "validation_failed",
+            f"{device['device_id']} cannot train: torch is not installed for its backend; name another device",
+        )
+    session_id = new_id()
+    job = new_job(
+        context, Kind.TRAINING_INITIALIZE, request, job_id, device,
+        payload={**payload, "session_id": session_id}, resource_type="training_session", resource_id=session_id,
+        needs=[session_id], blob_ids=blob_ids, after=after,
+    )  # fmt: skip
+    makes = {
+        "session_id": session_id, "device_id": device["device_id"], "owner": owner, "spec": payload,
+        "resumed": resumed, "blob_ids": blob_ids, "init_job_id": job_id, "sequence": sequence, "step": step,
+        "reserved_bytes": estimate, "lease_seconds": request.lease_seconds,
+    }  # fmt: skip
+    context.directory.remember_training(makes)
+    return Plan(job, exclusive=(session_id,), together=record_sessions, makes=makes)
+
+
+def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+    """Notes the training session that an entry makes."""
+    earlier.training_sessions[made_id] = {**makes, "state": "initializing", "error": None}
+
+
+def record_sessions(connection: Connection, plans: Sequence[Plan]) -> Recorded:
+    """Records sessions and reserves their memory. Raises `insufficient_memory`."""
+    after = {}
+    for plan in sorted(plans, key=lambda plan: str(plan.makes["device_id"])):
+        store.insert(connection, plan.makes)
+        waits_for = reserve(connection, plan.makes["device_id"], plan.makes["reserved_bytes"], "the training session")
+        if waits_for:
+            after[plan.job.id] = waits_for
+    return Recorded(after=after)
+
+
+def plan_step(context: Context, request: Step, job_id: str) -> Plan:
+    """One step, or a dataset's. What changes the session has a number; an `evaluate` has one only if it was given."""
+    numbered = request.sequence is not None or request.mode != "evaluate"
+    # Whether a session is open is looked at where its step is given a number.
+    session = known_session(context, request.session_id) if numbered else find_session(context, request.session_id)
+    session_id = session["session_id"]
+    _check_batch(context, request)
+    owner = owner_of(context, request.job)
+    named = request.tensors()
+    _check_dtypes(named)
+    allocations, staged = check_tensors(context, named, session["device_id"], "{}")
+    tensors, blob_ids = store_tensors(context, named, owner, allocations)
+    if request.dataset is not None and request.dataset.blob_id:
+        check_blobs(context, [request.dataset.blob_id])
+        blob_ids.append(request.dataset.blob_id)
+    payload = _with_tensors(request, tensors, staged)
+    job = new_job(
+        context, Kind.TRAINING_STEP, request, job_id, device_of(context, session), payload=payload,
+        resource_type="training_session", resource_id=session_id, needs=[session_id, *allocations], blob_ids=blob_ids,
+    )  # fmt: skip
+    exclusive = (session_id, *allocations)
+    if not numbered:
+        return Plan(job, exclusive=exclusive)
+    makes = {
+        "session_id": session_id,
+        "sequence": request.sequence,
+        "sha256": _content_hash(context, job.request, blob_ids),
+    }
+    return Plan(job, exclusive=exclusive, together=record_steps, makes=makes)
+
+
+def is_light(directory: Directory, asker: Asker, request: Step | Validate) -> bool:
+    """Whether a training step, or a validation, names only a session that is known, and brings its tensors along."""
+    if isinstance(request, Step) and request.mode != "train":
+        return False
+    tensors = request.tensors()
+    # A dataset's file is none of them.
+    known = bool(tensors) and directory.knows_training(request.session_id, asker)
+    return known and all(tensor.blob_id is None and tensor.allocation_id is None for tensor in tensors.values())
+
+
+def record_steps(connection: Connection, plans: Sequence[Plan]) -> Recorded:
+    """Gives steps their numbers, in order. A number given before answers with the job that has it.
+
+    Raises `sequence_conflict` for another body, `sequence_gap` for a number too high, and what became of the session.
+    """
+    answered = {}
+    for plan in plans:
+        makes, job = plan.makes, plan.job
+        sequence = store.take_number(
+            connection, makes["session_id"], makes["sequence"], job.id, makes["sha256"], job.blob_ids
+        )
+        if sequence is None:
+            answered[job.id] = _earlier(connection, makes)
+            continue
+        # The number is part of the request, and what the step needs: known only now, under the session's lock.
+        job.request["sequence"] = sequence
+        assert isinstance(job.needs, list)
+        job.needs.append(number_of(makes["session_id"], sequence - 1))
+    return Recorded(answered)
+
+
+def plan_checkpoint(context: Context, request: Checkpoint, job_id: str) -> Plan:
+    """Keeps a session's state as it is after the jobs submitted before."""
+    session = find_session(context, request.session_id)
+    checkpoint_id = new_id()
+    job = new_job(
+        context, Kind.TRAINING_CHECKPOINT, request, job_id, device_of(context, session),
+        payload={**request.payload(), "checkpoint_id": checkpoint_id},
+        resource_type="checkpoint", resource_id=checkpoint_id, needs=[session["session_id"]],
+    )  # fmt: skip
+
+    def note_sequence(connection: Connection) -> None:
+        current = store.lock(connection, session["session_id"])
+        job.request["at_sequence"] = current["submitted_sequence"] if current else 0
+        job.request["at_step"] = current["step"] if current else 0
+
+    return Plan(job, exclusive=(session["session_id"],), record=note_sequence)
+
+
+def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
+    """Compares the exported model with the trained one: a session's as it is then, or a checkpoint's."""
+    owner = owner_of(context, request.job)
+    after: list[str] = []
+    exclusive: tuple[str, ...] = ()
+    more: dict[str, Any] = {}
+    record = None
+    if request.session_id is not None:
+        # Whether it is open is looked at where the job is recorded.
+        session = known_session(context, request.session_id)
+        exclusive = (session["session_id"],)
+        record = partial(check_open, session_id=session["session_id"])
+    else:
+        resumed, _, _ = resumed_from(context, str(request.checkpoint_id))
+        session = session_of(context, resumed["session_id"])
+        more, after = {"checkpoint": resumed}, [] if resumed["blob_id"] else [resumed["job_id"]]
+    named = request.tensors()
+    _check_dtypes(named)
+    allocations, staged = check_tensors(context, named, session["device_id"], "{}")
+    tensors, blob_ids = store_tensors(context, named, owner, allocations)
+    told = {name: _told(tensor, staged.get(name)) for name, tensor in tensors.items()}
+    payload = {
+        **request.model_dump(mode="json", exclude={"job", "inputs", "targets"}, exclude_none=True),
+        "inputs": {name: told[f"inputs.{name}"] for name in request.inputs},
+        "targets": told["targets"],
+        **more,
+    }
+    if more.get("checkpoint", {}).get("blob_id"):
+        blob_ids.append(more["checkpoint"]["blob_id"])
+    job = new_job(
+        context, Kind.TRAINING_VALIDATE, request, job_id, device_of(context, session), payload=payload,
+        resource_type="training_session", resource_id=session["session_id"],
+        # A checkpoint does without its session.
+        needs=[*exclusive, *allocations] or [f"{session['session_id']}#checkpoint"], blob_ids=blob_ids, after=after,
+    )  # fmt: skip
+    return Plan(job, exclusive=(*exclusive, *allocations), record=record)
+
+
+def plan_end(context: Context, request: EndSession, job_id: str) -> Plan:
+    """Ends a session after the jobs submitted before."""
+    session = find_session(context, request.session_id)
+    job = new_job(
+        context, Kind.TRAINING_END_SESSION, request, job_id, device_of(context, session),
+        payload={**request.payload(), "checkpoint_id": new_id()},
+        resource_type="training_session", resource_id=session["session_id"], needs=[session["session_id"]],
+    )  # fmt: skip
+    return Plan(job, exclusive=(session["session_id"],))
+
+
+# ---- numbers
+
+
+def _earlier(connection: Connection, makes: dict[str, Any]) -> str:
+    """The job that has a number already, for the same body; else why the number cannot be given."""
+    session_id, sequence = makes["session_id"], makes["sequence"]
+    session = store.lock(connection, session_id)
+    if session is None:
+        raise absent("training session", session_id)
+    if session["state"] not in store.OPEN:
+        raise failure(*gone(session))
+    detail = {"submitted_sequence": session["submitted_sequence"], "applied_sequence": session["applied_sequence"]}
+    if sequence > session["submitted_sequence"]:
+        raise failure(
+            "sequence_gap",
+            f"step {sequence} was sent, and the next number of session {session_id} is "
+            f"{session['submitted_sequence'] + 1}; send the steps between first",
+            detail=detail,
+        )
+    step = store.numbered(connection, session_id, sequence)
+    if step is None or step["payload_sha256"] != makes["sha256"]:
+        raise failure(
+            "sequence_conflict",
+            f"step {sequence} of session {session_id} was sent before with another body"
+            if step
+            else f"step {sequence} lies before the checkpoint that session {session_id} was resumed from",
+            detail=detail,
+        )
+    if not job_store.states(connection, [step["job_id"]]):
+        raise failure(
+            "sequence_conflict", f"step {sequence} of session {session_id} was made long ago; its job is no longer kept"
+        )
+    return str(step["job_id"])
+
+
+# ---- what requests hold
+
+
+def _check_model(context: Context, request: Initialize, payload: dict[str, Any]) -> None:
+    """Refuses programs that are not trusted, and pins a file below the model folder to its content."""
+    model = request.model
+    if isinstance(model, TorchScriptModel) and not context.settings.training.trust_programs:
+        raise failure(
+            "untrusted_program",
+            "a model of kind torchscript brings code of its own, and TRAINING__TRUST_PROGRAMS is not set here; "
+            "send layers or an ONNX file",
+        )
+    if isinstance(model, OnnxModel) and model.path is not None:
+        found = file_hash(model_file(context.settings.model_cache_path, model.path))
+        if model.sha256 is not None and model.sha256 != found:
+            raise failure("checksum_mismatch", f"the model's sha256 is {found}, not {model.sha256}")
+        payload["model"]["sha256"] = found
+
+
+def _estimate(request: Initialize, sizes: dict[str, int]) -> int:
+    """Bytes of parameters, gradients and optimizer state, as far as the request tells without building anything."""
+    model = request.model
+    if isinstance(model, LayersModel):
+        parameters = 4 * count_parameters(model.layers)
+    else:
+        parameters = sizes.get(model.blob_id or "", 0)
+    trained = 0 if request.lora is not None or request.trainable is not None else parameters
+    slots = _SLOTS[request.optimizer.type] if getattr(request.optimizer, "momentum", 1) else 0
+    # Sizes are signed 64-bit integers in the records; a model beyond them is refused for want of memory just as well.
+    return min(parameters + trained * (1 + slots), 2**62)
+
+
+def _check_dtypes(tensors: dict[str, Tensor]) -> None:
+    """Refuses what only models take: training is given NumPy's dtypes."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in ML_DTYPES or tensor.dtype == "json":
+            known = ", ".join(NUMPY_DTYPES)
+            raise failure("dtype_unsupported", f"{name}: training takes no {tensor.dtype}; use one of {known}")
+
+
+def _check_batch(context: Context, request: Step) -> None:
+    size, most = request.batch_size, context.settings.training.max_batch_size
+    if size is not None and size > most:
+        raise failure(
+            "batch_too_large",
+            f"a batch of {size} samples was sent, and TRAINING__MAX_BATCH_SIZE is {most}; "
+            "send smaller batches and accumulate their gradients",
+            detail={"batch_size": size, "max_batch_size": most},
+        )
+
+
+def _with_tensors(request: Step, tensors: dict[str, Tensor], staged: dict[str, str]) -> dict[str, Any]:
+    """The request as it is stored, with its tensors as they were kept."""
+    inner = {"inputs", "targets"}
+    payload = request.model_dump(
+        mode="json", exclude={"job": True, "inputs": True, "targets": True, "dataset": inner}, exclude_none=True
+    )
+    place = payload if request.dataset is None else payload["dataset"]
+    for name, tensor in tensors.items():
+        told = _told(tensor, staged.get(name))
+        if name == "targets":
+            place["targets"] = told
+        else:
+            place.setdefault("inputs", {})[name.removeprefix("inputs.")] = told
+    return payload
+
+
+def _told(tensor: Tensor, device_id: str | None) -> dict[str, Any]:
+    told = tensor.model_dump(mode="json", exclude_unset=True)
+    return told if device_id is None else told | {"device_id": device_id}
+
+
+def _content_hash(context: Context, payload: dict[str, Any], blob_ids: list[str]) -> str:
+    """The hash by which two bodies of a step count as the same: the same bytes may come as another blob."""
+    if not blob_ids:
+        return body_hash(payload)
+    with context.engine.connect() as connection:
+        known = blob_store.get_many(connection, blob_ids)
+    return body_hash(_by_content(payload, {blob_id: row["sha256"] for blob_id, row in known.items()}))
+
+
+def _by_content(value: Any, hashes: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: hashes.get(inner, inner) if key == "blob_id" else _by_content(inner, hashes)
+            for key, inner in value.items()
+        }
+    return value

@@ -1,0 +1,1 @@
+"""What a worker needs of Celery's and kombu's insides: its pool, events and revocations."""

@@ -1,0 +1,1 @@
+"""Fusions of our own: parts of a graph that become one faster operator."""

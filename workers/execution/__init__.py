@@ -1,0 +1,1 @@
+"""From a message to a recorded end: which job runs next, running it, recording what came of it."""

@@ -1,0 +1,1 @@
+"""What each kind of training job does on the device."""

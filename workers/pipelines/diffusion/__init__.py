@@ -1,0 +1,1 @@
+"""What diffusion pipelines are made of: prompts, noise schedules, the loop, the autoencoder."""

@@ -1,0 +1,237 @@
+"""The loop of a diffusion model: latents stay on the device from step to step where the backend binds tensors.
+
+    latents ─▶ scaled ─▶ sample (once, or twice for guidance) ─▶ UNet ─▶ predicted ─▶ guided ─▶ scheduler ─▶ latents
+
+`run_to_end` drives it, as any other steps, where there is no executor: in benchmarks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from device_operations.tensors import numpy_dtype
+from workers.devices.arrays import Array, Buffer, BufferView
+from workers.devices.onnx.runtime import Cancel
+from workers.devices.onnx.tensors import Feed, TensorSpec
+from workers.execution.claimed_job import Progress
+from workers.pipelines.base import Pace, Parts
+from workers.pipelines.diffusion.schedulers import Schedule
+
+if TYPE_CHECKING:
+    from workers.devices.base import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Unet:
+    """What the loop needs to know of the graph: its name among the parts, and its inputs and output."""
+
+    part: str
+    sample: TensorSpec
+    timestep: TensorSpec
+    predicted: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What goes into each step besides latents and timestep, by the input's name, `[k, …]` each.
+
+    k is 2 with guidance, the negative half first, else 1.
+    """
+
+    values: Mapping[str, Array]
+    guidance_scale: float
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the latents each step takes."""
+        return 2 if self.guidance_scale > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """After `every` so many steps, `show` takes the foreseen latents `[1, c, h, w]` and gives what progress says."""
+
+    every: int
+    show: Callable[[Array], dict[str, Any]]
+
+
+class _Bound:
+    """Tensors in buffers of the device, which torch and ONNX Runtime share."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffers: list[Buffer] = []
+
+    def place(self, dtype: str, shape: tuple[int, ...]) -> tuple[BufferView, torch.Tensor]:
+        """A tensor of zeros, as both see it."""
+        buffer = self._device.allocate(max(1, numpy_dtype(dtype).itemsize * math.prod(shape)))
+        self._buffers.append(buffer)
+        return BufferView(buffer, 0, dtype, shape), self._device.tensor_view(buffer, dtype, shape)
+
+    def put(self, values: Array) -> BufferView:
+        """The host's values."""
+        view, tensor = self.place(values.dtype.name, values.shape)
+        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        return view
+
+    def release(self) -> None:
+        while self._buffers:
+            self._device.release(self._buffers.pop())
+
+
+@contextmanager
+def _buffers(device: Device) -> Iterator[_Bound]:
+    bound = _Bound(device)
+    try:
+        yield bound
+    finally:
+        bound.release()
+
+
+def binds(device: Device) -> bool:
+    """Whether torch's tensors on the device are ONNX Runtime's too; elsewhere each step goes through the host."""
+    return device.provider().binding is not None
+
+
+def denoise(
+    parts: Parts,
+    unet: Unet,
+    schedule: Schedule,
+    latents: torch.Tensor,
+    conditions: Conditions,
+    generator: torch.Generator,
+    cancel: Cancel,
+    pace: Pace,
+    *,
+    then_seconds: float = 0.0,
+    preview: Preview | None = None,
+) -> Generator[Progress, None, Array]:
+    """The latents `[1, c, h, w]` of one image after all steps of `schedule`, on the host.
+
+    `latents` are those before the first step, on the host. `then_seconds` is what follows the last step.
+    """
+    loop = _on_device if binds(parts.device) else _through_host
+    steps = loop(parts, unet, schedule, latents, conditions, generator, cancel)
+    number = 0
+    try:
+        while True:
+            try:
+                foreseen = next(steps)
+            except StopIteration as stop:
+                made: Array = stop.value
+                return made
+            number += 1
+            shown: dict[str, Any] = {}
+            if preview is not None and number % preview.every == 0 and number < len(schedule.timesteps):
+                shown["preview"] = preview.show(foreseen.float().cpu().numpy())
+            yield from pace.step(then_seconds=then_seconds, always=bool(shown), **shown)
+    finally:
+        steps.close()  # however the run ends, what it held on the device is given back now
+
+
+#: Yields the foreseen latents after each step, and returns those after the last.
+_Loop = Generator[torch.Tensor, None, Array]
+
+
+def _on_device(
+    parts: Parts,
+    unet: Unet,
+    schedule: Schedule,
+    latents: torch.Tensor,
+    conditions: Conditions,
+    generator: torch.Generator,
+    cancel: Cancel,
+) -> _Loop:
+    """Each step is asked for while the one before it is under way, so that the device has no time between them.
+
+    What is yielded is done. With `low_memory` the graph may be closed between two steps, and none is asked for ahead.
+    """
+    device = parts.device
+    with _buffers(device) as bound:
+        shape = (conditions.copies, *latents.shape[1:])
+        sample_view, sample = bound.place(unet.sample.dtype, shape)
+        predicted_view, predicted = bound.place(unet.predicted.dtype, (conditions.copies, *latents.shape[1:]))
+        fixed: dict[str, Feed] = {name: bound.put(values) for name, values in conditions.values.items()}
+        latents = latents.to(sample.device)
+        device.synchronize()  # what was placed until here was in no queue of models
+        under_way: list[tuple[Callable[[], None], torch.Tensor]] = []
+        try:
+            for timestep in schedule.timesteps:
+                model = parts.get(unet.part, cancel)
+                with device.queue():
+                    sample.copy_(schedule.scaled(latents, timestep).expand(shape))
+                    time = _time(unet.timestep, timestep, shape)
+                    feeds = {**fixed, unet.sample.name: sample_view, unet.timestep.name: time}
+                    model.run(feeds, [], into={unet.predicted.name: predicted_view}, cancel=cancel, queued=True)
+                    guided = _guided(predicted.float(), conditions)
+                    latents, foreseen = schedule.step(guided, timestep, latents, generator)
+                under_way.append((device.queued(), latents if foreseen is None else foreseen))
+                if parts.low_memory or len(under_way) > 1:
+                    yield _done(under_way)
+            while under_way:
+                yield _done(under_way)
+            return latents.float().cpu().numpy()
+        finally:
+            device.queued()()  # nothing is given back that a step still writes to
+
+
+def _done(under_way: list[tuple[Callable[[], None], torch.Tensor]]) -> torch.Tensor:
+    """What the first of the steps under way gave, once it is over."""
+    wait, made = under_way.pop(0)
+    wait()
+    return made
+
+
+def _through_host(
+    parts: Parts,
+    unet: Unet,
+    schedule: Schedule,
+    latents: torch.Tensor,
+    conditions: Conditions,
+    generator: torch.Generator,
+    cancel: Cancel,
+) -> _Loop:
+    shape = (conditions.copies, *latents.shape[1:])
+    dtype = numpy_dtype(unet.sample.dtype)
+    for timestep in schedule.timesteps:
+        scaled = schedule.scaled(latents, timestep).expand(shape).numpy().astype(dtype)
+        feeds: dict[str, Feed] = {
+            **conditions.values,
+            unet.sample.name: np.ascontiguousarray(scaled),
+            unet.timestep.name: _time(unet.timestep, timestep, shape),
+        }
+        name = unet.predicted.name
+        predicted = parts.get(unet.part, cancel).run(feeds, [name], cancel=cancel)[name]
+        guided = _guided(torch.from_numpy(np.asarray(predicted, np.float32)), conditions)
+        latents, foreseen = schedule.step(guided, timestep, latents, generator)
+        yield latents if foreseen is None else foreseen
+    return latents.float().numpy()
+
+
+def _guided(predicted: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+    if conditions.copies == 1:
+        return predicted.clone()  # the next step writes over it, and some schedulers keep it
+    negative, positive = predicted.chunk(2)
+    return negative + conditions.guidance_scale * (positive - negative)
+
+
+def _time(spec: TensorSpec, timestep: torch.Tensor, shape: tuple[int, ...]) -> Array:
+    """The timestep as the graph takes it: a number, one for the batch, or one for each of it."""
+    dtype = numpy_dtype(spec.dtype)
+    if not spec.shape:
+        return np.asarray(float(timestep)).astype(dtype)
+    side = spec.shape[0]
+    # A named side may be the batch's own; a graph that takes any length takes that of the batch.
+    count = side if isinstance(side, int) else shape[0] if side in _BATCH else 1
+    return np.full(count, float(timestep)).astype(dtype)
+
+
+#: What exporters call the side of a batch.
+_BATCH = ("batch_size", "batch", "n", "N", "B")

@@ -1,0 +1,1 @@
+"""What stays on the device between jobs: models, sessions and allocations."""

@@ -1,0 +1,1 @@
+"""The module that is trained: its definition, layers, inputs and parameters."""
