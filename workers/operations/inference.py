@@ -23,10 +23,11 @@ from workers.devices.onnx.tensors import Feed, Kept
 from workers.execution.claimed_job import ClaimedJob, Steps, named
 from workers.execution.scheduler import Entry
 from workers.operations import pipelines
-from workers.operations.tensors import feed, give, hand_over, staged_bytes, view
+from workers.operations.tensors import give, hand_over, read_feeds, staged_bytes, view
 from workers.resident.models import close, facts, open_model, revive
 from workers.resident.residents import Resident, ResidentModel
-from workers.resident.sessions import fed_by, left_by, session_of
+from workers.resident.sessions import begun_session, fed_by, left_by
+from workers.stored_tensors import InBase64, InTransient, decode_place, decode_tensor
 
 log = structlog.get_logger(__name__)
 
@@ -103,8 +104,8 @@ def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
     for work in works:
         if room <= 0:
             return
-        inputs = work.request.get("inputs", {}).values()
-        if inputs and all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
+        places = [decode_place(tensor) for tensor in work.request.get("inputs", {}).values()]
+        if places and all(isinstance(place, InTransient | InBase64) for place in places):
             with suppress(OperationError):
                 work.feeds = _feeds(resident, work)
                 room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
@@ -174,7 +175,7 @@ def run_batch(resident: Resident, works: list[ClaimedJob]) -> list[Outcome]:
 def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Feeds) -> Outcome:
     request = work.request
     session_id = request.get("session_id")
-    session = session_of(resident, model, session_id) if session_id else None
+    session = begun_session(resident, model, session_id) if session_id else None
     if session is not None:
         feeds = {**feeds, **fed_by(session, model, feeds)}
     into = {
@@ -262,7 +263,7 @@ def _feeds(resident: Resident, work: ClaimedJob) -> Feeds:
     work.cancel.check()
     if work.feeds is not None:
         return work.feeds
-    return {name: feed(resident, name, tensor) for name, tensor in work.request["inputs"].items()}
+    return dict(read_feeds(resident, work.request["inputs"]))
 
 
 def _outcome(
@@ -289,7 +290,7 @@ def _outcome(
         }
         if took.graph_ms is not None:
             result["graph_ms"] = round(took.graph_ms, 3)
-        staged = took.staged_bytes + staged_bytes(work.request["inputs"])
+        staged = took.staged_bytes + staged_bytes(decode_tensor(tensor) for tensor in work.request["inputs"].values())
         if staged:
             result["staged_bytes"] = staged
         return result

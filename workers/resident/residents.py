@@ -23,6 +23,7 @@ from workers.devices.base import Device
 from workers.devices.onnx.runtime import LoadedGraph
 from workers.devices.onnx.tensors import Feed
 from workers.resident.batching import Batching
+from workers.stored_tensors import InAllocation, decode_place
 
 if TYPE_CHECKING:
     from workers.operations.transfers import Transfers
@@ -108,11 +109,12 @@ class ResidentModel:
         for name in sorted(inputs):
             tensor = inputs[name]
             shape = tensor["shape"]
-            if tensor.get("allocation_id") or name not in self.onnx.row_inputs:
+            place = decode_place(tensor)
+            if isinstance(place, InAllocation) or name not in self.onnx.row_inputs:
                 return None
             if not shape:
-                value = tensor.get("base64") or repr(tensor.get("data"))
-                key.append((name, tensor["dtype"], value, tensor.get("blob_id"), tensor.get("offset")))
+                # As text: the elements themselves may be lists, which no key may hold.
+                key.append((name, tensor["dtype"], repr(place)))
                 continue
             rows = shape[0] if rows is None else rows
             if shape[0] != rows or math.prod(shape) == 0:

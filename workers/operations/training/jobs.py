@@ -22,7 +22,7 @@ from tasks.training.effects import number_of
 from workers.devices.values import SessionOptions
 from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress
 from workers.operations.tensors import host_array, staged_bytes
-from workers.operations.training.batches import data_of, options_of, plan_of, resident_tensors, spooled, taken
+from workers.operations.training.batches import batch_of, data_of, options_of, plan_of, resident_tensors, spooled
 from workers.operations.training.files import drop_checkpoint, keep_checkpoint, keep_gradients
 from workers.operations.training.sessions import (
     HeldSession,
@@ -127,9 +127,8 @@ def validate(resident: Resident, work: ClaimedJob) -> Outcome:
         held = awake(resident, request["session_id"], work.job_id)
         resident.record(lambda: _touch(resident, request["session_id"]))
     session = held.session
-    inputs = {name: taken(resident, name, tensor) for name, tensor in request["inputs"].items()}
-    targets = taken(resident, "targets", request["targets"])
-    # Before the first step nobody knows the inputs' shapes but the caller.
+    inputs, targets = batch_of(resident, request)
+    # Before the first step only the caller knows the inputs' shapes.
     session.expected_output(inputs, training=False)
     snapshot = session.snapshot(model_only=True)
     if snapshot.state["last_inputs"] is None:
@@ -317,7 +316,7 @@ def _progress(run: DatasetRun, outcome: StepOutcome) -> dict[str, Any]:
 
 
 def _staged(request: dict[str, Any]) -> dict[str, int]:
-    size = staged_bytes(resident_tensors(request))
+    size = staged_bytes(resident_tensors(request).values())
     return {"staged_bytes": size} if size else {}
 
 
