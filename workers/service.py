@@ -108,9 +108,10 @@ class Service:
         self.resident.extend_lease = self._lease.extended
         self._outbox = Outbox(self._engine, settings.require_redis_url())
         self._revoked = Revoked(self._engine, self._publisher, self._outbox)
-        self._completer = Completer(self._engine, self._publisher, self._scheduler, self.device_id, epoch, self._outbox)
         directory = Directory(self._engine, settings)
-        self._completer.on_models_changed = directory.expire
+        self._completer = Completer(
+            self._engine, self._publisher, self._scheduler, self.device_id, epoch, self._outbox, directory.expire
+        )
         context = Context(self._engine, settings, directory, blobs, "default", device_id=self.device_id)
         self._prefetch = Prefetch(
             self._scheduler, self._completer, self.resident, context, self._engine, self._publisher, self._redis,
@@ -222,7 +223,8 @@ class Service:
         entries = self.executor.entries(running=running)
         if not running:
             entries += self._scheduler.select(lambda _: True)
-        return [entry.handle for entry in entries if isinstance(entry.handle, Note)]
+        handles = [entry.handle for entry in entries]
+        return [handle for handle in handles if isinstance(handle, Note)]
 
     def standing(self) -> dict[str, Any]:
         """What `celery inspect stats` shows of the scheduler."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Handle:
             self._started_at = at
             self._guarded(lambda: self._request.on_accepted(None, self._started_at))
 
-    def ended(self, view: dict[str, Any]) -> None:
+    def ended(self, view: Mapping[str, Any]) -> None:
         """The job's outcome is recorded: Celery's events and, where the caller wants it, Celery's result."""
         if self._done:
             return
@@ -96,7 +96,7 @@ class Handle:
             self._done = True
             self._guarded(self._forget)
 
-    def _report(self, view: dict[str, Any]) -> None:
+    def _report(self, view: Mapping[str, Any]) -> None:
         if not self._accepted:
             self._accepted = True
             self._request.acknowledge()
@@ -155,7 +155,7 @@ class Note:
         state.all_total_count[0] += 1
         Dispatcher.note("task-started", self.job_id, timestamp=self.started_at)
 
-    def ended(self, view: dict[str, Any]) -> None:
+    def ended(self, view: Mapping[str, Any]) -> None:
         """The job's outcome is recorded."""
         if self._reported:
             return
@@ -192,7 +192,7 @@ class Failure:
     traceback: str = ""
 
 
-def _brief(view: dict[str, Any]) -> str:
+def _brief(view: Mapping[str, Any]) -> str:
     """What Flower shows as the result: the facts, not the tensors."""
     result = view["result"] or {}
     return str({key: value for key, value in result.items() if isinstance(value, (int, float, str, bool))})[:200]
