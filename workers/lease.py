@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import structlog
@@ -137,7 +136,7 @@ class Lease:
                 self._on_drain(self.draining)
 
 
-def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds: float) -> tuple[Lease, Rescue | None]:
+def take(engine: Engine, facts: Row, budget_bytes: int, lease_seconds: float) -> tuple[Lease, Rescue | None]:
     """Takes the device over under a new epoch, declaring lost what the last one held.
 
     Raises `device_unavailable` while a live worker holds it. A holder on this very machine whose process is gone does

@@ -17,7 +17,6 @@ import signal
 import socket
 import threading
 import time
-from typing import Any
 
 import structlog
 from celery import Celery, bootsteps
@@ -46,8 +45,8 @@ from tasks.redis.publish import Publisher, connect
 from tasks.redis.queues import control_queue, device_queue
 from tasks.statements import transaction
 from workers import lease as leases
-from workers.celery_bridge.events import SERIALIZER, Dispatcher, EventsInTurns
-from workers.celery_bridge.pool import Note, SchedulerPool
+from workers.celery_bridge.events import SERIALIZER, Dispatcher, EventsInTurns, Untyped
+from workers.celery_bridge.pool import Handle, Note, SchedulerPool
 from workers.celery_bridge.revoked import Revoked
 from workers.devices import open_device
 from workers.execution.completer import Completer
@@ -55,8 +54,9 @@ from workers.execution.executor import DEVICE_LOST_STATUS, Executor
 from workers.execution.prefetch import Prefetch
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Scheduler
+from workers.json_types import JsonObject
 from workers.operations.training import upkeep as training
-from workers.operations.transfers import Transfers
+from workers.operations.transfers import TransferRequest, Transfers
 from workers.resident.models import bring_back, let_replaced_go, look_after, replaced
 from workers.resident.residents import Resident
 
@@ -180,7 +180,7 @@ class Service:
         self._sweeper.start()
         collector.spare()
 
-    def receive(self, handle: Any) -> None:
+    def receive(self, handle: Handle) -> None:
         """One message."""
         self._prefetch.receive(handle)
 
@@ -226,7 +226,7 @@ class Service:
         handles = [entry.handle for entry in entries]
         return [handle for handle in handles if isinstance(handle, Note)]
 
-    def standing(self) -> dict[str, Any]:
+    def standing(self) -> JsonObject:
         """What `celery inspect stats` shows of the scheduler."""
         return {
             "device_id": self.device_id, "epoch": self._lease.epoch, "waiting": len(self._scheduler),
@@ -238,7 +238,7 @@ class Service:
     def control(self, wake: Wake) -> None:
         """A message of the control queue: see `Wake`."""
         if wake.send is not None:
-            self._transfers.send(wake.send)
+            self._transfers.send(TransferRequest(**wake.send))
         if wake.follow is not None:
             self._completer.follow(wake.follow)
         if wake.cancel is not None and not self.executor.cancel(wake.cancel):
@@ -348,10 +348,10 @@ class Service:
 def stop_early_on_signals() -> None:
     """Stops in order also before Celery listens to signals itself; and on Windows, which sends Ctrl-Break, after."""
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         raise SystemExit(0)
 
-    def stop_warm(*_: Any) -> None:
+    def stop_warm(*_: object) -> None:
         state.should_stop = 0
 
     for name in ("SIGTERM", "SIGINT"):
@@ -364,11 +364,11 @@ def control_step(service: Service) -> type[bootsteps.ConsumerStep]:
     """Celery's consumer step that reads the device's control queue, on a channel of its own."""
 
     class Control(bootsteps.ConsumerStep):
-        def get_consumers(self, channel: Any) -> list[Consumer]:
+        def get_consumers(self, channel: Untyped) -> list[Consumer]:
             queue = Queue(control_queue(service.device_id), durable=False, no_ack=True)
             return [Consumer(channel, [queue], callbacks=[self.on_message], accept=["json"], no_ack=True)]
 
-        def on_message(self, body: Any, message: Any) -> None:
+        def on_message(self, body: object, message: object) -> None:
             service.control(read_wake(body))
 
     return Control

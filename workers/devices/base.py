@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from device_operations.errors import OperationError, failure
-from workers.devices.arrays import DTYPES, Buffer, BufferView, flat_bytes
+from workers.devices.arrays import DTYPES, Buffer, BufferView, Storage, flat_bytes
 from workers.devices.libraries import tidy
 from workers.devices.values import Description, Provider, Reading, SessionOptions
 
@@ -213,24 +213,24 @@ class Device(ABC):
         """How its memory stands now."""
 
     @abstractmethod
-    def _allocate(self, size_bytes: int) -> Any:
+    def _allocate(self, size_bytes: int) -> Storage:
         """An array of zeroed uint8 from the backend's own allocator."""
 
     @abstractmethod
-    def _fill(self, storage: Any, value: int, offset: int, size_bytes: int) -> None: ...
+    def _fill(self, storage: Storage, value: int, offset: int, size_bytes: int) -> None: ...
 
     @abstractmethod
-    def _copy(self, to: Any, to_offset: int, source: Any, source_offset: int, size_bytes: int) -> None:
+    def _copy(self, to: Storage, to_offset: int, source: Storage, source_offset: int, size_bytes: int) -> None:
         """As memmove, also where both are one array."""
 
     @abstractmethod
-    def _write(self, storage: Any, offset: int, data: memoryview) -> None: ...
+    def _write(self, storage: Storage, offset: int, data: memoryview) -> None: ...
 
     @abstractmethod
-    def _read(self, storage: Any, offset: int, into: memoryview) -> None: ...
+    def _read(self, storage: Storage, offset: int, into: memoryview) -> None: ...
 
     @abstractmethod
-    def _as_tensor(self, storage: Any) -> torch.Tensor:
+    def _as_tensor(self, storage: Storage) -> torch.Tensor:
         """The array as a torch tensor of uint8 that shares its memory."""
 
     @abstractmethod
@@ -261,7 +261,7 @@ class Device(ABC):
         """Waits, when it is called, for what is in that queue now."""
         return lambda: None
 
-    def _address(self, storage: Any) -> int | None:
+    def _address(self, storage: Storage) -> int | None:
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
         return None
 

@@ -8,14 +8,14 @@ import platform
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
 from device_operations.errors import failure
 from workers.devices.adapters.inventory import Found
-from workers.devices.arrays import DTYPES, Array
+from workers.devices.arrays import DTYPES, Array, Storage
 from workers.devices.base import Device
 from workers.devices.libraries import installed
 from workers.devices.values import Description, Provider, Reading
@@ -106,7 +106,7 @@ class CpuDevice(Device):
 
         return torch.from_numpy(storage)
 
-    def _address(self, storage: Any) -> int:
+    def _address(self, storage: Storage) -> int:
         return int(storage.ctypes.data)
 
     def trim(self) -> None:

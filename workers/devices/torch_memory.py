@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workers.devices.arrays import Array
+from workers.devices.arrays import Array, Storage
 from workers.devices.base import Device
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TorchDevice(Device):
     def _read(self, storage: torch.Tensor, offset: int, into: memoryview) -> None:
         host_tensor(into).copy_(storage[offset : offset + len(into)])
 
-    def _as_tensor(self, storage: Any) -> torch.Tensor:
+    def _as_tensor(self, storage: Storage) -> torch.Tensor:
         tensor: torch.Tensor = storage
         return tensor
 

@@ -13,9 +13,11 @@ import heapq
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
+
+from workers.json_types import JobView
 
 #: Ended jobs that are remembered, so that a successor admitted later does not need to ask for them.
 REMEMBERED = 20_000
@@ -30,7 +32,7 @@ class MessageHandle(Protocol):
     def started(self, at: float) -> None:
         """The device began the job `at`, by the monotonic clock."""
 
-    def ended(self, view: Mapping[str, Any]) -> None:
+    def ended(self, view: JobView) -> None:
         """The job's end is recorded; `view` is the job as callers see it."""
 
     def dropped(self) -> None:

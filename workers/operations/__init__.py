@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from device_operations.jobs import Kind
 from tasks.jobs.lifecycle import Outcome
 from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Steps
 from workers.execution.scheduler import Entry
+from workers.json_types import JsonObject
 from workers.operations import inference, memory
 from workers.resident.residents import Resident
 
@@ -25,7 +25,7 @@ Operation = Callable[[Resident, ClaimedJob], Outcome | PlaceReleased | Detached 
 JoinedOperation = Callable[[Resident, list[ClaimedJob]], list[Outcome]]
 
 #: Notes in an entry with which others it may run, from its request.
-Join = Callable[[Resident, Entry, dict[str, Any]], None]
+Join = Callable[[Resident, Entry, JsonObject], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,9 @@ class OperationSpec:
 def _training(name: str) -> OperationSpec:
     """An operation on a training session. The first one loads torch, for which no other kind of job needs to wait."""
 
-    def run(resident: Resident, work: ClaimedJob) -> Any:
-        return getattr(importlib.import_module("workers.operations.training.jobs"), name)(resident, work)
+    def run(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Detached | Steps:
+        operation: Operation = getattr(importlib.import_module("workers.operations.training.jobs"), name)
+        return operation(resident, work)
 
     return OperationSpec(run)
 

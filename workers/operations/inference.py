@@ -5,23 +5,25 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
+import onnxruntime as ort
 import structlog
 
 from device_operations.errors import OperationError, failure
 from tasks.inference import models as store
 from tasks.inference.residents import no_model
 from tasks.jobs.lifecycle import Outcome
-from workers.devices.arrays import BufferView
+from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.session import Over
-from workers.devices.onnx.tensors import Feed, Kept
+from workers.devices.onnx.tensors import Feed, Fetched, Kept
 from workers.execution.claimed_job import ClaimedJob, Steps, named
 from workers.execution.scheduler import Entry
+from workers.json_types import JsonObject, StoredRequest
 from workers.operations import pipelines
 from workers.operations.tensors import give, hand_over, read_feeds, staged_bytes, view
 from workers.resident.models import close, facts, open_model, revive
@@ -30,6 +32,8 @@ from workers.resident.sessions import begun_session, fed_by, left_by
 from workers.stored_tensors import InBase64, InTransient, decode_place, decode_tensor
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 Feeds = dict[str, Feed]
 
@@ -80,7 +84,7 @@ def unload_model(resident: Resident, work: ClaimedJob) -> Outcome:
     if model.graph.content_key not in resident.graphs:
         gc.collect()
     returns = bool(resident.device.describe().capabilities.get("returns_memory", True))
-    result: dict[str, Any] = {"model_id": model_id, "freed_bytes": freed, "returns_memory": returns}
+    result: JsonObject = {"model_id": model_id, "freed_bytes": freed, "returns_memory": returns}
     if work.request.get("recycle"):
         resident.recycle = resident.recycle or not returns
         result["recycles"] = not returns
@@ -111,7 +115,7 @@ def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
                 room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
 
 
-def join(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+def join(resident: Resident, entry: Entry, request: StoredRequest) -> None:
     """Notes with which other runs a run may be joined: those of its model and shape, unless it moves a session on."""
     if request.get("session_id") or request.get("into"):
         return
@@ -201,17 +205,17 @@ def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Fe
 
 def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[ClaimedJob, Feeds]]) -> dict[str, Outcome]:
     """One run over the rows of all works, each of which has as many."""
-    feeds: dict[str, Any] = {}
+    feeds: Feeds = {}
     rows = 0
     for name, first in fed[0][1].items():
         assert isinstance(first, np.ndarray)
         if first.ndim:
             rows = first.shape[0]
-            feeds[name] = _gathered(resident, name, [one[name] for _, one in fed])
+            feeds[name] = _gathered(resident, name, cast("list[Array]", [one[name] for _, one in fed]))
         else:
             feeds[name] = first
     works = [work for work, _ in fed]
-    together: Any = _Together(works)
+    together = _Together(works)
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=together)
     took = Took(_since(began), model.onnx.graph_ms)
@@ -227,14 +231,14 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Claime
     return outcomes
 
 
-def _gathered(resident: Resident, name: str, arrays: list[Any]) -> np.ndarray[Any, Any]:
+def _gathered(resident: Resident, name: str, arrays: list[Array]) -> Array:
     """The arrays' rows as one array: in pinned memory where the device copies fastest from there.
 
     Each input of a run has a place of its own: all of them are read by the same run.
     """
     first = arrays[0]
     if first.dtype.kind == "O" or resident.device.host_memory:
-        joined: np.ndarray[Any, Any] = np.concatenate(arrays)
+        joined: Array = np.concatenate(arrays)
         return joined
     shape = (sum(array.shape[0] for array in arrays), *first.shape[1:])
     size = first.dtype.itemsize * math.prod(shape)
@@ -251,7 +255,7 @@ class _Together:
     def __init__(self, works: Sequence[ClaimedJob]) -> None:
         self._cancels = [work.cancel for work in works]
 
-    def over(self, options: Any) -> Over:
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
         """While inside, each of the works' `trip` reaches `options`."""
         return Over(self._cancels, options)
 
@@ -269,7 +273,7 @@ def _feeds(resident: Resident, work: ClaimedJob) -> Feeds:
 def _outcome(
     resident: Resident,
     work: ClaimedJob,
-    outputs: dict[str, Any],
+    outputs: Mapping[str, Fetched],
     batch_size: int,
     took: Took,
     *,
@@ -281,8 +285,8 @@ def _outcome(
         {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
     )
 
-    def tell() -> dict[str, Any]:
-        result: dict[str, Any] = {
+    def tell() -> JsonObject:
+        result: JsonObject = {
             "session_id": session_id or work.job_id,
             "outputs": _told(resident, work, outputs),
             "batch_size": batch_size,
@@ -304,11 +308,11 @@ def _encoded(outcome: Outcome) -> None:
     outcome.result, outcome.pending = outcome.pending(), None
 
 
-def _told(resident: Resident, work: ClaimedJob, outputs: dict[str, Any]) -> dict[str, Any]:
+def _told(resident: Resident, work: ClaimedJob, outputs: Mapping[str, Fetched]) -> JsonObject:
     form = work.request.get("form", "auto")
     if form == "transient":
         return dict(hand_over(resident, outputs))
-    told: dict[str, Any] = {}
+    told: JsonObject = {}
     for name, value in outputs.items():
         if isinstance(value, BufferView):
             place = work.request["into"][name]
@@ -323,7 +327,7 @@ def _told(resident: Resident, work: ClaimedJob, outputs: dict[str, Any]) -> dict
     return told
 
 
-def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
+def _loaded(resident: Resident, model: ResidentModel) -> JsonObject:
     result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
     return result if model.pipeline is None else {**result, "pipeline": model.pipeline.about()}
 
@@ -331,7 +335,7 @@ def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
 # ---- failing
 
 
-def _guarded(resident: Resident, work: ClaimedJob, step: Callable[[], Any]) -> Any:
+def _guarded(resident: Resident, work: ClaimedJob, step: Callable[[], T]) -> T | Outcome:
     """What `step` gives, or the outcome of a work that it failed for."""
     try:
         return step()

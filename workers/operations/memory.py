@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from device_operations.errors import OperationError, failure, from_job_error
 from tasks.blobs import records as blob_store
@@ -19,12 +18,11 @@ from tasks.jobs.lifecycle import Outcome
 from tasks.memory import allocations as store
 from tasks.memory import budgets as memory_store
 from workers.devices.arrays import Buffer
-from workers.execution.claimed_job import ClaimedJob, Progress, named
+from workers.execution.claimed_job import ClaimedJob, Progress, Steps, named
 from workers.execution.scheduler import Entry
+from workers.json_types import JsonObject, StoredRequest
 from workers.resident.models import evict_one, make_room
 from workers.resident.residents import Resident
-
-Steps = Generator[Progress, None, Outcome]
 
 #: Bytes copied or filled between two looks at the scheduler: a few hundredths of a second. The C library copies larger
 #: pieces in a way of its own that is an eighth faster than for pieces of 128 MiB.
@@ -46,13 +44,13 @@ SMALL_BYTES = 2**20
 BATCH_LIMIT = 512
 
 
-def join_small(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+def join_small(resident: Resident, entry: Entry, request: StoredRequest) -> None:
     """Joins allocations that are small; a large one runs alone."""
     if request["size_bytes"] <= SMALL_BYTES:
         join_all(resident, entry, request)
 
 
-def join_all(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+def join_all(resident: Resident, entry: Entry, request: StoredRequest) -> None:
     """Joins jobs of one kind, whatever they are for."""
     entry.batch_key, entry.batch_limit = entry.kind, BATCH_LIMIT
 
@@ -162,7 +160,7 @@ def copy(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
 
 
 def _copy_from_elsewhere(
-    resident: Resident, work: ClaimedJob, to: Buffer, offset: int, source_offset: int, result: dict[str, Any]
+    resident: Resident, work: ClaimedJob, to: Buffer, offset: int, source_offset: int, result: JsonObject
 ) -> Steps:
     assert resident.transfers is not None
     request = work.request
@@ -229,7 +227,7 @@ def write(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
     whole = offset == 0 and size == buffer.size_bytes
     return _in_steps(
         work, result, size, move, settle=settle, step_bytes=CHUNK_BYTES,
-        facts=(lambda: {"sha256": resident.hashes.get(allocation_id)} if whole else {}),
+        sha256=(lambda: resident.hashes.get(allocation_id) if whole else None),
     )  # fmt: skip
 
 
@@ -250,14 +248,14 @@ def read(resident: Resident, work: ClaimedJob) -> Steps:
             passed = yield from _into_ring(resident, work, buffer, ring, sha256)
         finally:
             ring.close()
-    facts: dict[str, Any] = {}
-    if whole:
-        resident.hashes[allocation_id] = facts["sha256"] = sha256
     result = {
         "allocation_id": allocation_id, "offset": offset, "size_bytes": size, "sha256": sha256,
         "blob_id": request["blob_id"] if passed < size else None, "passed_bytes": passed,
     }  # fmt: skip
-    return work.succeeded(result, **facts)
+    if not whole:
+        return work.succeeded(result)
+    resident.hashes[allocation_id] = sha256
+    return work.succeeded(result, sha256=sha256)
 
 
 def _into_blob(
@@ -363,32 +361,32 @@ def _record(resident: Resident, work: ClaimedJob, sha256: str | None, size: int,
 
 def _in_steps(
     work: ClaimedJob,
-    result: dict[str, Any],
+    result: JsonObject,
     size: int,
-    move: Any,
+    move: Callable[[int, int], None],
     *,
-    settle: Any,
+    settle: Callable[[], None],
     backwards: bool = False,
     step_bytes: int = STEP_BYTES,
-    facts: Any = dict,
+    sha256: Callable[[], str | None] = lambda: None,
 ) -> Outcome | Steps:
     """Moves `size` bytes: at once where they are few, else piece by piece with progress between."""
     if size <= step_bytes:
         move(0, size)
         settle()
-        return work.succeeded(result, **facts())
-    return _pieces(work, result, size, move, settle, backwards, step_bytes, facts)
+        return _moved(work, result, sha256())
+    return _pieces(work, result, size, move, settle, backwards, step_bytes, sha256)
 
 
 def _pieces(
     work: ClaimedJob,
-    result: dict[str, Any],
+    result: JsonObject,
     size: int,
-    move: Any,
-    settle: Any,
+    move: Callable[[int, int], None],
+    settle: Callable[[], None],
     backwards: bool,
     step_bytes: int,
-    facts: Any,
+    sha256: Callable[[], str | None],
 ) -> Steps:
     done = 0
     for start, step in _ranges(size, step_bytes, backwards):
@@ -397,7 +395,11 @@ def _pieces(
         if done < size:
             yield Progress({"done_bytes": done, "total_bytes": size})
     settle()
-    return work.succeeded(result, **facts())
+    return _moved(work, result, sha256())
+
+
+def _moved(work: ClaimedJob, result: JsonObject, sha256: str | None) -> Outcome:
+    return work.succeeded(result) if sha256 is None else work.succeeded(result, sha256=sha256)
 
 
 def _ranges(size: int, step_bytes: int, backwards: bool) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from tasks.database import until_reachable
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import Array, BufferView
 from workers.execution.claimed_job import ClaimedJob, Detached, Steps, named
+from workers.json_types import JsonObject
 from workers.operations.tensors import feed, give, hand_over, keep
 from workers.pipelines.base import Pipeline, PixelImage, Result, RunContext
 from workers.resident.residents import Resident, ResidentModel
@@ -100,7 +100,7 @@ def context(resident: Resident, model: ResidentModel, work: ClaimedJob) -> RunCo
         flat = resident.device.read(found.buffer, found.offset, found.size_bytes)
         return np.frombuffer(flat, numpy_dtype(found.dtype or "")).reshape(found.shape or ())
 
-    def picture(stored: Mapping[str, Any]) -> bytes:
+    def picture(stored: Mapping[str, object]) -> bytes:
         place = decode_place(stored)
         if isinstance(place, InBase64):
             return base64.b64decode(place.text)
@@ -136,21 +136,21 @@ def _outcome(resident: Resident, work: ClaimedJob, made: Result, device_ms: floa
     return work.succeeded(result, device_ms=device_ms, batch_size=batch_size, executions=1)
 
 
-def _result(resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int) -> dict[str, Any]:
+def _result(resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int) -> JsonObject:
     owner = work.row["owner"]
     form = work.request.get("form", "auto")
-    outputs: Mapping[str, Any]
+    outputs: Mapping[str, object]
     if form == "transient":  # for a request that waits: it reads the bytes and drops them
         outputs = hand_over(resident, dict(made.outputs))
     else:
         outputs = {name: give(resident, value, form, owner) for name, value in made.outputs.items()}
-    result: dict[str, Any] = {"session_id": work.job_id, "outputs": outputs}
+    result: JsonObject = {"session_id": work.job_id, "outputs": outputs}
     if made.images:
         result["images"] = [_image(resident, image, owner) for image in made.images]
     return {**result, **made.facts, "batch_size": batch_size, "device_ms": round(device_ms, 3)}
 
 
-def _image(resident: Resident, image: PixelImage, owner: str) -> dict[str, Any]:
+def _image(resident: Resident, image: PixelImage, owner: str) -> JsonObject:
     from workers.pipelines import images
 
     data = images.encode(image.pixels, image.format)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from tasks.blobs.transients import TRANSIENT_BYTES
 from workers.devices.arrays import Array, BufferView, flat_bytes
 from workers.devices.onnx.runtime import Kept
 from workers.devices.onnx.values import Values
+from workers.json_types import JsonObject
 from workers.resident.residents import Resident
 from workers.stored_tensors import InAllocation, InBase64, InBlob, Inline, InTransient, StoredTensor, decode_tensor
 
@@ -35,7 +35,7 @@ def feed(resident: Resident, name: str, tensor: StoredTensor) -> Array | BufferV
     return from_bytes(_raw(resident, place, tensor.size_bytes), tensor.dtype, tensor.shape, what)
 
 
-def read_feeds(resident: Resident, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Array | BufferView]:
+def read_feeds(resident: Resident, stored: Mapping[str, Mapping[str, object]]) -> dict[str, Array | BufferView]:
     """The arrays or buffers of a request's tensors, by name."""
     return {name: feed(resident, name, decode_tensor(tensor)) for name, tensor in stored.items()}
 
@@ -54,9 +54,11 @@ def _raw(
         case InBase64(text):  # checked when it was submitted
             return base64.b64decode(text)
         case InTransient(transient_id, offset):
-            return resident.transients.read(transient_id, offset, size_bytes)
+            raw: bytes | memoryview = resident.transients.read(transient_id, offset, size_bytes)
+            return raw
         case InBlob(blob_id, offset):
-            return resident.blobs.read(blob_id, offset, size_bytes)
+            stored: bytes | memoryview = resident.blobs.read(blob_id, offset, size_bytes)
+            return stored
 
 
 def _texts(resident: Resident, tensor: StoredTensor, place: InBase64 | InBlob | InTransient, what: str) -> Array:
@@ -83,7 +85,7 @@ def view(
     return BufferView(buffer, offset, dtype, shape)
 
 
-def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any] | None:
+def give(resident: Resident, value: object, form: str, owner: str) -> JsonObject | None:
     """The wire form of an output: `data` up to 64 KiB, else a blob, unless `form` says otherwise.
 
     Text is given as `data`; above 64 KiB as a blob too, each string behind its length (`device_operations.texts`).
@@ -110,12 +112,12 @@ def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any
     return {"dtype": array.dtype.name, "shape": list(array.shape), "blob_id": blob_id}
 
 
-def hand_over(resident: Resident, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def hand_over(resident: Resident, values: Mapping[str, object]) -> dict[str, JsonObject]:
     """Outputs for a request that waits: small ones in the result itself, the others in one transient file.
 
     Of what is no tensor, the JSON texts; an optional output without a value is left out.
     """
-    told: dict[str, dict[str, Any]] = {}
+    told: dict[str, JsonObject] = {}
     parts: list[bytes | memoryview] = []
     offset = 0
     for name, value in values.items():
@@ -144,7 +146,7 @@ def hand_over(resident: Resident, values: dict[str, Any]) -> dict[str, dict[str,
     return told
 
 
-def host_array(value: Any) -> Array:
+def host_array(value: object) -> Array:
     """An output's values on the host."""
     return value.numpy() if isinstance(value, Kept) else np.asarray(value)
 

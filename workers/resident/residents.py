@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine
 
@@ -22,12 +22,15 @@ from workers.devices.arrays import Buffer
 from workers.devices.base import Device
 from workers.devices.onnx.runtime import LoadedGraph
 from workers.devices.onnx.tensors import Feed
+from workers.json_types import StoredRequest
 from workers.resident.batching import Batching
 from workers.stored_tensors import InAllocation, decode_place
 
 if TYPE_CHECKING:
+    from workers.operations.training.sessions import HeldSession
     from workers.operations.transfers import Transfers
     from workers.pipelines.base import Pipeline
+    from workers.training.model.definition import Learned
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,7 +89,7 @@ class ResidentModel:
         """The pipeline that runs it, where it is one and not a single graph."""
         return self.graph.pipeline
 
-    def batch_of_request(self, request: dict[str, Any]) -> tuple[Hashable, int] | None:
+    def batch_of_request(self, request: StoredRequest) -> tuple[Hashable, int] | None:
         """The key under which a run may be joined with others, and how many; a pipeline says so itself."""
         pipeline = self.pipeline
         if pipeline is None:
@@ -94,7 +97,7 @@ class ResidentModel:
         batch = pipeline.batch_of(request, self.max_batch_size)
         return None if batch is None else ((self.model_id, batch[0]), batch[1])
 
-    def batch_of(self, inputs: dict[str, Any], outputs: list[str] | None) -> tuple[Hashable, int] | None:
+    def batch_of(self, inputs: Mapping[str, StoredRequest], outputs: list[str] | None) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone.
 
         Joined runs have the same inputs, dtypes and shapes, at least one row, and equal scalars.
@@ -154,10 +157,9 @@ class Resident:
     #: The graphs of `models`, by their content key.
     graphs: dict[str, Graph] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    #: What training sessions have learned of their networks, by structure
-    #: (`workers.training.model.definition.Learned`).
-    networks: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    training: dict[str, HeldSession] = field(default_factory=dict)
+    #: What training sessions have learned of their networks, by structure.
+    networks: OrderedDict[str, Learned] = field(default_factory=OrderedDict)
     #: What the device's thread does, one at a time, while no job waits in its scheduler, between a long job's steps
     #: too: nothing that keeps the next one long.
     spare: deque[Callable[[], None]] = field(default_factory=deque)

@@ -126,4 +126,5 @@ def _library() -> ModuleType | None:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
-    return pynvml
+    module: ModuleType = pynvml
+    return module

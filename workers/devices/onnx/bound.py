@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
 from workers.devices.arrays import Array, BufferView
-from workers.devices.onnx.session import Cancel
-from workers.devices.onnx.tensors import Feed, Kept, TensorSpec, aligned
+from workers.devices.onnx.session import Cancel, Stoppable
+from workers.devices.onnx.tensors import Feed, Kept, RuntimeValue, TensorSpec, aligned
 from workers.devices.values import Provider
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ class BoundRuns:
         """Whether the host's arrays go a faster way here than ONNX Runtime's own."""
         return bool(self._takes or self._gives)
 
-    def run(self, wanted: BoundRun, on_host: Callable[[Feed], Array], cancel: Cancel | None) -> dict[str, Any]:
+    def run(
+        self, wanted: BoundRun, on_host: Callable[[Feed], Array], cancel: Stoppable | None
+    ) -> dict[str, RuntimeValue]:
         """The outputs by name: OrtValues where they are to stay on the device, arrays elsewhere."""
         binding = self._session.io_binding()
         held = self._bind_inputs(binding, wanted, on_host)
@@ -87,7 +89,7 @@ class BoundRuns:
         self._run(binding, cancel, in_order=carried or queued, fetched=fetches or queued)
         if queued:
             return dict(zip(wanted.names, binding.get_outputs(), strict=True))
-        values: dict[str, Any] = dict(zip(wanted.names, binding.get_outputs(), strict=True))
+        values: dict[str, RuntimeValue] = dict(zip(wanted.names, binding.get_outputs(), strict=True))
         fetched: dict[str, Array] = {}
         if self._transfers is not None:
             arrays = self._transfers.fetch([(values[name], self._dtypes[name]) for name in coming])
@@ -139,7 +141,7 @@ class BoundRuns:
             else:
                 binding.bind_output(name, "cpu")
 
-    def _run(self, binding: ort.IOBinding, cancel: Cancel | None, *, in_order: bool, fetched: bool) -> None:
+    def _run(self, binding: ort.IOBinding, cancel: Stoppable | None, *, in_order: bool, fetched: bool) -> None:
         """The run itself.
 
         `in_order` says that only `Transfers` brought tensors, whose stream is the run's own; `fetched` that it fetches
@@ -160,7 +162,7 @@ class BoundRuns:
             if not in_order:
                 binding.synchronize_outputs()
 
-    def _there(self, arguments: Sequence[Any], places: Sequence[Any]) -> frozenset[str]:
+    def _there(self, arguments: Sequence[ort.NodeArg], places: Sequence[ort.OrtMemoryInfo]) -> frozenset[str]:
         """The names of the arguments whose place is the device's own memory."""
         pairs = zip(arguments, places, strict=True)
         return frozenset(argument.name for argument, place in pairs if place.name.lower() == self._provider.binding)

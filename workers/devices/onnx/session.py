@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import onnxruntime as ort
 
@@ -66,8 +66,15 @@ class Cancel:
             raise failure(self.code, self._why)
 
     def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
-        """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
+        """While inside, `trip` reaches `options`; an error of the body after a trip raises the trip's failure."""
         return Over([self], options)
+
+
+class Stoppable(Protocol):
+    """What may stop a run: one job's `Cancel`, or several as one."""
+
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
+        """While inside, a trip reaches `options`."""
 
 
 class Over:

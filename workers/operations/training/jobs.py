@@ -7,20 +7,23 @@ cannot be recorded the memory is ahead, and the session is brought back from its
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from device_operations.errors import OperationError, failure
 from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
+from tasks.statements import Row
 from tasks.training import sessions as store
 from tasks.training.effects import number_of
+from workers.devices.arrays import Array as HostArray
+from workers.devices.onnx.tensors import Feed
 from workers.devices.values import SessionOptions
-from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress
+from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress, Steps
+from workers.json_types import JsonObject, StoredRequest
 from workers.operations.tensors import host_array, staged_bytes
 from workers.operations.training.batches import batch_of, data_of, options_of, plan_of, resident_tensors, spooled
 from workers.operations.training.files import drop_checkpoint, keep_checkpoint, keep_gradients
@@ -41,8 +44,6 @@ from workers.training.onnx.export import onnx_bytes
 from workers.training.outcomes import StepOutcome, summarize
 from workers.training.runs import DatasetRun
 from workers.training.validation import compare
-
-Steps = Generator[Progress, None, Outcome | PlaceReleased]
 
 #: Seconds between two notes of a long job's history.
 NOTE_SECONDS = 0.5
@@ -215,7 +216,7 @@ class _Notes:
     def __init__(self, resident: Resident, held: HeldSession) -> None:
         self._resident, self._held = resident, held
         self._began = self._noted_at = time.perf_counter()
-        self._history: list[dict[str, Any]] = []
+        self._history: list[JsonObject] = []
         self.outcomes: list[StepOutcome] = []
         self.session_id = held.session_id
 
@@ -247,7 +248,7 @@ class _Notes:
 
         self._resident.record(write)
 
-    def rest(self) -> dict[str, Any]:
+    def rest(self) -> JsonObject:
         """Where the session stands, with the history that was not noted yet."""
         history, self._history = self._history, []
         # None where a death came between a job's last step and its end: then all of it is in the checkpoint.
@@ -259,7 +260,7 @@ class _Notes:
             "cpu_fallback_operators": list(self._resident.device.cpu_fallback_operators),
         }  # fmt: skip
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """All steps of the job as one; those that a dead worker made are in the history."""
         return asdict(summarize(self.outcomes)) if self.outcomes else {"step": self._held.session.step, "steps": 0}
 
@@ -271,9 +272,7 @@ class _Notes:
 # ---- what is told
 
 
-def _applied(
-    notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _applied(notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, JsonObject]) -> JsonObject:
     """What the end of an applied step writes into the session's record."""
     return {
         **notes.rest(),
@@ -290,8 +289,8 @@ def _passed(held: HeldSession, sequence: int, ended: Outcome) -> PlaceReleased:
     return PlaceReleased(ended, number_of(held.session_id, sequence))
 
 
-def _told(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: StepOutcome) -> dict[str, Any]:
-    told: dict[str, Any] = {
+def _told(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: StepOutcome) -> JsonObject:
+    told: JsonObject = {
         "session_id": held.session_id, "sequence": work.request.get("sequence"), "mode": outcome.mode,
         "step": outcome.step, "loss": outcome.loss, "gradient_norm": outcome.gradient_norm,
         "learning_rate": outcome.learning_rate, "samples": outcome.samples, "skipped": outcome.skipped,
@@ -311,16 +310,16 @@ def _told(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: Step
     return told
 
 
-def _progress(run: DatasetRun, outcome: StepOutcome) -> dict[str, Any]:
+def _progress(run: DatasetRun, outcome: StepOutcome) -> JsonObject:
     return {"done": run.steps_done, "total": run.steps_total, "step": outcome.step, "loss": outcome.loss}
 
 
-def _staged(request: dict[str, Any]) -> dict[str, int]:
+def _staged(request: StoredRequest) -> dict[str, int]:
     size = staged_bytes(resident_tensors(request).values())
     return {"staged_bytes": size} if size else {}
 
 
-def _described(held: HeldSession) -> dict[str, Any]:
+def _described(held: HeldSession) -> JsonObject:
     definition = held.session.definition
     model = held.session.state.model
     return {
@@ -342,7 +341,7 @@ def _is_due(held: HeldSession, outcome: StepOutcome) -> bool:
 
 def _keep(
     resident: Resident, work: ClaimedJob, held: HeldSession, snapshot: Snapshot, onnx: bytes | None = None
-) -> dict[str, Any]:
+) -> Row:
     request = work.request
     return keep_checkpoint(
         resident, snapshot,
@@ -391,7 +390,7 @@ def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
     return work.succeeded(told, checkpoint=made)
 
 
-def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: dict[str, Any]) -> dict[str, Any]:
+def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: Mapping[str, Feed]) -> dict[str, HostArray]:
     """What the exported model gives when it is loaded for inference on this device."""
     # As many threads as training has: a pool of more takes longer to start and end than a small model to run.
     options = SessionOptions(intra_op_threads=torch.get_num_threads())
@@ -403,7 +402,7 @@ def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: dict[s
         onnx.close()
 
 
-def _checkpoint_of(resident: Resident, named: dict[str, Any]) -> HeldSession:
+def _checkpoint_of(resident: Resident, named: Row) -> HeldSession:
     """A session of its own, made from a checkpoint, which is dropped after use."""
     row = resident.read(store.get, named["session_id"])
     if row is None:

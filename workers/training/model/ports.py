@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from device_operations.errors import failure
+from workers.devices.arrays import Array as HostArray
 
 #: What the caller hands over: tensors on any device, or NumPy arrays.
-Array = Tensor | np.ndarray[Any, Any]
+Array = Tensor | HostArray
 
 
 @dataclass(frozen=True)

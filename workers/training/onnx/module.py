@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from device_operations.errors import failure
+from workers.devices.arrays import Array as HostArray
 from workers.training.onnx.graph import TrainableGraph
 from workers.training.onnx.operators import OPERATORS, OnnxNode, Operator
 from workers.training.onnx.operators.node import DTYPES, Mode
@@ -106,7 +107,7 @@ class OnnxModule(nn.Module):
             calls.append(_Call(node, _built(node), tuple(release)))
         return calls
 
-    def _fold(self, node: OnnxNode, constants: dict[str, np.ndarray[Any, Any]]) -> bool:
+    def _fold(self, node: OnnxNode, constants: dict[str, HostArray]) -> bool:
         """Computes a node of small constants once, so that what reads it finds a constant; whether it was one.
 
         What it gives is a setting of the graph: the scales of a resize, a shape, a mask.

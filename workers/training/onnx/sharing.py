@@ -13,12 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from workers.devices.arrays import Array as HostArray
 from workers.training.onnx.origins import NOTHING, OWN, UNKNOWN, Origins, is_tie
 from workers.training.onnx.roles import STATISTICS
 
@@ -149,7 +149,7 @@ def find_copies(
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
-def _digest(array: np.ndarray[Any, Any]) -> bytes:
+def _digest(array: HostArray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
