@@ -1,8 +1,7 @@
-"""What loading, running and unloading models do on the device."""
+"""What running models does on the device: runs of one batch together, runs of a session, and their results."""
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +14,16 @@ import onnxruntime as ort
 import structlog
 
 from device_operations.errors import OperationError, failure
-from tasks.inference import models as store
-from tasks.inference.residents import no_model
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.session import Over
-from workers.devices.onnx.tensors import Feed, Fetched, Kept
+from workers.devices.onnx.tensors import Feed, Fetched
 from workers.execution.claimed_job import ClaimedJob, Steps, named
 from workers.execution.scheduler import Entry
 from workers.json_types import JsonObject, StoredRequest
 from workers.operations import pipelines
+from workers.operations.models import missing_model
 from workers.operations.tensors import give, hand_over, read_feeds, staged_bytes, view
-from workers.resident.models import close, facts, open_model, revive
 from workers.resident.residents import Resident, ResidentModel
 from workers.resident.sessions import begun_session, fed_by, left_by
 from workers.stored_tensors import InBase64, InTransient, decode_place, decode_tensor
@@ -53,50 +50,6 @@ class Took:
     device_ms: float
     graph_ms: float | None
     staged_bytes: int = 0
-
-
-def load_model(resident: Resident, work: ClaimedJob) -> Outcome:
-    """Makes a model resident, unless it is."""
-    model_id = work.request["model_id"]
-    row = resident.read(store.get, model_id)
-    if row is None:
-        raise failure("model_not_found", f"model {model_id} is not recorded; load it again")
-    model = resident.models.get(model_id)
-    if model is not None:
-        model.pinned = row["pinned"]
-        return work.succeeded(_loaded(resident, model))
-    if row["state"] not in ("loading", "lost"):
-        row = revive(resident, row, work.job_id, work.request.get("estimate_bytes", 0))
-    model = open_model(resident, row, work.cancel)
-    return work.succeeded(_loaded(resident, model), model=facts(model))
-
-
-def unload_model(resident: Resident, work: ClaimedJob) -> Outcome:
-    """Takes a model off the device, and says what that freed: 0 where another model uses its graph.
-
-    `recycle` ends the process where nothing else would give memory back.
-    """
-    model_id = work.request["model_id"]
-    model = resident.models.pop(model_id, None)
-    if model is None:
-        raise _missing(resident, model_id)
-    freed = close(resident, model)
-    if model.graph.content_key not in resident.graphs:
-        gc.collect()
-    returns = bool(resident.device.describe().capabilities.get("returns_memory", True))
-    result: JsonObject = {"model_id": model_id, "freed_bytes": freed, "returns_memory": returns}
-    if work.request.get("recycle"):
-        resident.recycle = resident.recycle or not returns
-        result["recycles"] = not returns
-    return work.succeeded(result, freed_bytes=freed)
-
-
-def close_session(resident: Resident, work: ClaimedJob) -> Outcome:
-    """Frees a session's state."""
-    session_id = work.request["session_id"]
-    session = resident.sessions.pop(session_id, None)
-    freed = sum(value.size_bytes for value in session.state.values() if isinstance(value, Kept)) if session else 0
-    return work.succeeded({"session_id": session_id, "state_bytes": freed})
 
 
 def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
@@ -142,7 +95,7 @@ def run_batch(resident: Resident, works: list[ClaimedJob]) -> list[Outcome]:
     """
     model = resident.models.get(works[0].request["model_id"])
     if model is None:
-        missing = _missing(resident, works[0].request["model_id"])
+        missing = missing_model(resident, works[0].request["model_id"])
         return [_failed(work, missing) for work in works]
     if model.pipeline is not None:
         return pipelines.run_joined(resident, model, works)
@@ -327,11 +280,6 @@ def _told(resident: Resident, work: ClaimedJob, outputs: Mapping[str, Fetched]) 
     return told
 
 
-def _loaded(resident: Resident, model: ResidentModel) -> JsonObject:
-    result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
-    return result if model.pipeline is None else {**result, "pipeline": model.pipeline.about()}
-
-
 # ---- failing
 
 
@@ -353,14 +301,6 @@ def _known(resident: Resident, error: Exception) -> OperationError:
     if known.code == "device_lost":
         raise known from error
     return known
-
-
-def _missing(resident: Resident, model_id: str) -> OperationError:
-    """Why the device does not hold a model, as its record tells."""
-    row = resident.read(store.get, model_id)
-    if row is not None and row["device_id"] == resident.device_id and row["state"] in ("loading", "loaded", "lost"):
-        return failure("model_not_found", f"{resident.device_id} does not hold model {model_id}: it is {row['state']}")
-    return no_model(model_id, row)
 
 
 def _stopped(work: ClaimedJob) -> Outcome:

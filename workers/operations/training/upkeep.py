@@ -20,7 +20,7 @@ def bring_back(resident: Resident) -> None:
     with resident.engine.connect() as connection:
         rows = store.to_bring_back(connection, resident.device_id)
     if rows:
-        from workers.operations.training.sessions import restore_all
+        from workers.operations.training.restoring import restore_all
 
         restore_all(resident, rows)
 
