@@ -1,4 +1,4 @@
-"""The device layer's one interface: the memory, the models and the facts of a single device, whatever drives it.
+"""The device layer's one interface: the memory, the models and the facts of a single device, on any backend.
 
     open_device ─▶ Device ── allocate, fill, copy, write, read, release      bytes that outlive the call
                          ├── open_model ─▶ LoadedGraph                       inference, see onnx.py
@@ -269,7 +269,7 @@ class Device(ABC):
         """The way of one model's arrays to the device and back, where that is faster than ONNX Runtime's own."""
         return None
 
-    def trim(self) -> None:  # noqa: B027 - an allocator that gives memory back needs no telling
+    def trim(self) -> None:  # noqa: B027 - an allocator that gives memory back by itself needs none
         """Hands back to the system what the backend's allocator keeps of memory that was freed."""
 
     def host_buffer(self, size_bytes: int) -> memoryview:
@@ -321,10 +321,10 @@ class Device(ABC):
         """What is held and free here, for an out-of-memory message; says less where the device cannot be asked."""
         try:
             free = self.memory().free_bytes
-        except Exception:  # noqa: BLE001 - the error that is being told matters more than this figure
+        except Exception:  # noqa: BLE001 - the error that is being reported matters more than this figure
             free = None
-        told = "unknown" if free is None else f"{free} bytes"
-        return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {told}."
+        shown = "unknown" if free is None else f"{free} bytes"
+        return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {shown}."
 
 
 def _matches(patterns: Sequence[str], text: str) -> bool:

@@ -29,7 +29,7 @@ _TRIM_BYTES = range(1 << 20, 33 << 20)
 
 
 class CpuDevice(Device):
-    """The host's processors as one device; `ordinal` tells several workers on one machine apart and nothing else."""
+    """The host's processors as one device; `ordinal` only distinguishes workers on one machine."""
 
     backend = "cpu"
     host_memory = True
@@ -78,7 +78,7 @@ class CpuDevice(Device):
     def _allocate(self, size_bytes: int) -> Array:
         free = _limits()[1]
         if size_bytes > free:
-            # Linux promises memory that it does not have, and then kills whoever touches it.
+            # Linux promises memory that it does not have, and then kills the process that touches it.
             raise failure(
                 "out_of_memory",
                 f"{self} has {free} bytes free, and {size_bytes} were asked. Free allocations or unload models.",

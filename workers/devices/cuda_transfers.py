@@ -45,7 +45,7 @@ class PinnedTransfers(TensorTransfers):
         self._stream = stream
         self._inputs: dict[str, torch.Tensor] = {}
         self._began, self._ended = _timer(), _timer()
-        # Makes the context that torch and ONNX Runtime share, where nobody has yet.
+        # Makes the context that torch and ONNX Runtime share, if it does not exist yet.
         torch.empty(1, device=device)
         self._driver = _CudaDriver(device.index or 0, stream.cuda_stream)
 

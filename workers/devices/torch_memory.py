@@ -13,7 +13,7 @@ from workers.devices.base import Device
 if TYPE_CHECKING:
     import torch
 
-#: A move within one buffer goes block by block, so that it needs this much memory beside the buffer and no more.
+#: A move within one buffer goes block by block, so that it needs no more than this beyond the buffer.
 _MOVE_BYTES = 64 << 20
 
 

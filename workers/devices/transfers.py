@@ -1,4 +1,4 @@
-"""How a model's tensors move between the host's arrays and a device whose runs bind addresses, beside its runs.
+"""How a model's tensors move between the host's arrays and a device whose runs bind addresses, separate from its runs.
 
 A backend that does this faster than ONNX Runtime does it by itself gives each model one of these; the others give none,
 and ONNX Runtime takes arrays and gives arrays.

@@ -85,7 +85,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """What a job that goes on without the device returns: `finish` gives its outcome, on a thread beside.
+    """What a job that goes on without the device returns: `finish` gives its outcome, on a background thread.
 
     Jobs that wait their turn on `resource_id` may begin meanwhile.
     """
@@ -113,7 +113,7 @@ Steps: TypeAlias = Generator[Progress, None, Performed]
 
 
 def named(error: BaseException, device: Device | None = None) -> OperationError:
-    """Any exception as one with a code. What neither `device` nor anybody before it named is an `internal_error`."""
+    """Any exception as one with a code. One that has no class of its own is an `internal_error`."""
     if isinstance(error, OperationError):
         return error
     if isinstance(error, MemoryError):

@@ -165,7 +165,7 @@ class Prefetch:
     # ---- jobs that could not be claimed
 
     def unclaimed(self, entries: list[Entry]) -> None:
-        """Entries whose claim gave nothing: ended, asked to be cancelled, expired, or somebody else's."""
+        """Entries whose claim gave nothing: ended, asked to be cancelled, expired, or claimed by another worker."""
 
         def find_out() -> None:
             with self._engine.connect() as connection:

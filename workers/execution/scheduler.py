@@ -147,7 +147,7 @@ class Scheduler:
     ) -> list[list[Entry]]:
         """What is to run next, once it is a whole batch of one of `kinds`; at most `limit` of those that need `needs`.
 
-        Waits for the first as long as `go_on` says so. For whoever prepares them while something else runs: what runs
+        Waits for the first as long as `go_on` says so. For preparing them while something else runs: that
         may make something more urgent eligible, and then this gives nothing.
         """
         batches: list[list[Entry]] = []

@@ -28,7 +28,7 @@ def join_small(resident: Resident, entry: Entry, request: StoredRequest) -> None
 
 
 def join_all(resident: Resident, entry: Entry, request: StoredRequest) -> None:
-    """Joins jobs of one kind, whatever they are for."""
+    """Joins all jobs of one kind."""
     entry.batch_key, entry.batch_limit = entry.kind, BATCH_LIMIT
 
 

@@ -43,7 +43,7 @@ class Took:
     """How long a run, or the batch that it was part of, had the device.
 
     `device_ms` counts from the moment all inputs are together on the host until all outputs are: transfers and graph.
-    `graph_ms` is the graph alone by the device's own clock, where the backend tells it. `staged_bytes` went through
+    `graph_ms` is the graph alone by the device's own clock, if the backend measures it. `staged_bytes` went through
     the host for the sake of buffers.
     """
 
@@ -143,14 +143,14 @@ def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Fe
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, request.get("outputs"), into=into, keep=keep, cancel=work.cancel)
     took = Took(_since(began), model.onnx.graph_ms, model.onnx.staged_bytes)
-    told = outputs
+    wanted = outputs
     if into or keep:
-        told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
-        told |= {name: outputs[name] for name in into}
+        wanted = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
+        wanted |= {name: outputs[name] for name in into}
     model.device_ms = took.device_ms
-    outcome = _outcome(resident, work, told, 1, took, executions=1)
+    outcome = _outcome(resident, work, wanted, 1, took, executions=1)
     if session is not None:
-        # The state goes on only with a run whose result can be told.
+        # The state goes on only with a run whose result can be given.
         _encoded(outcome)
         session.state = left_by(session, outputs)
     return outcome
@@ -238,10 +238,10 @@ def _outcome(
         {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
     )
 
-    def tell() -> JsonObject:
+    def serialise() -> JsonObject:
         result: JsonObject = {
             "session_id": session_id or work.job_id,
-            "outputs": _told(resident, work, outputs),
+            "outputs": _outputs(resident, work, outputs),
             "batch_size": batch_size,
             "device_ms": round(took.device_ms, 3),
         }
@@ -252,7 +252,7 @@ def _outcome(
             result["staged_bytes"] = staged
         return result
 
-    outcome.pending = tell
+    outcome.pending = serialise
     return outcome
 
 
@@ -261,23 +261,23 @@ def _encoded(outcome: Outcome) -> None:
     outcome.result, outcome.pending = outcome.pending(), None
 
 
-def _told(resident: Resident, work: ClaimedJob, outputs: Mapping[str, Fetched]) -> JsonObject:
+def _outputs(resident: Resident, work: ClaimedJob, outputs: Mapping[str, Fetched]) -> JsonObject:
     form = work.request.get("form", "auto")
     if form == "transient":
         return dict(hand_over(resident, outputs))
-    told: JsonObject = {}
+    wanted: JsonObject = {}
     for name, value in outputs.items():
         if isinstance(value, BufferView):
             place = work.request["into"][name]
-            told[name] = {
+            wanted[name] = {
                 "dtype": value.dtype,
                 "shape": list(value.shape or ()),
                 "allocation_id": place["allocation_id"],
                 "offset": place.get("offset", 0),
             }
         else:
-            told[name] = give(resident, value, form, work.row["owner"])
-    return told
+            wanted[name] = give(resident, value, form, work.row["owner"])
+    return wanted
 
 
 # ---- failing
@@ -296,7 +296,7 @@ def _failed(work: ClaimedJob, error: OperationError) -> Outcome:
 
 
 def _known(resident: Resident, error: Exception) -> OperationError:
-    """The error with its code; the loss of the device is everybody's, and raised on."""
+    """The error with its code; the loss of the device affects all jobs, and is raised on."""
     known = named(error, resident.device)
     if known.code == "device_lost":
         raise known from error

@@ -98,11 +98,11 @@ def write(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
 
     def settle() -> None:
         resident.device.synchronize()
-        told = hasher.hexdigest() if hasher is not None else known
-        if request.get("sha256") not in (None, told):
-            raise failure("checksum_mismatch", f"what was written has sha256 {told}, not {request['sha256']}")
-        if offset == 0 and size == buffer.size_bytes and told:
-            resident.hashes[allocation_id] = told
+        written = hasher.hexdigest() if hasher is not None else known
+        if request.get("sha256") not in (None, written):
+            raise failure("checksum_mismatch", f"what was written has sha256 {written}, not {request['sha256']}")
+        if offset == 0 and size == buffer.size_bytes and written:
+            resident.hashes[allocation_id] = written
         if request.get("passing"):
             resident.background.submit(resident.blobs.retire, request["blob_id"])
 

@@ -65,7 +65,7 @@ def _loaded(resident: Resident, model: ResidentModel) -> JsonObject:
 
 
 def missing_model(resident: Resident, model_id: str) -> OperationError:
-    """Why the device does not hold a model, as its record tells."""
+    """Why the device does not hold a model, as its record says."""
     row = resident.read(store.get, model_id)
     if row is not None and row["device_id"] == resident.device_id and row["state"] in ("loading", "loaded", "lost"):
         return failure("model_not_found", f"{resident.device_id} does not hold model {model_id}: it is {row['state']}")

@@ -90,7 +90,7 @@ def _into_ring(
     A caller that takes them slowly holds neither the device nor the allocation: what is left then goes into a blob.
     """
     size, offset, done = work.request["size_bytes"], work.request.get("offset", 0), 0
-    told = memoryview(sha256.encode())
+    header = memoryview(sha256.encode())
     began = time.monotonic()
     while done < size:
         if ring.closed:
@@ -101,10 +101,10 @@ def _into_ring(
                 yield from _rest_into_blob(resident, work, buffer, ring, done)
                 return done
             time.sleep(PAUSE_SECONDS)
-        elif told:
-            slot[: len(told)] = told
-            ring.put(len(told))
-            told = told[len(told) :]
+        elif header:
+            slot[: len(header)] = header
+            ring.put(len(header))
+            header = header[len(header) :]
         else:
             step = min(len(slot), size - done)
             resident.device.read(buffer, offset + done, step, slot[:step])
@@ -124,7 +124,7 @@ def _rest_into_blob(
             writer.write(data)
             yield Progress()
         stored = writer.finish()
-    # Nobody asks for the hash of a part that only passes through the gateway.
+    # The hash of a part that only passes through the gateway is not needed.
     _record(resident, work, None, stored.size_bytes, PASSING_SECONDS)
 
 

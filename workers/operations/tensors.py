@@ -117,7 +117,7 @@ def hand_over(resident: Resident, values: Mapping[str, object]) -> dict[str, Jso
 
     Of what is no tensor, the JSON texts; an optional output without a value is left out.
     """
-    told: dict[str, JsonObject] = {}
+    given: dict[str, JsonObject] = {}
     parts: list[bytes | memoryview] = []
     offset = 0
     for name, value in values.items():
@@ -126,24 +126,24 @@ def hand_over(resident: Resident, values: Mapping[str, object]) -> dict[str, Jso
         raw: bytes | memoryview
         if isinstance(value, Values):
             raw = pack_texts(value.texts())
-            told[name] = {"dtype": "json", "shape": list(value.shape)}
+            given[name] = {"dtype": "json", "shape": list(value.shape)}
         else:
             array = host_array(value)
             text = array.dtype.kind in "OUS"
             raw = pack_texts(array.reshape(-1)) if text else flat_bytes(array)
-            told[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
+            given[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
         if len(raw) <= TRANSIENT_BYTES:
-            told[name]["base64"] = base64.b64encode(raw).decode()
+            given[name]["base64"] = base64.b64encode(raw).decode()
         else:
-            told[name] |= {"transient_id": "", "offset": offset, "size_bytes": len(raw)}
+            given[name] |= {"transient_id": "", "offset": offset, "size_bytes": len(raw)}
             parts.append(raw)
             offset += len(raw)
     if parts:
         transient_id = resident.transients.put(parts)
-        for tensor in told.values():
+        for tensor in given.values():
             if "transient_id" in tensor:
                 tensor["transient_id"] = transient_id
-    return told
+    return given
 
 
 def host_array(value: object) -> Array:

@@ -203,7 +203,7 @@ def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Ro
 
 
 def bring_back(resident: Resident) -> None:
-    """Loads again what the device's last epoch had loaded. A model that does not load any more is failed, and told."""
+    """Loads again what the device's last epoch had loaded. A model that no longer loads is recorded as failed."""
     let_replaced_go(resident)
     for row in resident.read(store.resident, resident.device_id):
         try:

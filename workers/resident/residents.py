@@ -149,7 +149,7 @@ class Resident:
     settings: Settings
     blobs: BlobStore
     allocations: dict[str, Buffer] = field(default_factory=dict)
-    #: The sha256 of all bytes of an allocation, where it is known; whoever changes any of them takes it out.
+    #: The sha256 of all bytes of an allocation, where it is known; an operation that changes any of them removes it.
     hashes: dict[str, str] = field(default_factory=dict)
     #: What brings bytes from other devices; None where there are no others to ask.
     transfers: Transfers | None = None
@@ -173,7 +173,7 @@ class Resident:
     )
     #: Writes something to the records on the completer's thread, after what was handed over to be recorded before.
     record: Callable[[Callable[[], None]], None] = lambda step: step()
-    #: Tells everybody of jobs that this worker ended without having run them.
+    #: Announces jobs that this worker ended without having run them.
     announce: Callable[[list[Row]], None] = lambda rows: None
     #: Keeps the device ours for so many seconds more while no other thread of this process can run.
     extend_lease: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext()
@@ -204,7 +204,7 @@ class Resident:
         return model.device_ms if model is not None else 0.0
 
     def loading(self, size_bytes: int) -> AbstractContextManager[None]:
-        """What a model of so many bytes is loaded inside: the lease outlasts it where nobody can renew it meanwhile."""
+        """What a model of so many bytes is loaded inside: the lease outlasts it if no thread can renew it meanwhile."""
         if not self._load_holds_interpreter:
             return nullcontext()
         return self.extend_lease(min(LONGEST_LOAD_SECONDS, LOAD_SECONDS + size_bytes / LOAD_BYTES_PER_SECOND))

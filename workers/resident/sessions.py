@@ -1,7 +1,7 @@
 """Sessions on the device: what a run is fed from the run before, and what it leaves for the next.
 
-A session's record says what its state is made of; the state itself exists only here. A run that fails, for whatever
-reason, leaves the state as it was.
+A session's record says what its state is made of; the state itself exists only here. A run that fails leaves
+the state as it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exported model beside the trained one: its loss, and how far the two are apart."""
+"""Comparing the exported model with the trained one: its loss, and the largest differences."""
 
 from __future__ import annotations
 

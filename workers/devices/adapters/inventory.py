@@ -1,4 +1,4 @@
-"""Which devices this machine has, asked without loading torch or ONNX Runtime wherever the system itself can tell."""
+"""Which devices this machine has, asked without loading torch or ONNX Runtime wherever the system itself lists them."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ class BoundRuns:
         self._provider = provider
         self._dtypes = {spec.name: spec.dtype for spec in outputs}
         self._defaults = frozenset(argument.name for argument in session.get_overridable_initializers())
-        # ONNX Runtime binds no text; and before 1.23 it does not tell where it wants what.
+        # ONNX Runtime binds no text; and before 1.23 it does not say where it wants its tensors.
         textual = any(spec.dtype == "string" for spec in (*inputs, *outputs))
-        tells = hasattr(session, "get_input_memory_infos")
-        self._transfers = None if textual or not tells else device.transfers()
+        says_where = hasattr(session, "get_input_memory_infos")
+        self._transfers = None if textual or not says_where else device.transfers()
         # Only what the session takes or gives on the device is worth a transfer of ours: the rest is the processor's,
         # and bringing it to the device would only have it brought back.
         self._takes: frozenset[str] = frozenset()
@@ -63,7 +63,7 @@ class BoundRuns:
         if self._transfers is not None:
             self._takes = self._there(session.get_inputs(), session.get_input_memory_infos())
             self._gives = self._there(session.get_outputs(), session.get_output_memory_infos()) & set(self._dtypes)
-        #: Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers.
+        #: Milliseconds of the last run's graph on the device's clock; None if transfers are part of it.
         self.graph_ms: float | None = None
 
     @property

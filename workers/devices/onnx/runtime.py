@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["Cancel", "Kept", "LoadedGraph", "TensorSpec", "resolve_provider"]
 
 
-#: Models whose memory is worth handing back to the system: of a smaller one, whatever comes next takes it again.
+#: Models whose memory is worth handing back to the system: that of a smaller one is soon taken again.
 TRIM_BYTES = 1 << 20
 
 
@@ -106,7 +106,7 @@ class LoadedGraph:
         self.load_ms = (time.perf_counter() - started) * 1e3
         #: Whether rows of a batch leave each other alone, as the graph that is run has it.
         self.rows: Verdict = proof.result()
-        #: Bytes that the process holds more on the device since the load, as measured; None where it cannot be told.
+        #: Bytes that the process holds more on the device since the load, as measured; None if it cannot be measured.
         self.memory_bytes = _grown(held, device.held_bytes())
         #: Bytes of the model's files, external data included.
         self.file_bytes = about.size_bytes
@@ -136,7 +136,7 @@ class LoadedGraph:
 
     @property
     def graph_ms(self) -> float | None:
-        """Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers."""
+        """Milliseconds of the last run's graph on the device's clock; None if transfers are part of it."""
         return None if self._bound is None else self._bound.graph_ms
 
     def run(
@@ -189,7 +189,7 @@ class LoadedGraph:
             raise failure("input_mismatch", f"{'; '.join(wrong)}. The model takes {takes}.", detail={"errors": wrong})
 
     def close(self) -> int | None:
-        """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
+        """Unloads the model; the bytes that the process holds less since; None if they cannot be measured."""
         held = self.device.held_bytes()
         self._session = None
         if self._bound is not None:

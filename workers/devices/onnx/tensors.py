@@ -37,12 +37,12 @@ class TensorSpec:
 
     def as_json(self) -> JsonObject:
         """`{"name", "dtype", "shape"}`, as the model's record has it; `optional` and `type` if they say something."""
-        told: JsonObject = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        form: JsonObject = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.optional:
-            told["optional"] = True
+            form["optional"] = True
         if self.type_text is not None:
-            told["type"] = self.type_text
-        return told
+            form["type"] = self.type_text
+        return form
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Kept:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that it holds; 0 for text, whose bytes nobody counts."""
+        """Bytes that it holds; 0 for text, whose bytes are not counted."""
         return 0 if self.dtype in TEXT_DTYPES else numpy_dtype(self.dtype).itemsize * math.prod(self.shape)
 
     def numpy(self) -> Array:

@@ -52,13 +52,13 @@ def initialize(resident: Resident, work: ClaimedJob) -> Outcome:
     resident.training[session_id] = held
     export_in_spare_time(resident, held)
     made = facts(held)
-    told = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
+    result = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
     listed = list_tensors(held.session.definition, held.spec, held.session.state.model)
-    return work.succeeded(told, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
+    return work.succeeded(result, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
 
 
 def checkpoint(resident: Resident, work: ClaimedJob) -> Detached:
-    """Copies the session's state now; the file is written and recorded beside, while steps go on."""
+    """Copies the session's state now; the file is written and recorded on a background thread, while steps go on."""
     request = work.request
     held = awake(resident, request["session_id"], work.job_id)
     if held.session.sequence > request["at_sequence"]:
@@ -90,15 +90,15 @@ def validate(resident: Resident, work: ClaimedJob) -> Outcome:
     content = onnx_bytes(session.definition, held.spec, snapshot)
     served = _served(resident, work, content, {name: host_array(value) for name, value in inputs.items()})
     found = compare(session, inputs, targets, served)
-    told = {
+    result = {
         "session_id": request.get("session_id"), "checkpoint_id": request.get("checkpoint_id"), "step": session.step,
         **asdict(found), **staged(request),
     }  # fmt: skip
-    return work.succeeded(told)
+    return work.succeeded(result)
 
 
 def _touch(resident: Resident, session_id: str) -> None:
-    """The session is used. Beside the job, whose own end touches no other record and waits for no disk."""
+    """The session is used. Separate from the job's end, which touches no other record and waits for no disk."""
     with resident.engine.connect() as connection:
         store.touch(connection, session_id)
 
@@ -116,7 +116,7 @@ def end_session(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
 # ---- many steps
 
 
-# ---- what is told
+# ---- what is result
 
 
 def _described(held: HeldSession) -> JsonObject:
@@ -159,11 +159,11 @@ def _finish_checkpoint(
         raise
     held.checkpoint_step = max(held.checkpoint_step, snapshot.step)
     held.checkpoint_sequence = max(held.checkpoint_sequence, made["sequence"])
-    told = {name: made[name] for name in _TOLD_OF_CHECKPOINTS}
-    return work.succeeded(told, checkpoint=made)
+    result = {name: made[name] for name in _CHECKPOINT_FACTS}
+    return work.succeeded(result, checkpoint=made)
 
 
-_TOLD_OF_CHECKPOINTS = (
+_CHECKPOINT_FACTS = (
     "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id", "onnx_blob_id",
 )  # fmt: skip
 
@@ -176,11 +176,11 @@ def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
         yield Progress()
     made = writing.result()
     resident.training.pop(held.session_id, None)
-    told = {
+    result = {
         "session_id": held.session_id, "freed_bytes": held.session.memory_bytes(),
-        "checkpoint_id": made["checkpoint_id"], "checkpoint": {name: made[name] for name in _TOLD_OF_CHECKPOINTS},
+        "checkpoint_id": made["checkpoint_id"], "checkpoint": {name: made[name] for name in _CHECKPOINT_FACTS},
     }  # fmt: skip
-    return work.succeeded(told, checkpoint=made)
+    return work.succeeded(result, checkpoint=made)
 
 
 def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: Mapping[str, Feed]) -> dict[str, HostArray]:

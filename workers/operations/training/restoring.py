@@ -103,7 +103,7 @@ def restore_all(resident: Resident, rows: list[Row]) -> None:
     for row in rows:
         try:
             held = wake(resident, row)
-        except Exception as error:  # noqa: BLE001 - told in the session's record, or tried again by its next step
+        except Exception as error:  # noqa: BLE001 - recorded with the session, or tried again by its next step
             log.error("session did not come back", session_id=row["session_id"], error=named(error).message)
             continue
         log.info("session is back", session_id=held.session_id, step=held.session.step, sequence=held.session.sequence)
@@ -174,7 +174,7 @@ def _replay(resident: Resident, held: HeldSession, until: int) -> None:
         record = StepRecord(step["sequence"], options_of(request), plan_of(request), step["steps_applied"])
         session.replay(record, data_of(resident, held.session_id, request))
     if not steps:
-        # Nothing was made again that would have told what the next step's batch gives.
+        # Nothing was made again that would have shown what the next step's batch gives.
         session.prepare()
     else:
         held.run_job_id = None
@@ -191,10 +191,10 @@ def _reserve(resident: Resident, row: Row) -> None:
 
 def _lose(resident: Resident, row: Row, error: OperationError) -> None:
     """Declares a session lost, and fails the jobs that wait for it."""
-    told = failure("session_lost", error.message, detail=error.detail).as_job_error()
+    lost = failure("session_lost", error.message, detail=error.detail).as_job_error()
     with transaction(resident.engine) as connection:
         ended: list[Row] = []
-        for session_id, why in effects.over(connection, row["session_id"], "lost", told):
+        for session_id, why in effects.over(connection, row["session_id"], "lost", lost):
             ended += lifecycle.fail_needing(connection, [session_id], why)
         ended += lifecycle.settle(connection, ended)
     resident.announce(ended)

@@ -97,7 +97,7 @@ def export_in_spare_time(resident: Resident, held: HeldSession) -> None:
 
 
 def checkpoint_beside(resident: Resident, held: HeldSession, *, leaving: bool = False) -> None:
-    """Takes an automatic checkpoint: copied now, written and recorded on a thread beside."""
+    """Takes an automatic checkpoint: copied now, written and recorded on a background thread."""
     held.writing.acquire()
     try:
         snapshot = held.session.snapshot()
@@ -111,13 +111,13 @@ def checkpoint_beside(resident: Resident, held: HeldSession, *, leaving: bool = 
     }  # fmt: skip
 
     def write() -> None:
-        """Beside the device; recorded on the completer's thread, after the history up to it, which it stands for."""
+        """On a background thread; recorded on the completer's, after the history up to it, which it stands for."""
         try:
             checkpoint = keep_checkpoint(resident, snapshot, {**row, "checkpoint_id": new_id()})
         except Exception as error:  # noqa: BLE001 - training goes on; the session's record says what went wrong
             known = named(error)
             log.error("automatic checkpoint failed", session_id=held.session_id, error=known.message)
-            resident.record(lambda: _tell_failed(resident, held, known))
+            resident.record(lambda: _record_failure(resident, held, known))
         else:
             resident.record(lambda: _record(resident, held, checkpoint))
         finally:
@@ -153,7 +153,7 @@ def _record(resident: Resident, held: HeldSession, checkpoint: Row) -> None:
     held.checkpoint_sequence = max(held.checkpoint_sequence, checkpoint["sequence"])
 
 
-def _tell_failed(resident: Resident, held: HeldSession, error: OperationError) -> None:
+def _record_failure(resident: Resident, held: HeldSession, error: OperationError) -> None:
     with resident.engine.connect() as connection:
         store.set_error(connection, held.session_id, error.as_job_error())
 

@@ -45,7 +45,7 @@ def step(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Step
     held.run_job_id = None
     try:
         notes.add(outcome)
-        told = _told(resident, work, held, outcome)
+        result = _result(resident, work, held, outcome)
         if _is_due(held, outcome):
             checkpoint_beside(resident, held)
     except BaseException:
@@ -53,7 +53,7 @@ def step(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Step
         resident.training.pop(held.session_id, None)
         raise
     export_in_spare_time(resident, held)
-    ended = work.succeeded(told, device_ms=device_ms)
+    ended = work.succeeded(result, device_ms=device_ms)
     if sequence is None:
         return ended
     ended.facts["applied"] = _applied(notes, sequence, None, copies)
@@ -78,7 +78,7 @@ def _run(resident: Resident, work: ClaimedJob, held: HeldSession, dataset: Sampl
             notes.add(outcome)
             export_in_spare_time(resident, held)
             if _is_due(held, outcome):
-                # Whoever comes back from this checkpoint does not make the steps before it again.
+                # A session restored from this checkpoint does not repeat the steps before it.
                 notes.note()
                 checkpoint_beside(resident, held)
             yield Progress(_progress(run, outcome))
@@ -93,11 +93,11 @@ def _run(resident: Resident, work: ClaimedJob, held: HeldSession, dataset: Sampl
             raise known from error
         run.finish()
         return work.failed(known, applied=_applied(notes, sequence, run.steps_done, copies))
-    told = {
+    result = {
         "session_id": held.session_id, "sequence": sequence, "mode": options.mode, "steps_applied": run.steps_done,
         **notes.summary(), **staged(work.request),
     }  # fmt: skip
-    ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
+    ended = work.succeeded(result, device_ms=round(notes.seconds() * 1000, 3))
     if sequence is None:
         session.abandon_run()
         return ended
@@ -182,25 +182,25 @@ def _passed(held: HeldSession, sequence: int, ended: Outcome) -> PlaceReleased:
     return PlaceReleased(ended, number_of(held.session_id, sequence))
 
 
-def _told(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: StepOutcome) -> JsonObject:
-    told: JsonObject = {
+def _result(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: StepOutcome) -> JsonObject:
+    result: JsonObject = {
         "session_id": held.session_id, "sequence": work.request.get("sequence"), "mode": outcome.mode,
         "step": outcome.step, "loss": outcome.loss, "gradient_norm": outcome.gradient_norm,
         "learning_rate": outcome.learning_rate, "samples": outcome.samples, "skipped": outcome.skipped,
         "accumulated_batches": outcome.accumulated_batches, **staged(work.request),
     }  # fmt: skip
     if outcome.correct is not None:
-        told["accuracy"] = outcome.correct / outcome.elements if outcome.elements else None
+        result["accuracy"] = outcome.correct / outcome.elements if outcome.elements else None
     if outcome.gradient_norms is not None:
-        told["gradient_norms"] = dict(outcome.gradient_norms)
+        result["gradient_norms"] = dict(outcome.gradient_norms)
     if outcome.gradients is not None:
         stored = keep_gradients(resident, outcome.gradients)
         blob = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
         with resident.engine.connect() as connection:
             ttl_seconds = resident.settings.blobs.ttl_hours * 3600
             blob_store.insert(connection, {**blob, "owner": work.row["owner"]}, ttl_seconds)
-        told["gradients"] = blob
-    return told
+        result["gradients"] = blob
+    return result
 
 
 def _progress(run: DatasetRun, outcome: StepOutcome) -> JsonObject:

@@ -26,7 +26,7 @@ def bring_back(resident: Resident) -> None:
 
 
 def look_after(resident: Resident) -> None:
-    """Lets go of sessions that have ended, and of those that nobody touched for their lease."""
+    """Lets go of sessions that have ended, and of those that were not used for their lease."""
     if resident.training:
         from workers.operations.training.sessions import let_go
 

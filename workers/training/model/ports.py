@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A batch on the device, checked; its targets are not where only a real run can tell the output's shape."""
+    """A batch on the device, checked; its targets are not where only a real run shows the output's shape."""
 
     inputs: list[Tensor]
     targets: Array

@@ -59,7 +59,7 @@ def split_merged(model: onnx.ModelProto, names: set[str]) -> None:
     """Gives readers tensors of their own where exporters merged equal ones that train apart; `names` as they were.
 
     Layers that are copies of one another start with equal weights, as those of torch's TransformerEncoder do. Which
-    parameter a node reads is seen by its origin (`origins`). Where nothing tells it, running statistics, and constants
+    parameter a node reads is seen by its origin (`origins`). Without an origin, running statistics, and constants
     with all elements equal (initial scales and biases), are taken to be apart in each place.
     """
     constants = _constants(model)

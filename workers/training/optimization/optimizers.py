@@ -51,7 +51,7 @@ class Lists:
 class Updater:
     """An optimizer over fixed lists of parameters; its state exists from the start, so its memory is known.
 
-    `steps` counts the updates and is part of the state, beside the tensors of `state`: a list in the order of the
+    `steps` counts the updates and is part of the state, as are the tensors of `state`: a list in the order of the
     parameters for each slot.
     """
 
