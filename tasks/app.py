@@ -40,7 +40,7 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
         "queue_order_strategy": "priority",
     }
     if device_id is not None:
-        # Each worker restores its own device's at its start (`workers.service.restore_unacked`), and no other's.
+        # Each worker restores its own device's at its start (`workers.celery_bridge.consumer`), and no other's.
         options["unacked_key"] = f"device-operations.unacked.{device_id}"
         options["unacked_index_key"] = f"device-operations.unacked-index.{device_id}"
         options["unacked_mutex_key"] = f"device-operations.unacked-mutex.{device_id}"

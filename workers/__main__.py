@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         configure(settings, "worker")
         keep_private()
         named = device(settings, given.device)
-        # Loaded here, so that a wrong setting is told before Celery and ONNX Runtime are.
+        # Loaded here, so that a wrong setting is reported before Celery and ONNX Runtime are.
         from workers.service import Service
 
         sys.setswitchinterval(SWITCH_SECONDS)

@@ -4,7 +4,7 @@
     devices     facts, memory, inference, training, checkpoint: run directly on the device layer, no queue between
 
 It prints a table, writes a report that can be attached to an issue, and exits with 1 where something fails. On a
-machine with a device that nobody has tried before, it is the acceptance test.
+machine with a device that is new to the project, it is the acceptance test.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def check_devices(named: tuple[DeviceSpec, ...] = ()) -> Iterator[Finding]:
         subject = str(spec)
         try:
             device = open_device(spec.backend, spec.ordinal)
-        except Exception as error:  # noqa: BLE001 - whatever a driver raises is what the report is for
+        except Exception as error:  # noqa: BLE001 - the report shows any exception of a driver
             yield _failed(subject, "opens", error)
             continue
         for check, attempt in CHECKS.items():
@@ -271,10 +271,10 @@ def _postgresql(settings: Settings) -> str:
     from tasks.statements import row
 
     with open_engine(settings.require_database_url()).connect() as connection:
-        told = row(connection, "SELECT current_setting('server_version') AS version, to_regclass('jobs') AS jobs")
-    assert told is not None
-    assert told["jobs"] is not None, "it has no tables yet: run `device-operations migrate`"
-    return f"version {told['version']}, migrated"
+        found = row(connection, "SELECT current_setting('server_version') AS version, to_regclass('jobs') AS jobs")
+    assert found is not None
+    assert found["jobs"] is not None, "it has no tables yet: run `device-operations migrate`"
+    return f"version {found['version']}, migrated"
 
 
 def _redis(settings: Settings) -> str:
@@ -295,13 +295,13 @@ def _blobs(settings: Settings) -> str:
     return store.url.partition("?")[0]
 
 
-# ---- telling
+# ---- reporting
 
 
 def _tried(subject: str, check: str, attempt: Callable[[], str], remedy: str = "") -> Finding:
     try:
         return Finding(subject, check, True, attempt())
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong is what the report is for
+    except Exception as error:  # noqa: BLE001 - the report shows any exception
         return _failed(subject, check, error, remedy)
 
 

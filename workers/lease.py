@@ -1,9 +1,26 @@
-"""The lease: this process's right to a device, taken under a new epoch and prolonged from a thread of its own.
+"""The lease: this process's right to use a device, for a limited time that it prolongs.
 
-The database's clock alone says whether a lease stands. The worker stops its scheduler by its own monotonic clock before
-its lease can have run out, and goes on with what it holds once it hears that its epoch still stands.
+    take ─▶ held (safe) ─▶ unsafe ─▶ held again, or lost
+              │  ▲ │
+              │  └─┘ renewed RENEWALS_PER_LEASE times in its length, from a thread of its own
+              └─▶ released, in order
 
-A library that holds the interpreter keeps the renewing thread from running: `extended` takes the time beforehand.
+**Epoch.** Each take gives the device a new epoch. Every claim and every end is guarded by it in the database, so a
+process that is late can change nothing once another has taken over. `take` also rescues what the last epoch left: its
+running jobs are requeued or ended, its allocations, models and sessions declared lost or brought back.
+
+**Trust window.** Only the database's clock decides whether a lease stands. By its own monotonic clock, counted from
+before the last renewal was sent, the worker decides when it stops to trust it: while less than 1 - STOP_AT_SHARE of the
+lease's usual length is left, `safe` is false. Then no job is claimed; claimed and running ones go on. The share left is
+for a claim under way and for clocks that differ in speed.
+
+**Failures.** A renewal that fails because the database is away leaves the lease as it is: the worker becomes unsafe,
+and safe again with the next renewal that finds its epoch. A renewal that finds another epoch means that another worker
+holds the device or its jobs were given up: `lost`, for good, and the process ends. A holder that died is replaced when
+its lease has run out, or at once if it ran on the same machine and its process is gone.
+
+**A library that holds the interpreter** keeps the renewing thread from running: `extended` asks for a longer lease
+before such a call, and gives the time back after it.
 """
 
 from __future__ import annotations
@@ -14,7 +31,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import structlog
@@ -46,7 +62,7 @@ class Lease:
         self.lost = threading.Event()
         self._engine = engine
         self._lease_seconds = lease_seconds
-        #: What `extended` adds for now. Who renews reads it under the lock, so that no renewal takes it back.
+        #: What `extended` adds at present. Each renewal reads it under the lock, so that none shortens the lease again.
         self._extra_seconds = 0.0
         self._renewing = threading.Lock()
         self._renewed_at, self._granted_seconds = time.monotonic(), lease_seconds
@@ -78,8 +94,8 @@ class Lease:
     def extended(self, seconds: float) -> Iterator[None]:
         """While inside, the lease lasts `seconds` longer from each renewal, the first of them now; then as before.
 
-        For calls during which no other thread of this process runs. Where the database cannot be reached, what is
-        inside runs all the same, and ends with the lease as any call does.
+        For calls during which no other thread of this process runs. If the database cannot be reached, the body runs
+        all the same, under the lease as it was.
         """
         self._extra_seconds = seconds
         self._renew()
@@ -87,7 +103,7 @@ class Lease:
             yield
         finally:
             self._extra_seconds = 0.0
-            # At once: else a worker that dies now would be missed only after the longer time.
+            # At once: otherwise a worker that dies now would be replaced only after the longer time.
             self._renew()
 
     def stop_renewing(self) -> None:
@@ -97,7 +113,7 @@ class Lease:
             self._thread.join(timeout=5)
 
     def release(self) -> None:
-        """Stops renewing and gives the device back in order: nobody needs to wait for the lease to run out."""
+        """Stops renewing and gives the device back: the next worker need not wait for the lease to run out."""
         self.stop_renewing()
         if not self.lost.is_set():
             with transaction(self._engine) as connection:
@@ -113,7 +129,7 @@ class Lease:
                 return
 
     def _renew(self) -> None:
-        """Prolongs the lease, from whichever thread; a lease that is lost is told once."""
+        """Prolongs the lease, from any thread; `on_lost` is called once."""
         with self._renewing:
             if self._stop.is_set() or self.lost.is_set():
                 return
@@ -137,11 +153,11 @@ class Lease:
                 self._on_drain(self.draining)
 
 
-def take(engine: Engine, facts: dict[str, Any], budget_bytes: int, lease_seconds: float) -> tuple[Lease, Rescue | None]:
+def take(engine: Engine, facts: Row, budget_bytes: int, lease_seconds: float) -> tuple[Lease, Rescue | None]:
     """Takes the device over under a new epoch, declaring lost what the last one held.
 
-    Raises `device_unavailable` while a live worker holds it. A holder on this very machine whose process is gone does
-    not make us wait until its lease runs out.
+    Raises `device_unavailable` while a live worker holds it: until its lease has run out, or its process is gone if it
+    ran on this machine.
     """
     device_id = facts["device_id"]
     own = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": psutil.Process().create_time()}

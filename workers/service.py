@@ -13,20 +13,15 @@ for wrong settings or an unknown device, and 69 for a device that cannot be take
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import threading
-import time
-from typing import Any
 
 import structlog
-from celery import Celery, bootsteps
-from celery.worker import state
+from celery import Celery
 from celery.worker import state as celery_state
-from kombu.entity import Queue
-from kombu.messaging import Consumer
 from sqlalchemy.exc import DBAPIError
 
+import workers.celery_bridge.panel  # noqa: F401 - registers the commands of remote control
 from device_operations import collector
 from device_operations.devices import NamedDevice as Named
 from device_operations.errors import OperationError
@@ -35,19 +30,19 @@ from tasks.app import PREFETCH, make_app
 from tasks.blobs.store import BlobStore
 from tasks.celery_bridge import transport
 from tasks.celery_bridge.outbox import Outbox
-from tasks.database import is_disconnect, open_engine, until_reachable
+from tasks.database import open_engine, until_reachable
 from tasks.devices import store as device_store
 from tasks.devices.directory import Directory
 from tasks.jobs import lifecycle
-from tasks.jobs import lost_ends as ends
 from tasks.planning.context import Context
-from tasks.redis.messages import Wake, read_wake
+from tasks.redis.messages import Wake
 from tasks.redis.publish import Publisher, connect
-from tasks.redis.queues import control_queue, device_queue
+from tasks.redis.queues import device_queue
 from tasks.statements import transaction
 from workers import lease as leases
+from workers.celery_bridge.consumer import control_step, restore_unacked, stop_early_on_signals
 from workers.celery_bridge.events import SERIALIZER, Dispatcher, EventsInTurns
-from workers.celery_bridge.pool import Note, SchedulerPool
+from workers.celery_bridge.pool import Handle, Note, SchedulerPool
 from workers.celery_bridge.revoked import Revoked
 from workers.devices import open_device
 from workers.execution.completer import Completer
@@ -55,20 +50,18 @@ from workers.execution.executor import DEVICE_LOST_STATUS, Executor
 from workers.execution.prefetch import Prefetch
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Scheduler
+from workers.json_types import JsonObject
 from workers.operations.training import upkeep as training
-from workers.operations.transfers import Transfers
-from workers.resident.models import bring_back, let_replaced_go, look_after, replaced
+from workers.operations.transfers import TransferRequest, Transfers
+from workers.resident.models import bring_back
 from workers.resident.residents import Resident
+from workers.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 
 LEASE_LOST_STATUS = 76
 #: The worker ended itself to give memory back that its backend gives back in no other way.
 RECYCLED_STATUS = 77
-
-#: Seconds between two looks at the records: orphans, cancellations, samples.
-SWEEP_SECONDS = 1.0
-SAMPLE_SECONDS = 5.0
 
 #: The share of a device's memory that may be reserved where its backend names no budget of its own.
 BUDGET_SHARE = 0.9
@@ -108,9 +101,10 @@ class Service:
         self.resident.extend_lease = self._lease.extended
         self._outbox = Outbox(self._engine, settings.require_redis_url())
         self._revoked = Revoked(self._engine, self._publisher, self._outbox)
-        self._completer = Completer(self._engine, self._publisher, self._scheduler, self.device_id, epoch, self._outbox)
         directory = Directory(self._engine, settings)
-        self._completer.on_models_changed = directory.expire
+        self._completer = Completer(
+            self._engine, self._publisher, self._scheduler, self.device_id, epoch, self._outbox, directory.expire
+        )
         context = Context(self._engine, settings, directory, blobs, "default", device_id=self.device_id)
         self._prefetch = Prefetch(
             self._scheduler, self._completer, self.resident, context, self._engine, self._publisher, self._redis,
@@ -127,10 +121,12 @@ class Service:
         self.resident.transfers = self._transfers = Transfers(
             self.resident, self._publisher, settings.require_database_url(), self._scheduler.wake
         )
-        self._sweeper = threading.Thread(target=self._sweep_until_stopped, name="sweep", daemon=True)
+        self._upkeep = Upkeep(
+            self.resident, self._scheduler, self.executor, self._prefetch, self._reconciler, self._recycle
+        )
 
     def run(self) -> int:
-        """Runs until told to stop, and gives the exit status."""
+        """Runs until stopped, and gives the exit status."""
         try:
             self._serve()
         finally:
@@ -145,16 +141,16 @@ class Service:
             on_lost=lambda: self._leave(LEASE_LOST_STATUS),
             on_drain=lambda draining: log.info("draining" if draining else "resumed", device_id=self.device_id),
         )
-        self._tell_rescue()
+        self._report_rescue()
         restore_unacked(self.app)
-        SchedulerPool.prefetch = self
+        SchedulerPool.service = self
         transport.Transport.take = staticmethod(self._prefetch.receive_recorded)
         transport.Transport.unknown_task = staticmethod(self._prefetch.report_unknown)
         transport.Channel.has_room = staticmethod(lambda: self._scheduler.eligible < PREFETCH)
         Dispatcher.active = staticmethod(lambda: len(self.executor.running()))
         self.app.events.dispatcher_cls = "workers.celery_bridge.events:Dispatcher"
         self.app.conf.event_serializer = SERIALIZER
-        self.app.steps["consumer"].add(control_step(self))
+        self.app.steps["consumer"].add(control_step(self.device_id, self.control))
         self.app.steps["consumer"].add(EventsInTurns)
         self.app.Worker(
             hostname=f"{self.device_id}@{socket.gethostname()}",
@@ -176,10 +172,10 @@ class Service:
         self.executor.call(lambda: training.bring_back(self.resident))
         self.executor.start()
         self._prefetch.start()
-        self._sweeper.start()
+        self._upkeep.start()
         collector.spare()
 
-    def receive(self, handle: Any) -> None:
+    def receive(self, handle: Handle) -> None:
         """One message."""
         self._prefetch.receive(handle)
 
@@ -197,6 +193,7 @@ class Service:
             if self._stopping.is_set():
                 return
             self._stopping.set()
+        self._upkeep.stop()
         self._prefetch.stop()
         left = self._scheduler.close()
         if self._started:
@@ -222,9 +219,10 @@ class Service:
         entries = self.executor.entries(running=running)
         if not running:
             entries += self._scheduler.select(lambda _: True)
-        return [entry.handle for entry in entries if isinstance(entry.handle, Note)]
+        handles = [entry.handle for entry in entries]
+        return [handle for handle in handles if isinstance(handle, Note)]
 
-    def standing(self) -> dict[str, Any]:
+    def standing(self) -> JsonObject:
         """What `celery inspect stats` shows of the scheduler."""
         return {
             "device_id": self.device_id, "epoch": self._lease.epoch, "waiting": len(self._scheduler),
@@ -236,7 +234,7 @@ class Service:
     def control(self, wake: Wake) -> None:
         """A message of the control queue: see `Wake`."""
         if wake.send is not None:
-            self._transfers.send(wake.send)
+            self._transfers.send(TransferRequest(**wake.send))
         if wake.follow is not None:
             self._completer.follow(wake.follow)
         if wake.cancel is not None and not self.executor.cancel(wake.cancel):
@@ -244,9 +242,9 @@ class Service:
             if entry is not None:
                 self._prefetch.unclaimed([entry])
 
-    # ---- looking after
+    # ---- beginning and ending
 
-    def _tell_rescue(self) -> None:
+    def _report_rescue(self) -> None:
         if self._rescue is not None:
             rescue = self._rescue
             log.info(
@@ -262,64 +260,11 @@ class Service:
         self._outbox.requeued(rescue.requeued)
         self._publisher.jobs([(row, row["request"]) for row in rescue.requeued])
 
-    def _sweep_until_stopped(self) -> None:
-        sampled_at, busy_before = time.monotonic(), 0.0
-        swept_at = looked_at = 0.0
-        idle_seconds = self.resident.settings.inference.session_timeout_minutes * 60
-        look_seconds = min(5.0, max(0.25, idle_seconds / 4))
-        while not self._stopping.wait(0.05):
-            self.executor.check_deadlines()
-            now = time.monotonic()
-            if now - looked_at >= look_seconds:
-                looked_at = now
-                self.executor.call(lambda: look_after(self.resident))
-                self.executor.call(lambda: training.look_after(self.resident))
-                self._recycle_if_asked()
-            if now - swept_at < SWEEP_SECONDS:
-                continue
-            swept_at = now
-            try:
-                self._sweep()
-                if now - sampled_at >= SAMPLE_SECONDS:
-                    busy = self.executor.busy_seconds
-                    self._sample(min(1.0, (busy - busy_before) / (now - sampled_at)))
-                    sampled_at, busy_before = now, busy
-            except DBAPIError as error:
-                if not is_disconnect(error):
-                    log.error("sweep failed", error=str(error))
-            except Exception:
-                log.exception("sweep failed")
-
-    def _sweep(self) -> None:
-        self._prefetch.sweep()
-        with self._engine.connect() as connection:
-            running = ends.claimed(connection, self.device_id, self._lease.epoch)
-            outdated = bool(self.resident.models) and replaced(connection, self.device_id)
-        for job in running:
-            if job["cancel_requested"]:
-                self.executor.cancel(job["id"])
-        self._reconciler.look(running)
-        if outdated:
-            self.executor.call(lambda: let_replaced_go(self.resident))
-
-    def _recycle_if_asked(self) -> None:
-        """Ends the process in good order once it is idle; what it held loaded comes back with the next."""
-        if self.resident.recycle and not len(self._scheduler) and not len(self.executor.held):
-            log.info("worker recycles to give memory back", device_id=self.device_id)
-            self._status = RECYCLED_STATUS
-            celery_state.should_stop = 0
-
-    def _sample(self, busy_share: float) -> None:
-        reading = self.resident.device.memory()
-        sample = {
-            "used_bytes": reading.used_bytes, "free_bytes": reading.free_bytes,
-            "busy_share": round(busy_share, 4), "queue_length": len(self._scheduler),
-        }  # fmt: skip
-        with self._engine.connect() as connection:
-            device_store.add_sample(connection, self.device_id, sample)
-            device_store.set_cpu_fallback_ops(
-                connection, self.device_id, self._lease.epoch, self.resident.cpu_fallback_ops()
-            )
+    def _recycle(self) -> None:
+        """Ends the process in order, to give memory back; what it held loaded comes back with the next."""
+        log.info("worker recycles to give memory back", device_id=self.device_id)
+        self._status = RECYCLED_STATUS
+        celery_state.should_stop = 0
 
     def _device_lost(self, error: OperationError) -> None:
         log.error("device lost; the worker ends and is to be started again", error=error.message)
@@ -341,38 +286,3 @@ class Service:
 
         # The device's own thread may be the caller, and a driver that lost its device may never let Celery stop.
         threading.Thread(target=leave, name="leave", daemon=False).start()
-
-
-def stop_early_on_signals() -> None:
-    """Stops in order also before Celery listens to signals itself; and on Windows, which sends Ctrl-Break, after."""
-
-    def leave(*_: Any) -> None:
-        raise SystemExit(0)
-
-    def stop_warm(*_: Any) -> None:
-        state.should_stop = 0
-
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), leave)
-    if hasattr(signal, "SIGBREAK"):
-        signal.signal(signal.SIGBREAK, stop_warm)
-
-
-def control_step(service: Service) -> type[bootsteps.ConsumerStep]:
-    """Celery's consumer step that reads the device's control queue, on a channel of its own."""
-
-    class Control(bootsteps.ConsumerStep):
-        def get_consumers(self, channel: Any) -> list[Consumer]:
-            queue = Queue(control_queue(service.device_id), durable=False, no_ack=True)
-            return [Consumer(channel, [queue], callbacks=[self.on_message], accept=["json"], no_ack=True)]
-
-        def on_message(self, body: Any, message: Any) -> None:
-            service.control(read_wake(body))
-
-    return Control
-
-
-def restore_unacked(app: Celery) -> None:
-    """Puts back what the device's last worker had received and not acknowledged: kombu keeps it by device."""
-    with app.connection_for_read() as connection:
-        connection.default_channel.qos.restore_all()

@@ -68,7 +68,7 @@ class Once:
             accept_content=["json"],
             task_serializer="json",
             result_serializer="json",
-            broker_transport="tasks.celery_bridge.once:Transport",
+            broker_transport="tasks.celery_bridge.once:OnceTransport",
             broker_transport_options={"socket_timeout": 10, "socket_connect_timeout": 5, "socket_keepalive": True},
             # Celery's own default queue for tasks that name none; ours go to whichever device is free.
             task_routes={f"{TASK_PREFIX}*": {"queue": ANY_QUEUE}},

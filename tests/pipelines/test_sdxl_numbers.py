@@ -151,7 +151,7 @@ def test_a_run_that_is_stopped_gives_back_what_it_held_on_the_device(sdxl_folder
     held = device.allocated_bytes
     run = context(request())
     steps = pipeline.run(run)
-    while not (next(steps).told or {}).get("done"):
+    while not (next(steps).facts or {}).get("done"):
         pass
     assert device.allocated_bytes > held
     run.cancel.trip("cancelled")
@@ -160,7 +160,7 @@ def test_a_run_that_is_stopped_gives_back_what_it_held_on_the_device(sdxl_folder
     assert raised.value.code == "cancelled"
     assert device.allocated_bytes == held
     closed = pipeline.run(context(request()))
-    while not (next(closed).told or {}).get("done"):
+    while not (next(closed).facts or {}).get("done"):
         pass
     closed.close()
     assert device.allocated_bytes == held
@@ -244,7 +244,7 @@ def test_with_low_memory_one_part_is_there_at_a_time_and_the_image_is_the_same(
 
 def test_previews_are_small_images_every_few_steps(pipeline: Pipeline) -> None:
     kept: list[bytes] = []
-    told = [p.told for p in pipeline.run(context(request(preview_every=2, images=2), kept=kept)) if p.told]
+    told = [p.facts for p in pipeline.run(context(request(preview_every=2, images=2), kept=kept)) if p.facts]
     previews = [one["preview"] for one in told if "preview" in one]
     assert [(one["image"], one["width"], one["height"]) for one in previews] == [(0, 16, 24)] * 2 + [(1, 16, 24)] * 2
     assert len(kept) == 4
@@ -300,7 +300,7 @@ def test_a_cancel_stops_inside_a_step(pipeline: Pipeline) -> None:
     steps = pipeline.run(run)
     for wanted in (1, 2):
         began = time.process_time()
-        while (next(steps).told or {}).get("done") != wanted:
+        while (next(steps).facts or {}).get("done") != wanted:
             began = time.process_time()
     one_step = time.process_time() - began
     assert one_step > 0.2, "the step is too short to be stopped inside"

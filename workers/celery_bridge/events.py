@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import orjson
 from celery import bootsteps
@@ -19,10 +19,14 @@ from celery.worker.consumer.events import Events
 from kombu.serialization import registry
 
 from device_operations.json_text import loads
+from workers.json_types import JsonObject
+
+#: An object of Celery's or kombu's, which have no types.
+Untyped: TypeAlias = Any
 
 #: The same JSON as Celery's own, made and read in a fifth of the time, direct callers' messages among it.
 SERIALIZER = "device-operations-json"
-registry.register(SERIALIZER, lambda told: orjson.dumps(told).decode(), loads, "application/json", "utf-8")
+registry.register(SERIALIZER, lambda body: orjson.dumps(body).decode(), loads, "application/json", "utf-8")
 
 #: Seconds between two messages of events, and how many events one message has at most.
 EVENTS_SECONDS = 0.1
@@ -38,15 +42,15 @@ class Dispatcher(EventDispatcher):
     #: Set by the worker: how many such jobs hold the device now.
     active: Callable[[], int] = staticmethod(lambda: 0)
 
-    _noted: ClassVar[deque[dict[str, Any]]] = deque(maxlen=KEPT)
+    _noted: ClassVar[deque[JsonObject]] = deque(maxlen=KEPT)
 
     @classmethod
-    def note(cls, what: str, job_id: str, **fields: Any) -> None:
-        """Takes down an event of a job, as Celery names them (`task-started`, …). Any thread may; nothing waits."""
+    def note(cls, what: str, job_id: str, **fields: object) -> None:
+        """Notes an event of a job, as Celery names them (`task-started`, …). Any thread may; nothing waits."""
         cls._noted.append({"type": what, "uuid": job_id, "timestamp": time.time(), **fields})
 
-    def send(self, type: str, **fields: Any) -> Any:  # noqa: A002 - Celery's own name for it
-        """Sends one event of Celery's own; a heartbeat tells of all jobs that run."""
+    def send(self, type: str, **fields: Untyped) -> object:  # noqa: A002 - Celery's own name for it
+        """Sends one event of Celery's own; a heartbeat counts all jobs that run."""
         if type == "worker-heartbeat":
             fields["active"] = fields.get("active", 0) + Dispatcher.active()
         return super().send(type, **fields)
@@ -70,18 +74,18 @@ class EventsInTurns(bootsteps.StartStopStep):
 
     requires = (Events,)
 
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        self._timer: Any = None
+    def __init__(self, consumer: Untyped, **options: object) -> None:
+        self._timer: Untyped = None
         super().__init__(consumer, **options)
 
-    def start(self, consumer: Any) -> None:
+    def start(self, consumer: Untyped) -> None:
         """A connection was made, and with it a new dispatcher. Without an event loop (Windows) Celery buffers none."""
         if consumer.hub is not None:
             consumer.event_dispatcher.buffer_limit = EVENTS_AT_ONCE
             consumer.event_dispatcher.on_send_buffered = None
         self._timer = consumer.timer.call_repeatedly(EVENTS_SECONDS, consumer.event_dispatcher.send_noted)
 
-    def stop(self, consumer: Any) -> None:
+    def stop(self, consumer: Untyped) -> None:
         """The connection ends: what is left goes out."""
         if self._timer is not None:
             self._timer.cancel()

@@ -1,4 +1,4 @@
-"""Celery's pool that feeds the scheduler: it takes messages in, and tells Celery what became of them.
+"""Celery's pool that feeds the scheduler: it takes messages in, and reports to Celery what became of them.
 
 A direct caller's message comes from Celery's worker, by `strategy`; a recorded job's comes from the transport itself
 (`tasks.celery_bridge.transport`), since making a request of each would cost more than a small run does. Nothing runs
@@ -11,33 +11,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import structlog
+from celery import Celery
 from celery.concurrency.base import BasePool
 from celery.worker import state
-from celery.worker.control import Panel, active, query_task, reserved
 from celery.worker.request import Request, create_request_cls
 
 from device_operations.errors import from_job_error
-from device_operations.ids import is_job_id
 from device_operations.jobs import TASK_PREFIX
 from tasks.celery_bridge.results import owed
 from tasks.redis.queues import NOTED
-from workers.celery_bridge.events import Dispatcher
-from workers.celery_bridge.revoked import as_stamps
+from workers.celery_bridge.events import Dispatcher, Untyped
+from workers.json_types import JobView, JsonObject
 
 log = structlog.get_logger(__name__)
 
 
 class Handle:
-    """One message's way back to Celery. Each step is taken at most once, whoever takes it."""
+    """One message's way back to Celery. Each step is taken at most once, from any thread."""
 
     __slots__ = ("_accepted", "_done", "_request", "_started_at")
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Untyped) -> None:
         self._request = request
         self._accepted = False
         self._done = False
@@ -59,16 +58,16 @@ class Handle:
         given = (self._request.delivery_info or {}).get("priority")
         return 9 - given if isinstance(given, int) and 0 < given <= 9 else None
 
-    def payload(self) -> tuple[Any, Any]:
+    def payload(self) -> tuple[Untyped, Untyped]:
         """The task's positional and named arguments, as they came."""
         args, kwargs, _ = self._request._payload
         return args, kwargs
 
-    def header(self, name: str) -> Any:
+    def header(self, name: str) -> Untyped:
         """A header of the message, which was checked; None where it is absent."""
         return self._request.request_dict.get(name)
 
-    def owed(self) -> dict[str, Any] | None:
+    def owed(self) -> JsonObject | None:
         """What Celery is given once the task has ended (`tasks.celery_bridge.outbox`); None if that is nothing."""
         return owed(self._request.request_dict, self._request._payload[2])
 
@@ -83,7 +82,7 @@ class Handle:
             self._started_at = at
             self._guarded(lambda: self._request.on_accepted(None, self._started_at))
 
-    def ended(self, view: dict[str, Any]) -> None:
+    def ended(self, view: JobView) -> None:
         """The job's outcome is recorded: Celery's events and, where the caller wants it, Celery's result."""
         if self._done:
             return
@@ -91,12 +90,12 @@ class Handle:
         self._guarded(lambda: self._report(view))
 
     def dropped(self) -> None:
-        """The message was a duplicate, or its job is somebody else's: nothing is reported."""
+        """The message was a duplicate, or another worker has its job: nothing is reported."""
         if not self._done:
             self._done = True
             self._guarded(self._forget)
 
-    def _report(self, view: dict[str, Any]) -> None:
+    def _report(self, view: JobView) -> None:
         if not self._accepted:
             self._accepted = True
             self._request.acknowledge()
@@ -113,20 +112,20 @@ class Handle:
         self._request.acknowledge()
         state.task_ready(self._request)
 
-    def _guarded(self, step: Any) -> None:
+    def _guarded(self, step: Callable[[], object]) -> None:
         """Celery's side may fail with its connection; the records are right all the same, so it is only logged."""
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - whatever the broker's client raises must not stop the scheduler
-            log.warning("Celery could not be told", job_id=self.job_id, error=f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - no exception of the broker's client may stop the scheduler
+            log.warning("reporting to Celery failed", job_id=self.job_id, error=f"{type(error).__name__}: {error}")
 
 
 class Note:
-    """The same for a recorded job's message, of which Celery knows nothing: it is told by events alone."""
+    """The same for a recorded job's message: Celery has no request of it, and learns of it by events alone."""
 
     __slots__ = ("_headers", "_reported", "job_id", "started_at")
 
-    def __init__(self, headers: dict[str, Any]) -> None:
+    def __init__(self, headers: Mapping[str, Untyped]) -> None:
         self.job_id: str = headers["id"]
         self._headers = headers
         self._reported = False
@@ -155,7 +154,7 @@ class Note:
         state.all_total_count[0] += 1
         Dispatcher.note("task-started", self.job_id, timestamp=self.started_at)
 
-    def ended(self, view: dict[str, Any]) -> None:
+    def ended(self, view: JobView) -> None:
         """The job's outcome is recorded."""
         if self._reported:
             return
@@ -171,10 +170,10 @@ class Note:
             Dispatcher.note("task-revoked", self.job_id, terminated=False, signum=None, expired=expired)
 
     def dropped(self) -> None:
-        """The message was a duplicate, or its job is somebody else's: nothing is reported."""
+        """The message was a duplicate, or another worker has its job: nothing is reported."""
         self._reported = True
 
-    def info(self, hostname: str) -> dict[str, Any]:
+    def info(self, hostname: str) -> JsonObject:
         """The job as `celery inspect` shows a task."""
         headers = self._headers
         return {
@@ -192,10 +191,35 @@ class Failure:
     traceback: str = ""
 
 
-def _brief(view: dict[str, Any]) -> str:
+def _brief(view: JobView) -> str:
     """What Flower shows as the result: the facts, not the tensors."""
     result = view["result"] or {}
     return str({key: value for key, value in result.items() if isinstance(value, (int, float, str, bool))})[:200]
+
+
+class PoolService(Protocol):
+    """What the pool and Celery's remote control need of the worker's service."""
+
+    def start(self, app: Celery) -> None:
+        """Celery's worker is up."""
+
+    def stop(self, *, cold: bool = False) -> None:
+        """The worker stops; `cold` cancels running jobs."""
+
+    def receive(self, handle: Handle) -> None:
+        """A direct caller's message."""
+
+    def revoke(self, task_ids: list[str]) -> None:
+        """Tasks are revoked."""
+
+    def revoke_stamped(self, stamps: dict[str, set[str]]) -> None:
+        """Tasks with any of these stamps are revoked."""
+
+    def notes(self, *, running: bool) -> list[Note]:
+        """The recorded jobs that run, or that wait."""
+
+    def standing(self) -> JsonObject:
+        """What `celery inspect stats` shows."""
 
 
 class SchedulerPool(BasePool):
@@ -205,30 +229,30 @@ class SchedulerPool(BasePool):
     signal_safe = False
     task_join_will_block = False
 
-    #: Set by `workers.service` before Celery makes the pool: takes each message in, and each revocation.
-    prefetch: Any = None
+    #: The worker's service, which sets this before Celery makes the pool.
+    service: PoolService
 
     def on_start(self) -> None:
         """Begins with the worker's consumer."""
-        type(self).prefetch.start(self.app)
+        type(self).service.start(self.app)
 
     def on_stop(self) -> None:
         """A warm stop: what runs is finished, what was not claimed is left to the next worker."""
-        type(self).prefetch.stop()
+        type(self).service.stop()
 
     def on_terminate(self) -> None:
-        """A cold stop: what runs is told to end."""
-        type(self).prefetch.stop(cold=True)
+        """A cold stop: running jobs are cancelled."""
+        type(self).service.stop(cold=True)
 
-    def terminate_job(self, pid: Any, signal: Any = None) -> None:
+    def terminate_job(self, pid: object, signal: object = None) -> None:
         """Celery's `revoke(terminate=True)` reaches jobs by the control queue; a pid names none of them."""
         log.warning("terminate by pid is not supported; cancel the job with DELETE /api/jobs/{job_id}")
 
-    def _get_info(self) -> dict[str, Any]:
-        return {**super()._get_info(), "scheduler": type(self).prefetch.standing()}
+    def _get_info(self) -> JsonObject:
+        return {**super()._get_info(), "scheduler": type(self).service.standing()}
 
 
-def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None]:
+def strategy(task: Untyped, app: Untyped, consumer: Untyped, **_: object) -> Callable[..., None]:
     """Celery's execution strategy of each kind's task: what its consumer does with a direct caller's message.
 
     Celery's own would keep a task with an ETA in this process, and end an expired or a revoked one without a job.
@@ -236,7 +260,9 @@ def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None
     eventer = consumer.event_dispatcher
     made = create_request_cls(Request, task, consumer.pool, consumer.hostname, eventer, app=app)
 
-    def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
+    def receive(
+        message: Untyped, body: Untyped, ack: Untyped, reject: Untyped, callbacks: Untyped, **_: object
+    ) -> None:
         request = made(
             message, on_ack=ack, on_reject=reject, app=app, hostname=consumer.hostname, eventer=eventer, task=task,
             connection_errors=consumer.connection_errors, body=message.payload, headers=message.headers, decoded=True,
@@ -247,7 +273,7 @@ def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None
             eta=request.request_dict.get("eta"), expires=request.request_dict.get("expires"),
         )  # fmt: skip
         state.task_reserved(request)
-        SchedulerPool.prefetch.receive(Handle(request))
+        SchedulerPool.service.receive(Handle(request))
 
     return receive
 
@@ -255,59 +281,4 @@ def strategy(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[..., None
 # ---- Celery's remote control: jobs are revoked by their ids, whatever they came as
 
 
-@Panel.register(name="revoke", type="control", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
-def _revoke(panel: Any, task_id: Any, **_: Any) -> dict[str, str]:
-    """Cancels jobs, with `terminate` or without: a job stops at its next step, and harms nothing by that."""
-    task_ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-    SchedulerPool.prefetch.revoke([one for one in task_ids if is_job_id(one)])
-    return {"ok": f"tasks {', '.join(map(str, task_ids[:10]))} flagged as revoked"}
-
-
-@Panel.register(name="terminate", type="control", variadic="task_id", signature="<signal> [id1 [id2 [... [idN]]]]")
-def _terminate(panel: Any, signal: Any, task_id: Any, **_: Any) -> dict[str, str]:
-    """The same; no job has a process of its own that a signal could be sent to."""
-    return _revoke(panel, task_id)
-
-
-@Panel.register(name="revoke_by_stamped_headers", type="control", variadic="headers", signature="[key=value ...]")
-def _revoke_by_stamped_headers(panel: Any, headers: Any, **_: Any) -> dict[str, str]:
-    """Cancels direct callers' jobs whose messages have any of these stamps."""
-    if isinstance(headers, list):
-        headers = dict(header.split("=", 1) for header in headers if isinstance(header, str) and "=" in header)
-    stamps = {str(header): as_stamps(values) for header, values in headers.items()}
-    SchedulerPool.prefetch.revoke_stamped(stamps)
-    return {"ok": f"headers {', '.join(sorted(stamps)[:10])} flagged as revoked"}
-
-
 # ---- what `celery inspect` shows: Celery's own requests, and the recorded jobs that are none
-
-
-def _notes(*, running: bool) -> list[Note]:
-    held: list[Note] = SchedulerPool.prefetch.notes(running=running)
-    return held
-
-
-@Panel.register(name="active", alias="dump_active", type="inspect")
-def _active(panel: Any, safe: bool = False, **_: Any) -> list[dict[str, Any]]:
-    """The tasks that run."""
-    return [*active(panel, safe=safe), *(note.info(panel.hostname) for note in _notes(running=True))]
-
-
-@Panel.register(name="reserved", alias="dump_reserved", type="inspect")
-def _reserved(panel: Any, **_: Any) -> list[dict[str, Any]]:
-    """The tasks that wait here."""
-    return [*reserved(panel), *(note.info(panel.hostname) for note in _notes(running=False))]
-
-
-@Panel.register(
-    name="query_task", args=[("ids", str)], variadic="ids", signature="[id1 [id2 [... [idN]]]]", type="inspect"
-)
-def _query_task(panel: Any, ids: Any, **_: Any) -> dict[str, Any]:
-    """What is known of tasks by their ids."""
-    wanted = {ids} if isinstance(ids, str) else set(ids or ())
-    found: dict[str, Any] = dict(query_task(panel, ids))
-    for running, said in ((True, "active"), (False, "reserved")):
-        for note in _notes(running=running):
-            if note.job_id in wanted:
-                found[note.job_id] = (said, note.info(panel.hostname))
-    return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any
 
 import structlog
 from celery.worker import state
@@ -63,7 +62,7 @@ class Revoked:
             self._stamps.setdefault(header, set()).update(values)
         self._queue.put(lambda: self._cancel_stamped(stamps))
 
-    def is_stamped(self, stamps: Mapping[str, Any] | None) -> bool:
+    def is_stamped(self, stamps: Mapping[str, object] | None) -> bool:
         """Whether a message's stamps, by header, are among those revoked."""
         return bool(stamps and self._stamps) and _have_common(stamps or {}, self._stamps)
 
@@ -99,11 +98,11 @@ class Revoked:
         self._cancel([job["id"] for job in stamped if _have_common(job["stamps"], stamps)])
 
 
-def as_stamps(values: Any) -> set[str]:
+def as_stamps(values: object) -> set[str]:
     """The stamps of one header, which Celery has as one value or several."""
     several = values if isinstance(values, (list, tuple, set)) else [values]
     return {str(value) for value in several if value is not None}
 
 
-def _have_common(stamps: Mapping[str, Any], revoked: Mapping[str, set[str]]) -> bool:
+def _have_common(stamps: Mapping[str, object], revoked: Mapping[str, set[str]]) -> bool:
     return any(not as_stamps(values).isdisjoint(revoked.get(header, ())) for header, values in stamps.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 #: An array of any dtype.
 Array = np.ndarray[Any, np.dtype[Any]]
+
+#: A backend's own array of uint8: a NumPy array on the CPU, a torch tensor elsewhere.
+Storage: TypeAlias = Any
 
 #: NumPy's name for each dtype that a tensor may have on any backend; what one backend takes is in its capabilities.
 DTYPES = (
@@ -27,7 +30,7 @@ class Buffer:
 
     __slots__ = ("device", "size_bytes", "storage")
 
-    def __init__(self, device: Device, size_bytes: int, storage: Any) -> None:
+    def __init__(self, device: Device, size_bytes: int, storage: Storage) -> None:
         self.device = device
         self.size_bytes = size_bytes
         self.storage = storage

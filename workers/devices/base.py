@@ -1,4 +1,4 @@
-"""The device layer's one interface: the memory, the models and the facts of a single device, whatever drives it.
+"""The device layer's one interface: the memory, the models and the facts of a single device, on any backend.
 
     open_device ─▶ Device ── allocate, fill, copy, write, read, release      bytes that outlive the call
                          ├── open_model ─▶ LoadedGraph                       inference, see onnx.py
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from device_operations.errors import OperationError, failure
-from workers.devices.arrays import DTYPES, Buffer, BufferView, flat_bytes
+from workers.devices.arrays import DTYPES, Buffer, BufferView, Storage, flat_bytes
 from workers.devices.libraries import tidy
 from workers.devices.values import Description, Provider, Reading, SessionOptions
 
@@ -213,24 +213,24 @@ class Device(ABC):
         """How its memory stands now."""
 
     @abstractmethod
-    def _allocate(self, size_bytes: int) -> Any:
+    def _allocate(self, size_bytes: int) -> Storage:
         """An array of zeroed uint8 from the backend's own allocator."""
 
     @abstractmethod
-    def _fill(self, storage: Any, value: int, offset: int, size_bytes: int) -> None: ...
+    def _fill(self, storage: Storage, value: int, offset: int, size_bytes: int) -> None: ...
 
     @abstractmethod
-    def _copy(self, to: Any, to_offset: int, source: Any, source_offset: int, size_bytes: int) -> None:
+    def _copy(self, to: Storage, to_offset: int, source: Storage, source_offset: int, size_bytes: int) -> None:
         """As memmove, also where both are one array."""
 
     @abstractmethod
-    def _write(self, storage: Any, offset: int, data: memoryview) -> None: ...
+    def _write(self, storage: Storage, offset: int, data: memoryview) -> None: ...
 
     @abstractmethod
-    def _read(self, storage: Any, offset: int, into: memoryview) -> None: ...
+    def _read(self, storage: Storage, offset: int, into: memoryview) -> None: ...
 
     @abstractmethod
-    def _as_tensor(self, storage: Any) -> torch.Tensor:
+    def _as_tensor(self, storage: Storage) -> torch.Tensor:
         """The array as a torch tensor of uint8 that shares its memory."""
 
     @abstractmethod
@@ -261,7 +261,7 @@ class Device(ABC):
         """Waits, when it is called, for what is in that queue now."""
         return lambda: None
 
-    def _address(self, storage: Any) -> int | None:
+    def _address(self, storage: Storage) -> int | None:
         """Where the array begins, for ONNX Runtime's I/O binding; None where it cannot be bound."""
         return None
 
@@ -269,7 +269,7 @@ class Device(ABC):
         """The way of one model's arrays to the device and back, where that is faster than ONNX Runtime's own."""
         return None
 
-    def trim(self) -> None:  # noqa: B027 - an allocator that gives memory back needs no telling
+    def trim(self) -> None:  # noqa: B027 - an allocator that gives memory back by itself needs none
         """Hands back to the system what the backend's allocator keeps of memory that was freed."""
 
     def host_buffer(self, size_bytes: int) -> memoryview:
@@ -321,10 +321,10 @@ class Device(ABC):
         """What is held and free here, for an out-of-memory message; says less where the device cannot be asked."""
         try:
             free = self.memory().free_bytes
-        except Exception:  # noqa: BLE001 - the error that is being told matters more than this figure
+        except Exception:  # noqa: BLE001 - the error that is being reported matters more than this figure
             free = None
-        told = "unknown" if free is None else f"{free} bytes"
-        return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {told}."
+        shown = "unknown" if free is None else f"{free} bytes"
+        return f"Allocations hold {self._allocated_bytes} bytes in {self._buffer_count} buffers; free: {shown}."
 
 
 def _matches(patterns: Sequence[str], text: str) -> bool:

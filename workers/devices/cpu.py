@@ -8,14 +8,14 @@ import platform
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
 from device_operations.errors import failure
 from workers.devices.adapters.inventory import Found
-from workers.devices.arrays import DTYPES, Array
+from workers.devices.arrays import DTYPES, Array, Storage
 from workers.devices.base import Device
 from workers.devices.libraries import installed
 from workers.devices.values import Description, Provider, Reading
@@ -29,7 +29,7 @@ _TRIM_BYTES = range(1 << 20, 33 << 20)
 
 
 class CpuDevice(Device):
-    """The host's processors as one device; `ordinal` tells several workers on one machine apart and nothing else."""
+    """The host's processors as one device; `ordinal` only distinguishes workers on one machine."""
 
     backend = "cpu"
     host_memory = True
@@ -78,7 +78,7 @@ class CpuDevice(Device):
     def _allocate(self, size_bytes: int) -> Array:
         free = _limits()[1]
         if size_bytes > free:
-            # Linux promises memory that it does not have, and then kills whoever touches it.
+            # Linux promises memory that it does not have, and then kills the process that touches it.
             raise failure(
                 "out_of_memory",
                 f"{self} has {free} bytes free, and {size_bytes} were asked. Free allocations or unload models.",
@@ -106,7 +106,7 @@ class CpuDevice(Device):
 
         return torch.from_numpy(storage)
 
-    def _address(self, storage: Any) -> int:
+    def _address(self, storage: Storage) -> int:
         return int(storage.ctypes.data)
 
     def trim(self) -> None:

@@ -18,12 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from device_operations.errors import OperationError, failure
 from workers.devices.adapters import nvml
 from workers.devices.adapters.inventory import Found
-from workers.devices.arrays import DTYPES, BufferView
+from workers.devices.arrays import DTYPES, Array, BufferView, Storage
 from workers.devices.libraries import installed, tidy
 from workers.devices.torch_memory import TorchDevice, host_tensor
 from workers.devices.values import Description, Provider, Reading
@@ -216,7 +214,7 @@ class CudaDevice(TorchDevice):
         source = torch.as_tensor(CudaBytes(value.data_ptr(), view.size_bytes), device=self.torch_device())
         self._guard(lambda: self._copy(view.buffer.storage, view.offset, source, 0, view.size_bytes), "copy an output")
 
-    def _address(self, storage: Any) -> int:
+    def _address(self, storage: Storage) -> int:
         return int(storage.data_ptr())
 
     def _released(self, freed_bytes: int) -> None:
@@ -339,5 +337,5 @@ def _preload() -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.numpy()
+    array: Array = tensor.numpy()
     return array.data

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from workers.devices.arrays import Array
+from workers.devices.onnx.tensors import RuntimeValue
 from workers.devices.transfers import TensorTransfers
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class PinnedTransfers(TensorTransfers):
         self._stream = stream
         self._inputs: dict[str, torch.Tensor] = {}
         self._began, self._ended = _timer(), _timer()
-        # Makes the context that torch and ONNX Runtime share, where nobody has yet.
+        # Makes the context that torch and ONNX Runtime share, if it does not exist yet.
         torch.empty(1, device=device)
         self._driver = _CudaDriver(device.index or 0, stream.cuda_stream)
 
@@ -65,7 +66,7 @@ class PinnedTransfers(TensorTransfers):
     def end(self) -> None:
         self._ended.record(self._stream)
 
-    def fetch(self, values: Sequence[tuple[Any, str]]) -> list[Array]:
+    def fetch(self, values: Sequence[tuple[RuntimeValue, str]]) -> list[Array]:
         arrays = [self._coming(value, np.dtype(dtype)) for value, dtype in values]
         self._stream.synchronize()
         return arrays
@@ -76,7 +77,7 @@ class PinnedTransfers(TensorTransfers):
     def close(self) -> None:
         self._inputs.clear()
 
-    def _coming(self, value: Any, dtype: np.dtype[Any]) -> Array:
+    def _coming(self, value: RuntimeValue, dtype: np.dtype[Any]) -> Array:
         shape = tuple(value.shape())
         size = dtype.itemsize * math.prod(shape)
         if not size:

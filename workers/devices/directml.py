@@ -99,15 +99,15 @@ class DirectMLDevice(TorchDevice):
         )
 
     def memory(self) -> Reading:
-        """Windows tells what this process may have and has; what other processes use it does not tell."""
-        told = dxgi.video_memory(self._adapter.index)
-        if told is None:
+        """Windows reports this process's budget and use, not what other processes use."""
+        reported = dxgi.video_memory(self._adapter.index)
+        if reported is None:
             return Reading(total_bytes=self._total_bytes)
         return Reading(
             total_bytes=self._total_bytes,
-            free_bytes=max(0, told.budget_bytes - told.usage_bytes),
-            process_bytes=told.usage_bytes,
-            budget_bytes=told.budget_bytes,
+            free_bytes=max(0, reported.budget_bytes - reported.usage_bytes),
+            process_bytes=reported.usage_bytes,
+            budget_bytes=reported.budget_bytes,
         )
 
     def provider(self) -> Provider:
@@ -198,8 +198,8 @@ class DirectMLDevice(TorchDevice):
     @cached_property
     def _total_bytes(self) -> int | None:
         """An adapter's own memory; where it shares the processor's, what Windows lets a process have of that."""
-        told = dxgi.video_memory(self._adapter.index)
-        return max(self._adapter.dedicated_bytes, told.budget_bytes if told else 0) or None
+        reported = dxgi.video_memory(self._adapter.index)
+        return max(self._adapter.dedicated_bytes, reported.budget_bytes if reported else 0) or None
 
 
 def found() -> list[Found]:

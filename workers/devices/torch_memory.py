@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workers.devices.arrays import Array
+from workers.devices.arrays import Array, Storage
 from workers.devices.base import Device
 
 if TYPE_CHECKING:
     import torch
 
-#: A move within one buffer goes block by block, so that it needs this much memory beside the buffer and no more.
+#: A move within one buffer goes block by block, so that it needs no more than this beyond the buffer.
 _MOVE_BYTES = 64 << 20
 
 
@@ -51,7 +51,7 @@ class TorchDevice(Device):
     def _read(self, storage: torch.Tensor, offset: int, into: memoryview) -> None:
         host_tensor(into).copy_(storage[offset : offset + len(into)])
 
-    def _as_tensor(self, storage: Any) -> torch.Tensor:
+    def _as_tensor(self, storage: Storage) -> torch.Tensor:
         tensor: torch.Tensor = storage
         return tensor
 

@@ -1,4 +1,4 @@
-"""How a model's tensors move between the host's arrays and a device whose runs bind addresses, beside its runs.
+"""How a model's tensors move between the host's arrays and a device whose runs bind addresses, separate from its runs.
 
 A backend that does this faster than ONNX Runtime does it by itself gives each model one of these; the others give none,
 and ONNX Runtime takes arrays and gives arrays.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 from workers.devices.arrays import Array
+from workers.devices.onnx.tensors import RuntimeValue
 
 
 class TensorTransfers(ABC):
@@ -35,7 +35,7 @@ class TensorTransfers(ABC):
         """Notes on the device's own clock that the graph is over."""
 
     @abstractmethod
-    def fetch(self, values: Sequence[tuple[Any, str]]) -> list[Array]:
+    def fetch(self, values: Sequence[tuple[RuntimeValue, str]]) -> list[Array]:
         """The values (`onnxruntime.OrtValue` on the device, dtype) as arrays of the host, once all are there.
 
         Each array owns its memory: it stays as it is through later runs.

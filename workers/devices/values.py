@@ -1,4 +1,4 @@
-"""What the device layer is told and tells: a device's facts and figures, how a model is to be loaded and driven."""
+"""The values of the device layer's interface: a device's facts and figures, how a model is to be loaded and run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a device is. `total_bytes` and `driver` are None where the backend cannot tell."""
+    """What a device is. `total_bytes` and `driver` are None if the backend cannot say."""
 
     backend: str
     ordinal: int
@@ -25,7 +25,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a device's memory stands now, in bytes; None is "cannot be told" and never stands for 0.
+    """How a device's memory stands now, in bytes; None is "not measurable" and never stands for 0.
 
     `used_bytes` counts every process, `process_bytes` this one alone; `budget_bytes` is what the operating system lets
     this process have; `busy_share` is the device's utilisation from 0 to 1.

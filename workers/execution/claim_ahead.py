@@ -1,12 +1,12 @@
-"""Claiming ahead: while one batch of runs is on the device, the next whole ones are claimed on a thread beside.
+"""Claiming ahead: while one batch of runs is on the device, the next whole batches are claimed on another thread.
 
     device     run ────────────────▶ end, take ─▶ run, take ─▶ run
-    beside        whole batches? ─▶ claim ──┘
+    other         whole batches? ─▶ claim ──┘
 
 Those of the model that runs are claimed together, as many as keep the device for a few hundredths of a second, and what
 came with their requests is read there too. Only whole batches, so that none is claimed before those that would join it
-have come; and none while what runs may make something more urgent eligible. Whatever is more urgent by the time the
-device is free goes first all the same.
+have come; and none while what runs may make something more urgent eligible. An entry that is more
+urgent by the time the device is free still goes first.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
@@ -17,10 +17,16 @@ from tasks.jobs.lifecycle import Outcome
 from tasks.statements import Row
 from workers.devices.libraries import tidy
 from workers.devices.onnx.session import Cancel
+from workers.devices.onnx.tensors import Feed
 from workers.execution.scheduler import Entry
+from workers.json_types import JsonObject, StoredRequest
 
 if TYPE_CHECKING:
     from workers.devices.base import Device
+
+
+#: How far a long job is, as its caller sees it.
+ProgressFacts: TypeAlias = JsonObject
 
 
 @dataclass(slots=True, eq=False)
@@ -29,11 +35,11 @@ class ClaimedJob:
 
     entry: Entry
     row: Row
-    request: dict[str, Any]
+    request: StoredRequest
     cancel: Cancel = field(default_factory=Cancel)
     deadline: float | None = None
     #: The inputs, where they were read while another job had the device.
-    feeds: dict[str, Any] | None = None
+    feeds: dict[str, Feed] | None = None
     started: float = field(default_factory=time.perf_counter)
     #: When the job was claimed, by the database's clock, where that was ahead of the device; and by this process's.
     ahead: datetime | None = None
@@ -53,16 +59,16 @@ class ClaimedJob:
         """Milliseconds since the job got the device."""
         return round((time.perf_counter() - self.started) * 1000, 3)
 
-    def succeeded(self, result: dict[str, Any], *, device_ms: float | None = None, **facts: Any) -> Outcome:
+    def succeeded(self, result: JsonObject, *, device_ms: float | None = None, **facts: object) -> Outcome:
         """The outcome of a job that did what it was asked."""
         took = self.elapsed_ms() if device_ms is None else device_ms
         return Outcome(self.job_id, State.SUCCEEDED, result=result, device_ms=took, facts=facts)
 
-    def withdrawn(self, state: State, error: dict[str, Any]) -> Outcome:
+    def withdrawn(self, state: State, error: JsonObject) -> Outcome:
         """The outcome of a job that the device never began."""
         return Outcome(self.job_id, state, error=error)
 
-    def failed(self, error: OperationError, **facts: Any) -> Outcome:
+    def failed(self, error: OperationError, **facts: object) -> Outcome:
         """The outcome of a job that failed; being cancelled is an outcome of its own."""
         state = State.CANCELLED if error.code == "cancelled" else State.FAILED
         return Outcome(self.job_id, state, error=error.as_job_error(), device_ms=self.elapsed_ms(), facts=facts)
@@ -72,14 +78,14 @@ class ClaimedJob:
 class Progress:
     """What a long job yields between two steps: the scheduler may run something more urgent before it goes on."""
 
-    told: dict[str, Any] | None = None
+    facts: ProgressFacts | None = None
     #: Whether it is reported even if another was a moment ago: it has what no later one has.
     always: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """What a job that goes on without the device returns: `finish` gives its outcome, on a thread beside.
+    """What a job that goes on without the device returns: `finish` gives its outcome, on a background thread.
 
     Jobs that wait their turn on `resource_id` may begin meanwhile.
     """
@@ -99,12 +105,15 @@ class PlaceReleased:
     resource_id: str
 
 
-#: An operation that gives the device away between its steps, and its outcome at the end.
-Steps = Generator[Progress, None, Outcome | PlaceReleased | Detached]
+#: What a job gives that is done with the device.
+Performed: TypeAlias = Outcome | PlaceReleased | Detached
+
+#: An operation that gives the device away between its steps, and what it gives at its end.
+Steps: TypeAlias = Generator[Progress, None, Performed]
 
 
 def named(error: BaseException, device: Device | None = None) -> OperationError:
-    """Any exception as one with a code. What neither `device` nor anybody before it named is an `internal_error`."""
+    """Any exception as one with a code. One that has no class of its own is an `internal_error`."""
     if isinstance(error, OperationError):
         return error
     if isinstance(error, MemoryError):
@@ -121,9 +130,9 @@ def clear_calls(error: BaseException, device: Device) -> None:
 
     torch's error of CUDA's memory outlived its job, and with it all that had filled the device.
     """
-    told: BaseException | None = error
-    while told is not None:
-        traceback.clear_frames(told.__traceback__)
-        told = told.__cause__ or told.__context__
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
     gc.collect()
     device.trim()

@@ -3,7 +3,7 @@
     add ─▶ waiting ─▶ begin ─▶ begun ─▶ discard
               └─▶ withdraw: cancelled, or past its expiry; the device never begins with it
 
-Either the device begins with a job or somebody withdraws it, never both: one lock decides.
+Either the device begins with a job or it is withdrawn, never both: one lock decides.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _is_overdue(work: ClaimedJob) -> bool:
 
 
 def _note_start(work: ClaimedJob) -> None:
-    """The job's row as it is from now on: what the record is told with the end, or before, if that takes long."""
+    """The job's row as it is from now on: what is recorded with its end, or earlier if it runs long."""
     assert work.ahead is not None
     waited = timedelta(seconds=time.perf_counter() - work.claimed)
     work.row["state"] = State.RUNNING.value

@@ -1,58 +1,56 @@
-"""Prefetch: how jobs come into the scheduler, from Celery's messages and from the records themselves.
+"""Prefetch: brings jobs into the scheduler before the device needs them, from messages and from the records.
 
-message of a gateway ──────────────▶ entry (its header says all that the scheduler needs)
-message of a direct caller ─▶ plan, record ─▶ entry, or on to the device that holds what it names
-a row that waits and is not here ──▶ published again
+    message of a gateway ──────────▶ entry (its header has all that the scheduler needs)
+    message of a direct caller ────▶ `workers.celery_bridge.direct`, which plans and records it ─▶ entry
+    an orphan: a row that waits without being here ─▶ published again, later taken from the record
+
+It also gives back what could not be claimed, watches predecessors on other devices, and takes work for any device while
+the scheduler is empty.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any
 
 import redis
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from device_operations.errors import OperationError, failure
-from device_operations.jobs import CLAIMABLE, TASK_PREFIX, TERMINAL, Kind, State
-from device_operations.requests.base import JobOptions
-from device_operations.requests.kinds import parse
+from device_operations.jobs import CLAIMABLE, TERMINAL, State
 from tasks.app import PREFETCH
 from tasks.celery_bridge.outbox import Outbox
-from tasks.celery_bridge.previous import filled
 from tasks.database import is_disconnect, until_reachable
-from tasks.jobs import lifecycle, store, submit
-from tasks.jobs.store import Ending, NewJob
+from tasks.jobs import lifecycle, store
+from tasks.jobs.store import Ending
 from tasks.planning.context import Context
-from tasks.planning.planner import plan
 from tasks.redis.key_types import with_types
-from tasks.redis.messages import RecordedMessage, reason, unstorable
+from tasks.redis.messages import RecordedMessage
 from tasks.redis.publish import Publisher
 from tasks.redis.queues import ANY_QUEUE, NOTED, device_queue, redis_keys
-from tasks.statements import Row, transaction
+from tasks.statements import Row
+from workers.celery_bridge.direct import DirectCallers
 from workers.celery_bridge.pool import Handle, Note
+from workers.celery_bridge.replies import CeleryReplies
 from workers.celery_bridge.revoked import Revoked
 from workers.execution.completer import Completer
-from workers.execution.scheduler import Entry, Scheduler
+from workers.execution.scheduler import Entry, MessageHandle, Scheduler
+from workers.json_types import StoredRequest
 from workers.operations import SPECS
 from workers.resident.residents import Resident
 
 log = structlog.get_logger(__name__)
 
-#: Seconds after which a row that waits and is not in the scheduler is looked for, and how many are published at once.
+#: Age in seconds of a row from which it counts as an orphan if it is not in the scheduler, and how many are published
+#: at once.
 ORPHAN_AGE_SECONDS = 2.0
 ORPHANS_AT_ONCE = 500
 
-#: How often such a row is published in a row before it is taken from the record: its message may be unreadable.
+#: How often an orphan is published before it is taken from the record: its message may be unreadable.
 REPUBLISHED_TIMES = 3
 
-#: Seconds between two looks at predecessors that run elsewhere: short at first, longer while nothing happens.
+#: Seconds between two looks at predecessors on other devices: short at first, longer while none ends.
 FOREIGN_SECONDS = (0.02, 0.25)
 
 
@@ -75,38 +73,39 @@ class Prefetch:
         self._scheduler = scheduler
         self._completer = completer
         self._resident = resident
-        self._context = context
         self._engine = engine
         self._publisher = publisher
         self._redis = client
-        self._revoked = revoked
         self._outbox = outbox
         self._is_draining = is_draining
-        self._direct: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
+        self._replies = CeleryReplies(outbox)
+        self._direct = DirectCallers(
+            resident.device_id, context, engine, publisher, revoked, self._replies, self._admit_row
+        )
         self._delivered: dict[int, int] = {}
         self._published_again: dict[str, int] = {}
         self._stopping = threading.Event()
         self._threads = [
-            threading.Thread(target=self._record_direct, name="direct", daemon=True),
-            threading.Thread(target=self._watch_elsewhere, name="elsewhere", daemon=True),
+            threading.Thread(target=self._watch_predecessors, name="predecessors", daemon=True),
             threading.Thread(target=self._take_any, name="any", daemon=True),
         ]
 
     def start(self) -> None:
-        """Begins to record direct messages, to watch predecessors elsewhere, and to take work for any device."""
+        """Begins to record direct messages, to watch predecessors on other devices, and to take work for any device."""
+        self._direct.start()
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Takes nothing more in."""
         self._stopping.set()
-        self._direct.put(None)
+        self._direct.stop()
 
     # ---- messages
 
     def receive(self, handle: Handle) -> None:
         """A direct caller's message, on Celery's own thread: nothing here waits."""
-        self._direct.put(handle)
+        self._direct.receive(handle)
 
     def receive_recorded(self, message: RecordedMessage) -> None:
         """A recorded job's message, on Celery's own thread: nothing here waits."""
@@ -117,19 +116,21 @@ class Prefetch:
         self._admit(entry)
 
     def report_unknown(self, job_id: str, task: str) -> None:
-        """A direct caller's task that none here is: Celery is given its failure, unless the id is a job's."""
+        """A direct caller's task whose name no kind has: Celery is given its failure, unless the id is a job's."""
 
         def report() -> None:
             with self._engine.connect() as connection:
                 known = store.get(connection, job_id)
             if known is None:
-                self._completer.report_unknown(job_id, task)
+                self._replies.unknown(job_id, task)
 
         self._completer.note(report)
 
-    def _entry(
-        self, job_id: str, kind: str, request: dict[str, Any], noted: dict[str, Any], handle: Handle | Note | None
-    ) -> Entry:
+    def _admit_row(self, row: Row, request: StoredRequest, handle: MessageHandle | None) -> None:
+        """A recorded job, with its message if it came with one."""
+        self._admit(self._entry(row["id"], row["kind"], request, row, handle))
+
+    def _entry(self, job_id: str, kind: str, request: StoredRequest, noted: Row, handle: MessageHandle | None) -> Entry:
         entry = Entry(
             job_id=job_id,
             kind=kind,
@@ -146,7 +147,7 @@ class Prefetch:
             entry.batch_key, entry.batch_limit, entry.batch_delay_seconds = None, 1, 0.0
         return entry
 
-    def _join(self, entry: Entry, request: dict[str, Any]) -> None:
+    def _join(self, entry: Entry, request: StoredRequest) -> None:
         """Notes with which others the entry may run."""
         spec = SPECS.get(entry.kind)
         if spec is not None and spec.join is not None:
@@ -161,147 +162,10 @@ class Prefetch:
         if entry.after and entry.handle is not None:
             entry.handle.park()
 
-    # ---- direct callers
-
-    def _record_direct(self) -> None:
-        while True:
-            handle = self._direct.get()
-            if handle is None or self._stopping.is_set():
-                return
-            try:
-                until_reachable(lambda handle=handle: self._take_direct(handle), stop=self._stopping.is_set)  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001 - one message's failure is not the next one's
-                if _may_pass(error):
-                    # Not acknowledged: the next worker is given it again.
-                    log.error("a direct message could not be recorded", job_id=handle.job_id, error=reason(error))
-                else:
-                    log.error("a direct message cannot be recorded", job_id=handle.job_id, error=reason(error))
-                    handle.dropped()
-
-    def _take_direct(self, handle: Handle) -> None:
-        kind = Kind(handle.task_name.removeprefix(TASK_PREFIX))
-        with self._engine.connect() as connection:
-            known = store.get(connection, handle.job_id)
-        if known is not None:
-            self._meet_again(known, handle)
-            return
-        if self._is_over(kind, handle):
-            return
-        try:
-            rows, request = self._plan_direct(kind, handle)
-        except OperationError as error:
-            self._refuse(kind, handle, error)
-            return
-        except Exception as error:
-            if _may_pass(error):
-                raise
-            log.error("a direct caller's request cannot be recorded", job_id=handle.job_id, error=reason(error))
-            unrecorded = failure("internal_error", f"the request cannot be recorded: {type(error).__name__}")
-            self._refuse(kind, handle, unrecorded)
-            return
-        row = rows[0]
-        if row["id"] in self._revoked:
-            # Revoked since it was asked for above, when no job was there to be cancelled.
-            self._revoked.cancel([row["id"]])
-        if row["device_id"] != self._resident.device_id and row["state"] == State.QUEUED:
-            self._publisher.jobs([(row, request)])
-            handle.dropped()
-        elif row["state"] == State.QUEUED:
-            self._admit(self._entry(row["id"], row["kind"], request, row, handle))
-        elif row["state"] in TERMINAL:
-            lifecycle.announce(self._publisher, [row])
-            self._completer.tell_celery(row, handle)
-        else:
-            handle.dropped()
-
-    def _plan_direct(self, kind: Kind, handle: Handle) -> tuple[list[Row], dict[str, Any]]:
-        args, kwargs = handle.payload()
-        why = unstorable([args, kwargs])
-        if why is not None:
-            raise failure("validation_failed", f"the arguments cannot be stored: {why}")
-        if set(kwargs) - {"request", "job"} or not isinstance(kwargs.get("request"), dict):
-            given = [*(["positional arguments"] if args else []), *sorted(name[:50] for name in kwargs)[:10]]
-            raise failure(
-                "validation_failed",
-                f"a task takes kwargs={{'request': {{…}}}} and maybe 'job', both objects; given: {given or 'none'}",
-            )
-        body = filled(kwargs["request"], args)
-        options = kwargs.get("job", body.pop("job", None)) or {}
-        if not isinstance(options, dict):
-            raise failure("validation_failed", "job is not an object")
-        options = {**_options(handle), **options}
-        request = parse(kind, {**body, "job": options})
-        # Whoever reaches Redis is fully trusted (documented so): a direct caller may act for any owner.
-        owner = JobOptions.model_validate(options).owner or self._context.owner
-        context = Context(
-            self._context.engine, self._context.settings, self._context.directory, self._context.blobs, owner,
-            admin=True, device_id=self._resident.device_id, celery=handle.owed(),
-        )  # fmt: skip
-        made = plan(context, kind, request, handle.job_id)
-        made = replace(made, job=_at_its_time(made.job, handle))
-        return self._record(made), made.job.request
-
-    def _record(self, made: submit.Plan) -> list[Row]:
-        with transaction(self._engine) as connection:
-            rows = submit.record(connection, [made])
-            if rows[0]["id"] != made.job.id:
-                # Over HTTP the caller is given the earlier job; a task has an id and a result of its own.
-                raise failure("allocation_exists", f"job {rows[0]['id']} does this already; wait for that one")
-            return rows
-
-    def _is_over(self, kind: Kind, handle: Handle) -> bool:
-        """Whether a direct caller's task was revoked, or expired, before it came; then that is what is recorded."""
-        expires_in = _seconds_until(handle.header("expires"))
-        if handle.job_id in self._revoked or self._revoked.is_stamped(handle.header("stamps")):
-            self._record_ended(kind, handle, State.CANCELLED, lifecycle.CANCELLED)
-        elif expires_in is not None and expires_in <= 0:
-            self._record_ended(kind, handle, State.EXPIRED, lifecycle.expired_on_receipt(-expires_in), expires_in)
-        else:
-            return False
-        return True
-
-    def _refuse(self, kind: Kind, handle: Handle, error: OperationError) -> None:
-        """A direct caller's request that does not fit is a failed job, not a lost one."""
-        self._record_ended(kind, handle, State.FAILED, error.as_job_error())
-
-    def _record_ended(
-        self,
-        kind: Kind,
-        handle: Handle,
-        state: State,
-        error: dict[str, Any],
-        expires_in_seconds: float | None = None,
-    ) -> None:
-        ended = NewJob(
-            id=handle.job_id, kind=kind.value, device_id=self._resident.device_id,
-            queue=device_queue(self._resident.device_id), request={}, owner=self._context.owner,
-            state=state.value, error=error, celery=handle.owed(), expires_in_seconds=expires_in_seconds,
-        )  # fmt: skip
-        with self._engine.connect() as connection:
-            rows = store.insert(connection, [ended])
-        for row in rows:
-            lifecycle.announce(self._publisher, [row])
-            self._completer.tell_celery(row, handle)
-        if not rows:
-            handle.dropped()
-
-    def _meet_again(self, row: Row, handle: Handle) -> None:
-        """A message whose job is recorded: the record's request counts, whatever the message says."""
-        if row["state"] in TERMINAL:
-            self._completer.tell_celery_again(row, handle)
-        elif (
-            row["device_id"] == self._resident.device_id
-            and row["state"] in (State.QUEUED, State.RESERVED)
-            and not store.is_claimed(row)
-        ):
-            with self._engine.connect() as connection:
-                request = store.request_of(connection, row["id"]) or {}
-            self._admit(self._entry(row["id"], row["kind"], request, row, handle))
-        else:
-            handle.dropped()
+    # ---- jobs that could not be claimed
 
     def unclaimed(self, entries: list[Entry]) -> None:
-        """Entries whose claim gave nothing: ended, asked to be cancelled, expired, or somebody else's."""
+        """Entries whose claim gave nothing: ended, asked to be cancelled, expired, or claimed by another worker."""
 
         def find_out() -> None:
             with self._engine.connect() as connection:
@@ -330,7 +194,7 @@ class Prefetch:
             for entry in entries:
                 found = by_id.get(entry.job_id)
                 if found is not None and found["state"] in TERMINAL:
-                    self._completer.tell_celery(found, entry.handle)
+                    self._replies.ended(found, entry.handle)
                 elif entry.handle is not None:
                     entry.handle.dropped()
 
@@ -374,10 +238,10 @@ class Prefetch:
         if by_record and self._scheduler.eligible < PREFETCH:
             log.warning("taken from the record: their messages do not arrive", jobs=len(by_record))
             for row in by_record:
-                self._admit(self._entry(row["id"], row["kind"], row["request"], row, None))
+                self._admit_row(row, row["request"], None)
         self._published_again = times
 
-    def _watch_elsewhere(self) -> None:
+    def _watch_predecessors(self) -> None:
         """Looks at predecessors that are not here, while entries wait for any."""
         wait_seconds = FOREIGN_SECONDS[0]
         while not self._stopping.wait(wait_seconds):
@@ -406,7 +270,7 @@ class Prefetch:
         sources = redis_keys(ANY_QUEUE)
         targets = redis_keys(device_queue(self._resident.device_id))
 
-        def move() -> Any:
+        def move() -> object:
             for source, target in zip(sources, targets, strict=True):
                 moved = self._redis.lmove(source, target, "RIGHT", "LEFT")
                 if moved is not None:
@@ -426,36 +290,3 @@ class Prefetch:
             except redis.RedisError as error:
                 log.warning("the queue for any device cannot be read", error=str(error))
                 self._stopping.wait(1.0)
-
-
-def _options(handle: Handle) -> dict[str, Any]:
-    """The options of a job that a Celery message says in its own way."""
-    options: dict[str, Any] = {}
-    if handle.priority is not None:
-        options["priority"] = handle.priority
-    limits = [limit for limit in handle.header("timelimit") or () if limit]
-    if limits:
-        options["timeout_seconds"] = min(limits)
-    return options
-
-
-def _at_its_time(job: NewJob, handle: Handle) -> NewJob:
-    """The job, not before the message's ETA and not after its expiry, where it has such."""
-    delay, expires_in = _seconds_until(handle.header("eta")), _seconds_until(handle.header("expires"))
-    if delay is not None and delay > 0:
-        job = replace(job, state=State.SCHEDULED.value, delay_seconds=delay)
-    return job if expires_in is None else replace(job, expires_in_seconds=expires_in)
-
-
-def _seconds_until(time: str | None) -> float | None:
-    """Seconds from now until a time as Celery writes it, negative if it is past. One without a zone is in UTC."""
-    if time is None:
-        return None
-    at = datetime.fromisoformat(time)
-    return ((at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether what failed at the database may succeed later: it was away, busy, or ended the statement."""
-    code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
-    return is_disconnect(error) or (isinstance(error, OperationalError) and code[:2] in ("40", "55", "57", "58"))

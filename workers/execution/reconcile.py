@@ -24,7 +24,7 @@ UNHELD_SECONDS = 5.0
 
 
 class Reconciler:
-    """One worker's. `is_held` says whether the worker has a job; `announce` tells what became of those given up."""
+    """One worker's. `is_held` says whether the worker has a job; `announce` announces what became of those given up."""
 
     def __init__(
         self,

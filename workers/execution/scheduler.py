@@ -15,15 +15,33 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
+
+from workers.json_types import JobView
 
 #: Ended jobs that are remembered, so that a successor admitted later does not need to ask for them.
 REMEMBERED = 20_000
 
 
+class MessageHandle(Protocol):
+    """The message that a job came with, by which Celery learns what became of it."""
+
+    def park(self) -> None:
+        """The job waits for another one: the message's slot is freed."""
+
+    def started(self, at: float) -> None:
+        """The device began the job `at`, by the monotonic clock."""
+
+    def ended(self, view: JobView) -> None:
+        """The job's end is recorded; `view` is the job as callers see it."""
+
+    def dropped(self) -> None:
+        """The message was a duplicate, or another worker has its job: nothing is reported."""
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One job in the scheduler. `handle` is what Celery is told through; None for jobs that came without a message."""
+    """One job in the scheduler. `handle` is None for a job that came without a message."""
 
     job_id: str
     kind: str
@@ -35,7 +53,7 @@ class Entry:
     batch_limit: int = 1
     #: How long after its admission a run may wait for others to join it.
     batch_delay_seconds: float = 0.0
-    handle: Any = None
+    handle: MessageHandle | None = None
     admitted_at: float = field(default_factory=time.monotonic)
     effective: int = -1
     reserved: bool = False
@@ -129,7 +147,7 @@ class Scheduler:
     ) -> list[list[Entry]]:
         """What is to run next, once it is a whole batch of one of `kinds`; at most `limit` of those that need `needs`.
 
-        Waits for the first as long as `go_on` says so. For whoever prepares them while something else runs: what runs
+        Waits for the first as long as `go_on` says so. For preparing them while something else runs: that
         may make something more urgent eligible, and then this gives nothing.
         """
         batches: list[list[Entry]] = []

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from device_operations.jobs import Kind
 from tasks.jobs.lifecycle import Outcome
 from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Steps
 from workers.execution.scheduler import Entry
-from workers.operations import inference, memory
+from workers.json_types import JsonObject
+from workers.operations import allocations, inference, memory, models, reading
 from workers.resident.residents import Resident
 
 Operation = Callable[[Resident, ClaimedJob], Outcome | PlaceReleased | Detached | Steps]
@@ -25,7 +25,7 @@ Operation = Callable[[Resident, ClaimedJob], Outcome | PlaceReleased | Detached 
 JoinedOperation = Callable[[Resident, list[ClaimedJob]], list[Outcome]]
 
 #: Notes in an entry with which others it may run, from its request.
-Join = Callable[[Resident, Entry, dict[str, Any]], None]
+Join = Callable[[Resident, Entry, JsonObject], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +40,24 @@ class OperationSpec:
 def _training(name: str) -> OperationSpec:
     """An operation on a training session. The first one loads torch, for which no other kind of job needs to wait."""
 
-    def run(resident: Resident, work: ClaimedJob) -> Any:
-        return getattr(importlib.import_module("workers.operations.training.jobs"), name)(resident, work)
+    def run(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Detached | Steps:
+        operation: Operation = getattr(importlib.import_module("workers.operations.training.jobs"), name)
+        return operation(resident, work)
 
     return OperationSpec(run)
 
 
 SPECS: dict[str, OperationSpec] = {
-    Kind.MEMORY_ALLOCATE: OperationSpec(memory.allocate, memory.allocate_batch, memory.join_small),
-    Kind.MEMORY_DEALLOCATE: OperationSpec(memory.deallocate, memory.deallocate_batch, memory.join_all),
+    Kind.MEMORY_ALLOCATE: OperationSpec(allocations.allocate, allocations.allocate_batch, allocations.join_small),
+    Kind.MEMORY_DEALLOCATE: OperationSpec(allocations.deallocate, allocations.deallocate_batch, allocations.join_all),
     Kind.MEMORY_COPY: OperationSpec(memory.copy),
     Kind.MEMORY_CLEAR: OperationSpec(memory.clear),
     Kind.MEMORY_WRITE: OperationSpec(memory.write),
-    Kind.MEMORY_READ: OperationSpec(memory.read),
-    Kind.INFERENCE_LOAD_MODEL: OperationSpec(inference.load_model),
+    Kind.MEMORY_READ: OperationSpec(reading.read),
+    Kind.INFERENCE_LOAD_MODEL: OperationSpec(models.load_model),
     Kind.INFERENCE_RUN: OperationSpec(inference.run, inference.run_batch, inference.join),
-    Kind.INFERENCE_UNLOAD_MODEL: OperationSpec(inference.unload_model),
-    Kind.INFERENCE_CLOSE_SESSION: OperationSpec(inference.close_session),
+    Kind.INFERENCE_UNLOAD_MODEL: OperationSpec(models.unload_model),
+    Kind.INFERENCE_CLOSE_SESSION: OperationSpec(models.close_session),
     Kind.TRAINING_INITIALIZE: _training("initialize"),
     Kind.TRAINING_STEP: _training("step"),
     Kind.TRAINING_CHECKPOINT: _training("checkpoint"),

@@ -1,34 +1,36 @@
-"""What loading, running and unloading models do on the device."""
+"""What running models does on the device: runs of one batch together, runs of a session, and their results."""
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
+import onnxruntime as ort
 import structlog
 
 from device_operations.errors import OperationError, failure
-from tasks.inference import models as store
-from tasks.inference.residents import no_model
 from tasks.jobs.lifecycle import Outcome
-from workers.devices.arrays import BufferView
+from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.session import Over
-from workers.devices.onnx.tensors import Feed, Kept
+from workers.devices.onnx.tensors import Feed, Fetched
 from workers.execution.claimed_job import ClaimedJob, Steps, named
 from workers.execution.scheduler import Entry
+from workers.json_types import JsonObject, StoredRequest
 from workers.operations import pipelines
-from workers.operations.tensors import feed, give, hand_over, staged_bytes, view
-from workers.resident.models import close, facts, open_model, revive
+from workers.operations.models import missing_model
+from workers.operations.tensors import give, hand_over, read_feeds, staged_bytes, view
 from workers.resident.residents import Resident, ResidentModel
-from workers.resident.sessions import fed_by, left_by, session_of
+from workers.resident.sessions import begun_session, fed_by, left_by
+from workers.stored_tensors import InBase64, InTransient, decode_place, decode_tensor
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 Feeds = dict[str, Feed]
 
@@ -41,57 +43,13 @@ class Took:
     """How long a run, or the batch that it was part of, had the device.
 
     `device_ms` counts from the moment all inputs are together on the host until all outputs are: transfers and graph.
-    `graph_ms` is the graph alone by the device's own clock, where the backend tells it. `staged_bytes` went through
+    `graph_ms` is the graph alone by the device's own clock, if the backend measures it. `staged_bytes` went through
     the host for the sake of buffers.
     """
 
     device_ms: float
     graph_ms: float | None
     staged_bytes: int = 0
-
-
-def load_model(resident: Resident, work: ClaimedJob) -> Outcome:
-    """Makes a model resident, unless it is."""
-    model_id = work.request["model_id"]
-    row = resident.read(store.get, model_id)
-    if row is None:
-        raise failure("model_not_found", f"model {model_id} is not recorded; load it again")
-    model = resident.models.get(model_id)
-    if model is not None:
-        model.pinned = row["pinned"]
-        return work.succeeded(_loaded(resident, model))
-    if row["state"] not in ("loading", "lost"):
-        row = revive(resident, row, work.job_id, work.request.get("estimate_bytes", 0))
-    model = open_model(resident, row, work.cancel)
-    return work.succeeded(_loaded(resident, model), model=facts(model))
-
-
-def unload_model(resident: Resident, work: ClaimedJob) -> Outcome:
-    """Takes a model off the device, and says what that freed: 0 where another model uses its graph.
-
-    `recycle` ends the process where nothing else would give memory back.
-    """
-    model_id = work.request["model_id"]
-    model = resident.models.pop(model_id, None)
-    if model is None:
-        raise _missing(resident, model_id)
-    freed = close(resident, model)
-    if model.graph.content_key not in resident.graphs:
-        gc.collect()
-    returns = bool(resident.device.describe().capabilities.get("returns_memory", True))
-    result: dict[str, Any] = {"model_id": model_id, "freed_bytes": freed, "returns_memory": returns}
-    if work.request.get("recycle"):
-        resident.recycle = resident.recycle or not returns
-        result["recycles"] = not returns
-    return work.succeeded(result, freed_bytes=freed)
-
-
-def close_session(resident: Resident, work: ClaimedJob) -> Outcome:
-    """Frees a session's state."""
-    session_id = work.request["session_id"]
-    session = resident.sessions.pop(session_id, None)
-    freed = sum(value.size_bytes for value in session.state.values() if isinstance(value, Kept)) if session else 0
-    return work.succeeded({"session_id": session_id, "state_bytes": freed})
 
 
 def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
@@ -103,14 +61,14 @@ def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
     for work in works:
         if room <= 0:
             return
-        inputs = work.request.get("inputs", {}).values()
-        if inputs and all("transient_id" in tensor or tensor.get("base64") is not None for tensor in inputs):
+        places = [decode_place(tensor) for tensor in work.request.get("inputs", {}).values()]
+        if places and all(isinstance(place, InTransient | InBase64) for place in places):
             with suppress(OperationError):
                 work.feeds = _feeds(resident, work)
                 room -= sum(array.nbytes for array in work.feeds.values() if isinstance(array, np.ndarray))
 
 
-def join(resident: Resident, entry: Entry, request: dict[str, Any]) -> None:
+def join(resident: Resident, entry: Entry, request: StoredRequest) -> None:
     """Notes with which other runs a run may be joined: those of its model and shape, unless it moves a session on."""
     if request.get("session_id") or request.get("into"):
         return
@@ -137,7 +95,7 @@ def run_batch(resident: Resident, works: list[ClaimedJob]) -> list[Outcome]:
     """
     model = resident.models.get(works[0].request["model_id"])
     if model is None:
-        missing = _missing(resident, works[0].request["model_id"])
+        missing = missing_model(resident, works[0].request["model_id"])
         return [_failed(work, missing) for work in works]
     if model.pipeline is not None:
         return pipelines.run_joined(resident, model, works)
@@ -174,7 +132,7 @@ def run_batch(resident: Resident, works: list[ClaimedJob]) -> list[Outcome]:
 def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Feeds) -> Outcome:
     request = work.request
     session_id = request.get("session_id")
-    session = session_of(resident, model, session_id) if session_id else None
+    session = begun_session(resident, model, session_id) if session_id else None
     if session is not None:
         feeds = {**feeds, **fed_by(session, model, feeds)}
     into = {
@@ -185,14 +143,14 @@ def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Fe
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, request.get("outputs"), into=into, keep=keep, cancel=work.cancel)
     took = Took(_since(began), model.onnx.graph_ms, model.onnx.staged_bytes)
-    told = outputs
+    wanted = outputs
     if into or keep:
-        told = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
-        told |= {name: outputs[name] for name in into}
+        wanted = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
+        wanted |= {name: outputs[name] for name in into}
     model.device_ms = took.device_ms
-    outcome = _outcome(resident, work, told, 1, took, executions=1)
+    outcome = _outcome(resident, work, wanted, 1, took, executions=1)
     if session is not None:
-        # The state goes on only with a run whose result can be told.
+        # The state goes on only with a run whose result can be given.
         _encoded(outcome)
         session.state = left_by(session, outputs)
     return outcome
@@ -200,17 +158,17 @@ def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Fe
 
 def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[ClaimedJob, Feeds]]) -> dict[str, Outcome]:
     """One run over the rows of all works, each of which has as many."""
-    feeds: dict[str, Any] = {}
+    feeds: Feeds = {}
     rows = 0
     for name, first in fed[0][1].items():
         assert isinstance(first, np.ndarray)
         if first.ndim:
             rows = first.shape[0]
-            feeds[name] = _gathered(resident, name, [one[name] for _, one in fed])
+            feeds[name] = _gathered(resident, name, cast("list[Array]", [one[name] for _, one in fed]))
         else:
             feeds[name] = first
     works = [work for work, _ in fed]
-    together: Any = _Together(works)
+    together = _Together(works)
     began = time.perf_counter()
     outputs = model.onnx.run(feeds, works[0].request.get("outputs"), cancel=together)
     took = Took(_since(began), model.onnx.graph_ms)
@@ -226,14 +184,14 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Claime
     return outcomes
 
 
-def _gathered(resident: Resident, name: str, arrays: list[Any]) -> np.ndarray[Any, Any]:
+def _gathered(resident: Resident, name: str, arrays: list[Array]) -> Array:
     """The arrays' rows as one array: in pinned memory where the device copies fastest from there.
 
     Each input of a run has a place of its own: all of them are read by the same run.
     """
     first = arrays[0]
     if first.dtype.kind == "O" or resident.device.host_memory:
-        joined: np.ndarray[Any, Any] = np.concatenate(arrays)
+        joined: Array = np.concatenate(arrays)
         return joined
     shape = (sum(array.shape[0] for array in arrays), *first.shape[1:])
     size = first.dtype.itemsize * math.prod(shape)
@@ -250,7 +208,7 @@ class _Together:
     def __init__(self, works: Sequence[ClaimedJob]) -> None:
         self._cancels = [work.cancel for work in works]
 
-    def over(self, options: Any) -> Over:
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
         """While inside, each of the works' `trip` reaches `options`."""
         return Over(self._cancels, options)
 
@@ -262,13 +220,13 @@ def _feeds(resident: Resident, work: ClaimedJob) -> Feeds:
     work.cancel.check()
     if work.feeds is not None:
         return work.feeds
-    return {name: feed(resident, name, tensor) for name, tensor in work.request["inputs"].items()}
+    return dict(read_feeds(resident, work.request["inputs"]))
 
 
 def _outcome(
     resident: Resident,
     work: ClaimedJob,
-    outputs: dict[str, Any],
+    outputs: Mapping[str, Fetched],
     batch_size: int,
     took: Took,
     *,
@@ -280,21 +238,21 @@ def _outcome(
         {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
     )
 
-    def tell() -> dict[str, Any]:
-        result: dict[str, Any] = {
+    def serialise() -> JsonObject:
+        result: JsonObject = {
             "session_id": session_id or work.job_id,
-            "outputs": _told(resident, work, outputs),
+            "outputs": _outputs(resident, work, outputs),
             "batch_size": batch_size,
             "device_ms": round(took.device_ms, 3),
         }
         if took.graph_ms is not None:
             result["graph_ms"] = round(took.graph_ms, 3)
-        staged = took.staged_bytes + staged_bytes(work.request["inputs"])
+        staged = took.staged_bytes + staged_bytes(decode_tensor(tensor) for tensor in work.request["inputs"].values())
         if staged:
             result["staged_bytes"] = staged
         return result
 
-    outcome.pending = tell
+    outcome.pending = serialise
     return outcome
 
 
@@ -303,34 +261,29 @@ def _encoded(outcome: Outcome) -> None:
     outcome.result, outcome.pending = outcome.pending(), None
 
 
-def _told(resident: Resident, work: ClaimedJob, outputs: dict[str, Any]) -> dict[str, Any]:
+def _outputs(resident: Resident, work: ClaimedJob, outputs: Mapping[str, Fetched]) -> JsonObject:
     form = work.request.get("form", "auto")
     if form == "transient":
         return dict(hand_over(resident, outputs))
-    told: dict[str, Any] = {}
+    wanted: JsonObject = {}
     for name, value in outputs.items():
         if isinstance(value, BufferView):
             place = work.request["into"][name]
-            told[name] = {
+            wanted[name] = {
                 "dtype": value.dtype,
                 "shape": list(value.shape or ()),
                 "allocation_id": place["allocation_id"],
                 "offset": place.get("offset", 0),
             }
         else:
-            told[name] = give(resident, value, form, work.row["owner"])
-    return told
-
-
-def _loaded(resident: Resident, model: ResidentModel) -> dict[str, Any]:
-    result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
-    return result if model.pipeline is None else {**result, "pipeline": model.pipeline.about()}
+            wanted[name] = give(resident, value, form, work.row["owner"])
+    return wanted
 
 
 # ---- failing
 
 
-def _guarded(resident: Resident, work: ClaimedJob, step: Callable[[], Any]) -> Any:
+def _guarded(resident: Resident, work: ClaimedJob, step: Callable[[], T]) -> T | Outcome:
     """What `step` gives, or the outcome of a work that it failed for."""
     try:
         return step()
@@ -343,19 +296,11 @@ def _failed(work: ClaimedJob, error: OperationError) -> Outcome:
 
 
 def _known(resident: Resident, error: Exception) -> OperationError:
-    """The error with its code; the loss of the device is everybody's, and raised on."""
+    """The error with its code; the loss of the device affects all jobs, and is raised on."""
     known = named(error, resident.device)
     if known.code == "device_lost":
         raise known from error
     return known
-
-
-def _missing(resident: Resident, model_id: str) -> OperationError:
-    """Why the device does not hold a model, as its record tells."""
-    row = resident.read(store.get, model_id)
-    if row is not None and row["device_id"] == resident.device_id and row["state"] in ("loading", "loaded", "lost"):
-        return failure("model_not_found", f"{resident.device_id} does not hold model {model_id}: it is {row['state']}")
-    return no_model(model_id, row)
 
 
 def _stopped(work: ClaimedJob) -> Outcome:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,11 @@ from tasks.database import until_reachable
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import Array, BufferView
 from workers.execution.claimed_job import ClaimedJob, Detached, Steps, named
+from workers.json_types import JsonObject
 from workers.operations.tensors import feed, give, hand_over, keep
 from workers.pipelines.base import Pipeline, PixelImage, Result, RunContext
 from workers.resident.residents import Resident, ResidentModel
+from workers.stored_tensors import InBase64, InBlob, decode_place, decode_tensor
 
 #: Bytes of a picture's file; more are not read.
 MAX_PICTURE_BYTES = 64 << 20
@@ -93,16 +94,18 @@ def context(resident: Resident, model: ResidentModel, work: ClaimedJob) -> RunCo
     """What a run may reach: its own tensors and pictures, and the blobs of its job's owner."""
 
     def tensor(name: str) -> Array:
-        found = feed(resident, name, work.request[name])
+        found = feed(resident, name, decode_tensor(work.request[name]))
         if not isinstance(found, BufferView):
             return found
         flat = resident.device.read(found.buffer, found.offset, found.size_bytes)
         return np.frombuffer(flat, numpy_dtype(found.dtype or "")).reshape(found.shape or ())
 
-    def picture(place: Mapping[str, Any]) -> bytes:
-        if "base64" in place:
-            return base64.b64decode(place["base64"])
-        blob_id = place["blob_id"]
+    def picture(stored: Mapping[str, object]) -> bytes:
+        place = decode_place(stored)
+        if isinstance(place, InBase64):
+            return base64.b64decode(place.text)
+        assert isinstance(place, InBlob)
+        blob_id = place.blob_id
         about = resident.read(blob_store.get, blob_id)
         if about is None:
             raise failure("blob_not_found", f"blob {blob_id!r} has expired since the run was submitted")
@@ -122,7 +125,7 @@ def context(resident: Resident, model: ResidentModel, work: ClaimedJob) -> RunCo
 def _pending(
     resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int, *, executions: int
 ) -> Outcome:
-    """The outcome of a short run, whose result is put into words off the device's thread."""
+    """The outcome of a short run, whose result is serialised off the device's thread."""
     outcome = work.succeeded({}, device_ms=device_ms, batch_size=batch_size, executions=executions)
     outcome.pending = lambda: _result(resident, work, made, device_ms, batch_size)
     return outcome
@@ -133,21 +136,21 @@ def _outcome(resident: Resident, work: ClaimedJob, made: Result, device_ms: floa
     return work.succeeded(result, device_ms=device_ms, batch_size=batch_size, executions=1)
 
 
-def _result(resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int) -> dict[str, Any]:
+def _result(resident: Resident, work: ClaimedJob, made: Result, device_ms: float, batch_size: int) -> JsonObject:
     owner = work.row["owner"]
     form = work.request.get("form", "auto")
-    outputs: Mapping[str, Any]
+    outputs: Mapping[str, object]
     if form == "transient":  # for a request that waits: it reads the bytes and drops them
         outputs = hand_over(resident, dict(made.outputs))
     else:
         outputs = {name: give(resident, value, form, owner) for name, value in made.outputs.items()}
-    result: dict[str, Any] = {"session_id": work.job_id, "outputs": outputs}
+    result: JsonObject = {"session_id": work.job_id, "outputs": outputs}
     if made.images:
         result["images"] = [_image(resident, image, owner) for image in made.images]
     return {**result, **made.facts, "batch_size": batch_size, "device_ms": round(device_ms, 3)}
 
 
-def _image(resident: Resident, image: PixelImage, owner: str) -> dict[str, Any]:
+def _image(resident: Resident, image: PixelImage, owner: str) -> JsonObject:
     from workers.pipelines import images
 
     data = images.encode(image.pixels, image.format)

@@ -3,60 +3,74 @@
 from __future__ import annotations
 
 import base64
-import math
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from device_operations.errors import failure
-from device_operations.tensors import (
-    FIXED_DTYPES,
-    INLINE_BYTES,
-    TEXT_DTYPES,
-    Tensor,
-    decode,
-    encode,
-    from_bytes,
-    to_bytes,
-)
+from device_operations.tensors import INLINE_BYTES, encode, from_bytes, from_numbers, to_bytes
 from device_operations.texts import pack_texts, unpack_texts
 from tasks.blobs import records as blob_store
 from tasks.blobs.transients import TRANSIENT_BYTES
 from workers.devices.arrays import Array, BufferView, flat_bytes
 from workers.devices.onnx.runtime import Kept
 from workers.devices.onnx.values import Values
+from workers.json_types import JsonObject
 from workers.resident.residents import Resident
+from workers.stored_tensors import InAllocation, InBase64, InBlob, Inline, InTransient, StoredTensor, decode_tensor
 
 
-def feed(resident: Resident, name: str, tensor: dict[str, Any]) -> Array | BufferView:
+def feed(resident: Resident, name: str, tensor: StoredTensor) -> Array | BufferView:
     """The array or buffer that a request's tensor names. Arrays over blobs and base64 are read-only."""
-    dtype, shape = tensor["dtype"], tensor["shape"]
-    what = f"input {name!r}"
-    allocation_id = tensor.get("allocation_id")
-    if allocation_id and tensor.get("device_id") not in (None, resident.device_id):
-        return from_bytes(_fetched(resident, tensor), dtype, shape, what)
-    if allocation_id:
-        return view(resident, allocation_id, tensor.get("offset", 0), dtype, tuple(shape))
-    if dtype in TEXT_DTYPES and "data" not in tensor:
-        return _texts(resident, tensor, what)
-    if tensor.get("base64") is not None:  # checked when it was submitted
-        return from_bytes(base64.b64decode(tensor["base64"]), dtype, shape, what)
-    if "transient_id" in tensor or tensor.get("blob_id"):
-        return from_bytes(_raw(resident, tensor, math.prod(shape) * FIXED_DTYPES[dtype]), dtype, shape, what)
-    return decode(Tensor.model_construct(**tensor), what)
+    place, what = tensor.place, f"input {name!r}"
+    match place:
+        case InAllocation():
+            if place.is_on(resident.device_id):
+                return view(resident, place.allocation_id, place.offset, tensor.dtype, tuple(tensor.shape))
+            return from_bytes(_fetched(resident, place, tensor.size_bytes), tensor.dtype, tensor.shape, what)
+        case Inline(data):
+            return from_numbers(data, tensor.dtype, tensor.shape, what)
+    if tensor.is_text:
+        return _texts(resident, tensor, place, what)
+    return from_bytes(_raw(resident, place, tensor.size_bytes), tensor.dtype, tensor.shape, what)
 
 
-def _fetched(resident: Resident, tensor: dict[str, Any]) -> bytearray:
+def read_feeds(resident: Resident, stored: Mapping[str, Mapping[str, object]]) -> dict[str, Array | BufferView]:
+    """The arrays or buffers of a request's tensors, by name."""
+    return {name: feed(resident, name, decode_tensor(tensor)) for name, tensor in stored.items()}
+
+
+def _fetched(resident: Resident, place: InAllocation, size_bytes: int) -> bytearray:
     """A tensor's bytes from another device's allocation."""
     assert resident.transfers is not None
-    size = math.prod(tensor["shape"]) * FIXED_DTYPES[tensor["dtype"]]
-    return resident.transfers.fetch_now(tensor["device_id"], tensor["allocation_id"], tensor.get("offset", 0), size)
+    assert place.device_id is not None
+    return resident.transfers.fetch_now(place.device_id, place.allocation_id, place.offset, size_bytes)
 
 
-def staged_bytes(inputs: dict[str, dict[str, Any]]) -> int:
-    """The bytes of a request's tensors that lie on another device than the job."""
-    elsewhere = [tensor for tensor in inputs.values() if tensor.get("device_id")]
-    return sum(math.prod(tensor["shape"]) * FIXED_DTYPES[tensor["dtype"]] for tensor in elsewhere)
+def _raw(
+    resident: Resident, place: InBase64 | InBlob | InTransient, size_bytes: int | None
+) -> bytes | bytearray | memoryview:
+    match place:
+        case InBase64(text):  # checked when it was submitted
+            return base64.b64decode(text)
+        case InTransient(transient_id, offset):
+            raw: bytes | memoryview = resident.transients.read(transient_id, offset, size_bytes)
+            return raw
+        case InBlob(blob_id, offset):
+            stored: bytes | memoryview = resident.blobs.read(blob_id, offset, size_bytes)
+            return stored
+
+
+def _texts(resident: Resident, tensor: StoredTensor, place: InBase64 | InBlob | InTransient, what: str) -> Array:
+    raw = _raw(resident, place, None if isinstance(place, InBase64) else place.size_bytes)
+    array = np.empty(tensor.count, dtype=object)
+    array[:] = unpack_texts(raw, tensor.count, what)
+    return array.reshape(tensor.shape)
+
+
+def staged_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """The bytes of a request's tensors that lie in another device's memory."""
+    return sum(one.size_bytes for one in tensors if isinstance(one.place, InAllocation) and one.place.device_id)
 
 
 def view(
@@ -71,7 +85,7 @@ def view(
     return BufferView(buffer, offset, dtype, shape)
 
 
-def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any] | None:
+def give(resident: Resident, value: object, form: str, owner: str) -> JsonObject | None:
     """The wire form of an output: `data` up to 64 KiB, else a blob, unless `form` says otherwise.
 
     Text is given as `data`; above 64 KiB as a blob too, each string behind its length (`device_operations.texts`).
@@ -98,12 +112,12 @@ def give(resident: Resident, value: Any, form: str, owner: str) -> dict[str, Any
     return {"dtype": array.dtype.name, "shape": list(array.shape), "blob_id": blob_id}
 
 
-def hand_over(resident: Resident, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def hand_over(resident: Resident, values: Mapping[str, object]) -> dict[str, JsonObject]:
     """Outputs for a request that waits: small ones in the result itself, the others in one transient file.
 
     Of what is no tensor, the JSON texts; an optional output without a value is left out.
     """
-    told: dict[str, dict[str, Any]] = {}
+    given: dict[str, JsonObject] = {}
     parts: list[bytes | memoryview] = []
     offset = 0
     for name, value in values.items():
@@ -112,27 +126,27 @@ def hand_over(resident: Resident, values: dict[str, Any]) -> dict[str, dict[str,
         raw: bytes | memoryview
         if isinstance(value, Values):
             raw = pack_texts(value.texts())
-            told[name] = {"dtype": "json", "shape": list(value.shape)}
+            given[name] = {"dtype": "json", "shape": list(value.shape)}
         else:
             array = host_array(value)
             text = array.dtype.kind in "OUS"
             raw = pack_texts(array.reshape(-1)) if text else flat_bytes(array)
-            told[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
+            given[name] = {"dtype": "string" if text else array.dtype.name, "shape": list(array.shape)}
         if len(raw) <= TRANSIENT_BYTES:
-            told[name]["base64"] = base64.b64encode(raw).decode()
+            given[name]["base64"] = base64.b64encode(raw).decode()
         else:
-            told[name] |= {"transient_id": "", "offset": offset, "size_bytes": len(raw)}
+            given[name] |= {"transient_id": "", "offset": offset, "size_bytes": len(raw)}
             parts.append(raw)
             offset += len(raw)
     if parts:
         transient_id = resident.transients.put(parts)
-        for tensor in told.values():
+        for tensor in given.values():
             if "transient_id" in tensor:
                 tensor["transient_id"] = transient_id
-    return told
+    return given
 
 
-def host_array(value: Any) -> Array:
+def host_array(value: object) -> Array:
     """An output's values on the host."""
     return value.numpy() if isinstance(value, Kept) else np.asarray(value)
 
@@ -147,19 +161,3 @@ def keep(resident: Resident, data: bytes | memoryview, owner: str) -> str:
             resident.settings.blobs.ttl_hours * 3600,
         )
     return stored.blob_id
-
-
-def _raw(resident: Resident, tensor: dict[str, Any], size_bytes: int | None) -> Any:
-    offset = tensor.get("offset", 0)
-    if "transient_id" in tensor:
-        return resident.transients.read(tensor["transient_id"], offset, size_bytes)
-    return resident.blobs.read(tensor["blob_id"], offset, size_bytes)
-
-
-def _texts(resident: Resident, tensor: dict[str, Any], what: str) -> Array:
-    inline = tensor.get("base64")
-    raw = base64.b64decode(inline) if inline is not None else _raw(resident, tensor, tensor.get("size_bytes"))
-    count = math.prod(tensor["shape"])
-    array = np.empty(count, dtype=object)
-    array[:] = unpack_texts(raw, count, what)
-    return array.reshape(tensor["shape"])

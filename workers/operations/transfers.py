@@ -14,8 +14,8 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -30,6 +30,10 @@ from tasks.statements import Row
 from workers import lease
 from workers.execution.claimed_job import Progress
 
+if TYPE_CHECKING:
+    from workers.devices.arrays import Buffer
+    from workers.resident.residents import Resident
+
 log = structlog.get_logger(__name__)
 
 #: Seconds between two looks whether the source lives and whether a blob came instead; and between two askings.
@@ -39,38 +43,50 @@ ASK_SECONDS = 2.0
 #: Seconds slept where nothing came and nothing could be put: less than a piece takes.
 PAUSE_SECONDS = 0.00005
 
-#: Bytes between two tellings of progress.
-TELL_BYTES = 64 * 2**20
+#: Bytes between two reports of progress.
+REPORT_BYTES = 64 * 2**20
 
 #: Seconds that a blob on its way between machines is kept if its taker dies.
 PASSING_SECONDS = 3600.0
 
-#: Whose blobs these are: nobody's who could ask for them.
+#: The owner of these blobs: no caller's name, so that no caller can ask for them.
 OWNER = "(a copy between devices)"
 
 #: Takes the bytes at a place of the range.
 Sink = Callable[[int, memoryview], None]
 
 
-@dataclass(slots=True, eq=False)
-class _Sending:
-    """What another device's worker has asked for."""
+@dataclass(frozen=True, slots=True)
+class TransferRequest:
+    """What a taker asks of a source's worker, as the control queue carries it."""
 
+    #: The transfer's own id: a request that is repeated is served once.
     key: str
+    #: The taker's device.
+    to: str
     allocation_id: str
     offset: int
     size_bytes: int
     blob_id: str
+    #: The name of the taker's ring; None if the bytes go through the blob.
+    ring: str | None
+
+
+@dataclass(slots=True, eq=False)
+class _Sending:
+    """A transfer that is being served."""
+
+    asked: TransferRequest
+    buffer: Buffer
     ring: Ring | None
     writer: BlobWriter | None = None
     done: int = 0
-    buffer: Any = field(default=None)
 
 
 class Transfers:
     """Both sides of one worker. `send` may be called from any thread, all else from the executor's."""
 
-    def __init__(self, resident: Any, publisher: Publisher, database_url: str, wake: Callable[[], None]) -> None:
+    def __init__(self, resident: Resident, publisher: Publisher, database_url: str, wake: Callable[[], None]) -> None:
         self._resident = resident
         self._publisher = publisher
         # One machine may run several installations whose devices have the same names and epochs.
@@ -78,7 +94,7 @@ class Transfers:
         self._wake = wake
         self._numbers = itertools.count(1)
         self._idle: dict[tuple[str, int], list[Ring]] = {}
-        self._asked: deque[dict[str, Any]] = deque()
+        self._asked: deque[TransferRequest] = deque()
         self._sending: list[_Sending] = []
         self._known: deque[str] = deque(maxlen=1000)
         self._attached: dict[str, tuple[str, Ring]] = {}
@@ -98,11 +114,11 @@ class Transfers:
         source = self._source(device_id)
         here = source["host"] == socket.gethostname()
         ring = self._ring((device_id, source["epoch"])) if here else None
-        asked = {
-            "key": f"{job_id}-{next(self._numbers)}-{self._resident.epoch}", "to": self._resident.device_id,
-            "allocation_id": allocation_id, "offset": offset, "size_bytes": size_bytes, "blob_id": new_id(),
-            "ring": ring.name if ring else None,
-        }  # fmt: skip
+        asked = TransferRequest(
+            key=f"{job_id}-{next(self._numbers)}-{self._resident.epoch}", to=self._resident.device_id,
+            allocation_id=allocation_id, offset=offset, size_bytes=size_bytes, blob_id=new_id(),
+            ring=ring.name if ring else None,
+        )  # fmt: skip
         whole = False
         try:
             via = yield from self._take(source, asked, ring, sink)
@@ -126,11 +142,11 @@ class Transfers:
         return data
 
     def _take(
-        self, source: Row, asked: dict[str, Any], ring: Ring | None, sink: Sink
+        self, source: Row, asked: TransferRequest, ring: Ring | None, sink: Sink
     ) -> Generator[Progress, None, str]:
-        size, done, told = asked["size_bytes"], 0, 0
+        size, done, reported = asked.size_bytes, 0, 0
         looked_at = asked_at = time.monotonic()
-        self._publisher.wake(source["device_id"], {"send": asked})
+        self._publisher.wake(source["device_id"], {"send": asdict(asked)})
         while done < size:
             piece = ring.piece() if ring is not None else None
             if piece is not None and ring is not None:
@@ -139,8 +155,8 @@ class Transfers:
                 done += len(piece)
                 piece.release()
                 ring.taken()
-                if done - told >= TELL_BYTES and done < size:
-                    told = done
+                if done - reported >= REPORT_BYTES and done < size:
+                    reported = done
                     yield Progress({"done_bytes": done, "total_bytes": size})
                 elif done % (SLOTS * 2**20) == 0:
                     yield Progress()
@@ -153,18 +169,18 @@ class Transfers:
                 looked_at = now
                 self._require_alive(source)
                 if not (ring is not None and ring.attached):
-                    if self._resident.blobs.size(asked["blob_id"]) is not None:
+                    if self._resident.blobs.size(asked.blob_id) is not None:
                         yield from self._take_blob(asked, sink)
                         return "blob"
                     if now - asked_at > ASK_SECONDS:
                         asked_at = now
-                        self._publisher.wake(source["device_id"], {"send": asked})
+                        self._publisher.wake(source["device_id"], {"send": asdict(asked)})
             time.sleep(PAUSE_SECONDS if ring is not None else LOOK_SECONDS / 10)
             yield Progress()
         return "ring"
 
-    def _take_blob(self, asked: dict[str, Any], sink: Sink) -> Generator[Progress, None, None]:
-        size, blob_id = asked["size_bytes"], asked["blob_id"]
+    def _take_blob(self, asked: TransferRequest, sink: Sink) -> Generator[Progress, None, None]:
+        size, blob_id = asked.size_bytes, asked.blob_id
         staging = memoryview(bytearray(min(size, CHUNK_BYTES)))
         for start in range(0, size, CHUNK_BYTES):
             piece = staging[: min(CHUNK_BYTES, size - start)]
@@ -206,7 +222,7 @@ class Transfers:
 
     # ---- sending
 
-    def send(self, asked: dict[str, Any]) -> None:
+    def send(self, asked: TransferRequest) -> None:
         """Another device's worker wants bytes of this one."""
         self._asked.append(asked)
         self._wake()
@@ -222,17 +238,17 @@ class Transfers:
                 if self._advance(sending):
                     self._sending.remove(sending)
                 moved = moved or sending.done > before
-            except Exception as error:  # noqa: BLE001 - one transfer's failure is told to its taker
+            except Exception as error:  # noqa: BLE001 - its taker is given the failure
                 self._sending.remove(sending)
-                self._give_up(sending, self._resident.device.classify(error))
+                _give_up(sending.asked, sending.ring, sending.writer, self._resident.device.classify(error))
         if self._sending and not moved:
             time.sleep(PAUSE_SECONDS)
         return bool(self._sending)
 
     def close(self) -> None:
-        """The worker stops: takers are told, segments go."""
+        """The worker stops: takers are given the failure, shared memory is removed."""
         for sending in self._sending:
-            self._give_up(sending, _source_lost(self._resident.device_id))
+            _give_up(sending.asked, sending.ring, sending.writer, _source_lost(self._resident.device_id))
         self._sending.clear()
         for rings in self._idle.values():
             for ring in rings:
@@ -242,22 +258,19 @@ class Transfers:
             ring.close()
         self._attached.clear()
 
-    def _begin(self, asked: dict[str, Any]) -> None:
-        if asked["key"] in self._known:
+    def _begin(self, asked: TransferRequest) -> None:
+        if asked.key in self._known:
             return
-        self._known.append(asked["key"])
-        ring = self._attach(asked["to"], asked["ring"]) if asked["ring"] else None
-        sending = _Sending(
-            asked["key"], asked["allocation_id"], asked["offset"], asked["size_bytes"], asked["blob_id"], ring
-        )
-        sending.buffer = self._resident.allocations.get(asked["allocation_id"])
-        if sending.buffer is None:
+        self._known.append(asked.key)
+        ring = self._attach(asked.to, asked.ring) if asked.ring else None
+        buffer = self._resident.allocations.get(asked.allocation_id)
+        if buffer is None:
             missing = failure(
-                "allocation_not_found", f"{self._resident.device_id} holds no allocation {asked['allocation_id']!r}"
+                "allocation_not_found", f"{self._resident.device_id} holds no allocation {asked.allocation_id!r}"
             )
-            self._give_up(sending, missing)
+            _give_up(asked, ring, None, missing)
             return
-        self._sending.append(sending)
+        self._sending.append(_Sending(asked, buffer, ring))
 
     def _attach(self, to: str, name: str) -> Ring | None:
         """The ring of a taker; one that an earlier epoch of it made is let go."""
@@ -283,39 +296,45 @@ class Transfers:
         if sending.ring is None:
             return self._advance_blob(sending)
         for _ in range(SLOTS):
-            if sending.done == sending.size_bytes or sending.ring.closed:
+            if sending.done == sending.asked.size_bytes or sending.ring.closed:
                 return True
             slot = sending.ring.room()
             if slot is None:
                 return False
-            step = min(len(slot), sending.size_bytes - sending.done)
-            device.read(sending.buffer, sending.offset + sending.done, step, slot[:step])
+            step = min(len(slot), sending.asked.size_bytes - sending.done)
+            device.read(sending.buffer, sending.asked.offset + sending.done, step, slot[:step])
             slot.release()
             sending.ring.put(step)
             sending.done += step
-        return sending.done == sending.size_bytes
+        return sending.done == sending.asked.size_bytes
 
     def _advance_blob(self, sending: _Sending) -> bool:
         if sending.writer is None:
-            row = {"blob_id": sending.blob_id, "sha256": None, "size_bytes": sending.size_bytes, "owner": OWNER}
+            row = {
+                "blob_id": sending.asked.blob_id,
+                "sha256": None,
+                "size_bytes": sending.asked.size_bytes,
+                "owner": OWNER,
+            }
             with self._resident.engine.connect() as connection:
                 blob_store.insert(connection, row, PASSING_SECONDS)
-            # The bytes pass from one worker to another: nobody asks for their hash.
-            sending.writer = self._resident.blobs.writer(sending.blob_id, sha256="0" * 64)
-        step = min(CHUNK_BYTES, sending.size_bytes - sending.done)
-        sending.writer.write(self._resident.device.read(sending.buffer, sending.offset + sending.done, step))
+            # The bytes pass from one worker to another: their hash is not asked for.
+            sending.writer = self._resident.blobs.writer(sending.asked.blob_id, sha256="0" * 64)
+        step = min(CHUNK_BYTES, sending.asked.size_bytes - sending.done)
+        sending.writer.write(self._resident.device.read(sending.buffer, sending.asked.offset + sending.done, step))
         sending.done += step
-        if sending.done < sending.size_bytes:
+        if sending.done < sending.asked.size_bytes:
             return False
         sending.writer.finish()
         return True
 
-    def _give_up(self, sending: _Sending, error: OperationError) -> None:
-        log.warning("a transfer to another device failed", allocation_id=sending.allocation_id, error=error.message)
-        if sending.ring is not None:
-            sending.ring.fail(error.as_job_error())
-        if sending.writer is not None:
-            sending.writer.abort()
+
+def _give_up(asked: TransferRequest, ring: Ring | None, writer: BlobWriter | None, error: OperationError) -> None:
+    log.warning("a transfer to another device failed", allocation_id=asked.allocation_id, error=error.message)
+    if ring is not None:
+        ring.fail(error.as_job_error())
+    if writer is not None:
+        writer.abort()
 
 
 def _source_lost(device_id: str) -> OperationError:

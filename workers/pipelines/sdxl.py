@@ -257,7 +257,8 @@ class SdxlPipeline(Pipeline):
             return torch.randn(of, generator=generator, dtype=torch.float32)
 
         if encoded is None:
-            return noise(shape) * schedule.scheduler.init_noise_sigma
+            begun: torch.Tensor = noise(shape) * schedule.scheduler.init_noise_sigma
+            return begun
         drawn = self._autoencoder.latents_of(encoded, lambda of: noise(of).numpy())
         latents: torch.Tensor = schedule.scheduler.add_noise(
             torch.from_numpy(np.ascontiguousarray(drawn)), noise(shape), schedule.timesteps[0].reshape(1)

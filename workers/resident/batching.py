@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from device_operations.errors import OperationError
 from device_operations.tensors import numpy_dtype
+from tasks.statements import Row
 from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel, LoadedGraph, TensorSpec
-from workers.devices.onnx.session import Over
+from workers.devices.onnx.session import Over, Stoppable
+from workers.json_types import JsonObject
 from workers.rows.proof import Proof, Verdict
 
 #: How many rows are joined at most where rows are proven apart and the caller gave no max_batch_size.
@@ -65,7 +67,7 @@ class Batching:
     #: What became of the warm-up; None where none was asked for.
     warmup: str | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """As the model's record holds it."""
         return asdict(self)
 
@@ -84,7 +86,7 @@ def find_out(
     asked: int | None,
     cancel: Cancel | None = None,
     *,
-    earlier: Mapping[str, Any] | None = None,
+    earlier: Row | None = None,
     may_try: bool = True,
 ) -> Batching:
     """Whether runs of `model` may be joined, with the caller's max_batch_size, or None.
@@ -141,7 +143,7 @@ def _proven(verdict: Verdict, asked: int | None) -> Batching:
 
 
 class Within:
-    """A limit on how long runs may take, beside the caller's own cancel, for `LoadedGraph.run`."""
+    """A limit on how long runs may take, in addition to the caller's own cancel, for `LoadedGraph.run`."""
 
     def __init__(self, seconds: float, cancel: Cancel | None) -> None:
         self._own = Cancel()
@@ -154,7 +156,7 @@ class Within:
         """Whether the time was up, and the caller did not stop the runs."""
         return self._own.code is not None and (self._cancel is None or self._cancel.code is None)
 
-    def over(self, options: Any) -> Over:
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
         """While inside, the limit and the caller's cancel reach `options`."""
         return Over([self._own] if self._cancel is None else [self._cancel, self._own], options)
 
@@ -187,7 +189,7 @@ def _tried(model: LoadedGraph, found: Batching, cancel: Cancel | None) -> Batchi
     return replace(found, trial=f"not tried: {reason}" if reason else "the model does not run on made-up rows")
 
 
-def _compared(model: LoadedGraph, found: Batching, side: int, cancel: Any) -> Batching:
+def _compared(model: LoadedGraph, found: Batching, side: int, cancel: Stoppable) -> Batching:
     first, second = ({spec.name: _made_up(spec, side, row) for spec in model.inputs if spec.shape} for row in (0, 1))
     scalars = {spec.name: _made_up(spec, side, 0) for spec in model.inputs if not spec.shape}
     alone = [model.run({**rows, **scalars}, cancel=cancel) for rows in (first, second)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from workers.devices.base import Device
 from workers.devices.onnx.runtime import Cancel, LoadedGraph
 from workers.devices.values import SessionOptions
+from workers.json_types import StoredRequest
 
 
-def load_onnx(device: Device, file: Path, root: Path, options: dict[str, Any], cancel: Cancel | None) -> LoadedGraph:
+def load_onnx(device: Device, file: Path, root: Path, options: StoredRequest, cancel: Cancel | None) -> LoadedGraph:
     """One ONNX graph."""
     wanted = SessionOptions(
         intra_op_threads=options.get("intra_op_threads"),

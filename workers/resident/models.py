@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -30,7 +30,9 @@ from tasks.inference.residents import no_model
 from tasks.statements import Row, transaction
 from workers import pipelines
 from workers.devices.onnx.runtime import Cancel, LoadedGraph
+from workers.devices.onnx.tensors import Feed
 from workers.execution.claimed_job import named
+from workers.json_types import JsonObject
 from workers.resident import batching
 from workers.resident.loaders import load_onnx
 from workers.resident.residents import Graph, Resident, ResidentModel
@@ -127,7 +129,7 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     )
 
 
-def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Mapping[str, Any]) -> str:
+def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Row) -> str:
     """Runs the model once on zeros, and says what came of it.
 
     At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
@@ -143,7 +145,6 @@ def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Mapp
         return "done"
     if str(earlier.get("warmup", "")).startswith("failed"):
         return str(earlier["warmup"])
-    limit: Any
     with batching.Within(WARMUP_AGAIN_SECONDS, cancel) as limit:
         try:
             onnx.run(_zeros(onnx), cancel=limit)
@@ -155,7 +156,7 @@ def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Mapp
     return "done"
 
 
-def facts(model: ResidentModel) -> dict[str, Any]:
+def facts(model: ResidentModel) -> JsonObject:
     """What the model's record is to hold of it, as found and measured."""
     pipeline = model.pipeline
     if pipeline is not None:
@@ -202,7 +203,7 @@ def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Ro
 
 
 def bring_back(resident: Resident) -> None:
-    """Loads again what the device's last epoch had loaded. A model that does not load any more is failed, and told."""
+    """Loads again what the device's last epoch had loaded. A model that no longer loads is recorded as failed."""
     let_replaced_go(resident)
     for row in resident.read(store.resident, resident.device_id):
         try:
@@ -326,9 +327,9 @@ def _folder(resident: Resident, content_key: str) -> Path:
     return resident.settings.data_dir / "models" / resident.device_id / content_key
 
 
-def _zeros(onnx: LoadedGraph) -> dict[str, Any]:
+def _zeros(onnx: LoadedGraph) -> dict[str, Feed]:
     """Zeros in the smallest shape that the model takes."""
-    feeds: dict[str, Any] = {}
+    feeds: dict[str, Feed] = {}
     for spec in onnx.inputs:
         shape = tuple(side if isinstance(side, int) else 1 for side in spec.shape)
         feeds[spec.name] = (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine
 
@@ -22,11 +22,15 @@ from workers.devices.arrays import Buffer
 from workers.devices.base import Device
 from workers.devices.onnx.runtime import LoadedGraph
 from workers.devices.onnx.tensors import Feed
+from workers.json_types import StoredRequest
 from workers.resident.batching import Batching
+from workers.stored_tensors import InAllocation, decode_place
 
 if TYPE_CHECKING:
+    from workers.operations.training.sessions import HeldSession
     from workers.operations.transfers import Transfers
     from workers.pipelines.base import Pipeline
+    from workers.training.model.definition import Learned
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -85,7 +89,7 @@ class ResidentModel:
         """The pipeline that runs it, where it is one and not a single graph."""
         return self.graph.pipeline
 
-    def batch_of_request(self, request: dict[str, Any]) -> tuple[Hashable, int] | None:
+    def batch_of_request(self, request: StoredRequest) -> tuple[Hashable, int] | None:
         """The key under which a run may be joined with others, and how many; a pipeline says so itself."""
         pipeline = self.pipeline
         if pipeline is None:
@@ -93,7 +97,7 @@ class ResidentModel:
         batch = pipeline.batch_of(request, self.max_batch_size)
         return None if batch is None else ((self.model_id, batch[0]), batch[1])
 
-    def batch_of(self, inputs: dict[str, Any], outputs: list[str] | None) -> tuple[Hashable, int] | None:
+    def batch_of(self, inputs: Mapping[str, StoredRequest], outputs: list[str] | None) -> tuple[Hashable, int] | None:
         """The key under which runs may be joined, and how many; None for a run that goes alone.
 
         Joined runs have the same inputs, dtypes and shapes, at least one row, and equal scalars.
@@ -109,11 +113,12 @@ class ResidentModel:
         for name in sorted(inputs):
             tensor = inputs[name]
             shape = tensor["shape"]
-            if tensor.get("allocation_id") or name not in onnx.row_inputs:
+            place = decode_place(tensor)
+            if isinstance(place, InAllocation) or name not in onnx.row_inputs:
                 return None
             if not shape:
-                value = tensor.get("base64") or repr(tensor.get("data"))
-                key.append((name, tensor["dtype"], value, tensor.get("blob_id"), tensor.get("offset")))
+                # As text: the elements themselves may be lists, which no key may hold.
+                key.append((name, tensor["dtype"], repr(place)))
                 continue
             rows = shape[0] if rows is None else rows
             if shape[0] != rows or math.prod(shape) == 0:
@@ -145,7 +150,7 @@ class Resident:
     settings: Settings
     blobs: BlobStore
     allocations: dict[str, Buffer] = field(default_factory=dict)
-    #: The sha256 of all bytes of an allocation, where it is known; whoever changes any of them takes it out.
+    #: The sha256 of all bytes of an allocation, where it is known; an operation that changes any of them removes it.
     hashes: dict[str, str] = field(default_factory=dict)
     #: What brings bytes from other devices; None where there are no others to ask.
     transfers: Transfers | None = None
@@ -153,10 +158,9 @@ class Resident:
     #: The graphs of `models`, by their content key.
     graphs: dict[str, Graph] = field(default_factory=dict)
     sessions: dict[str, ResidentSession] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    #: What training sessions have learned of their networks, by structure
-    #: (`workers.training.model.definition.Learned`).
-    networks: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    training: dict[str, HeldSession] = field(default_factory=dict)
+    #: What training sessions have learned of their networks, by structure.
+    networks: OrderedDict[str, Learned] = field(default_factory=OrderedDict)
     #: What the device's thread does, one at a time, while no job waits in its scheduler, between a long job's steps
     #: too: nothing that keeps the next one long.
     spare: deque[Callable[[], None]] = field(default_factory=deque)
@@ -170,7 +174,7 @@ class Resident:
     )
     #: Writes something to the records on the completer's thread, after what was handed over to be recorded before.
     record: Callable[[Callable[[], None]], None] = lambda step: step()
-    #: Tells everybody of jobs that this worker ended without having run them.
+    #: Announces jobs that this worker ended without having run them.
     announce: Callable[[list[Row]], None] = lambda rows: None
     #: Keeps the device ours for so many seconds more while no other thread of this process can run.
     extend_lease: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext()
@@ -201,7 +205,7 @@ class Resident:
         return model.device_ms if model is not None else 0.0
 
     def loading(self, size_bytes: int) -> AbstractContextManager[None]:
-        """What a model of so many bytes is loaded inside: the lease outlasts it where nobody can renew it meanwhile."""
+        """What a model of so many bytes is loaded inside: the lease outlasts it if no thread can renew it meanwhile."""
         if not self._load_holds_interpreter:
             return nullcontext()
         return self.extend_lease(min(LONGEST_LOAD_SECONDS, LOAD_SECONDS + size_bytes / LOAD_BYTES_PER_SECOND))

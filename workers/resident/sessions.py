@@ -1,12 +1,13 @@
 """Sessions on the device: what a run is fed from the run before, and what it leaves for the next.
 
-A session's record says what its state is made of; the state itself exists only here. A run that fails, for whatever
-reason, leaves the state as it was.
+A session's record says what its state is made of; the state itself exists only here. A run that fails leaves
+the state as it was.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
@@ -19,12 +20,13 @@ from tasks.memory import allocations
 from tasks.owners import absent
 from tasks.statements import Row
 from workers.devices.arrays import Array
-from workers.devices.onnx.tensors import Feed, TensorSpec
-from workers.operations.tensors import feed
+from workers.devices.onnx.tensors import Feed, Fetched, TensorSpec
+from workers.operations.tensors import read_feeds
 from workers.resident.residents import Resident, ResidentModel, ResidentSession
+from workers.stored_tensors import InAllocation, decode_place
 
 
-def session_of(resident: Resident, model: ResidentModel, session_id: str) -> ResidentSession:
+def begun_session(resident: Resident, model: ResidentModel, session_id: str) -> ResidentSession:
     """The session, begun from its record where this is its first run here.
 
     Raises `session_lost` where its state lay with an epoch that is gone, what became of it where it has ended, and
@@ -42,7 +44,7 @@ def session_of(resident: Resident, model: ResidentModel, session_id: str) -> Res
         raise failure("session_lost", str(SESSION_LOST["message"]))
     _check_initial(resident, row)
     begun = ResidentSession(session_id, model.model_id, dict(row["state_map"]))
-    begun.state = {name: feed(resident, name, tensor) for name, tensor in row["initial"].items()}
+    begun.state = dict(read_feeds(resident, row["initial"]))
     resident.sessions[session_id] = begun
     return begun
 
@@ -53,7 +55,8 @@ def _check_initial(resident: Resident, session: Row) -> None:
     An id may name another allocation by now, of another owner even: one that was made since. One that stands as
     pending may be there already: its job's end is still to be recorded.
     """
-    named = sorted({tensor["allocation_id"] for tensor in session["initial"].values() if tensor.get("allocation_id")})
+    places = [decode_place(tensor) for tensor in session["initial"].values()]
+    named = sorted({place.allocation_id for place in places if isinstance(place, InAllocation)})
     known = resident.read(allocations.get_many, named) if named else {}
     for allocation_id in named:
         there = known.get(allocation_id)
@@ -75,9 +78,10 @@ def fed_by(session: ResidentSession, model: ResidentModel, given: dict[str, Feed
     return state
 
 
-def left_by(session: ResidentSession, outputs: dict[str, Any]) -> dict[str, Feed]:
+def left_by(session: ResidentSession, outputs: Mapping[str, Fetched]) -> dict[str, Feed]:
     """The state that the session goes on with after a run that gave `outputs`."""
-    return {name: outputs[output] for output, name in session.state_map.items()}
+    # What a model keeps between runs is a tensor: the planner refuses a state of anything else.
+    return {name: cast("Feed", outputs[output]) for output, name in session.state_map.items()}
 
 
 def _sizes(model: ResidentModel, given: dict[str, Feed]) -> dict[str, int]:

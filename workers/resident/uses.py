@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from device_operations.jobs import State
 from tasks.jobs.lifecycle import Outcome
 from tasks.kinds import spec_of
 from workers.execution.claimed_job import ClaimedJob
+from workers.json_types import JsonObject
 
 
 class Uses:
@@ -38,7 +37,7 @@ class Uses:
             count(f"batch_{outcome.facts['batch_size']}", executions)
             count(f"batch_{outcome.facts['batch_size']}_ns", ran_ns)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[JsonObject]:
         """What was counted, as the store adds it; counting begins anew."""
         taken, self._by_model = self._by_model, {}
         return [

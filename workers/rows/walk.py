@@ -190,7 +190,8 @@ def _without_absent(function: FunctionProto, scope: Scope) -> Sequence[NodeProto
     """The function's nodes; an input that the caller left out is left out of them too."""
     absent = {name for name in function.input if scope.get(name) is None}
     if not absent:
-        return function.node
+        whole: Sequence[NodeProto] = function.node
+        return whole
     nodes = []
     for node in function.node:
         copied = type(node)()

@@ -44,7 +44,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") el
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state at rest on the host: tensors that nothing else writes to, and the JSON beside them."""
+    """A state at rest on the host: tensors that nothing else writes to, and the JSON that goes with them."""
 
     tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]

@@ -79,7 +79,7 @@ class DatasetRun:
         return Taken(inputs, targets, True, like.shapes)
 
     def _check_values(self) -> bool:
-        """Looks at every index and target once, so that no step needs to; False where only a real run tells shapes."""
+        """Looks at every index and target once, so that no step needs to; False if only a real run shows the shapes."""
         first = self._dataset.take(self._order.rows(0))
         expected = self._session.expected_output(first.inputs, training=self._options.mode != "evaluate")
         if expected is None:

@@ -40,7 +40,7 @@ from workers.training.state import Gradients, SessionState
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device and the settings allow a session; None for memory that nobody knows."""
+    """What the device and the settings allow a session; None for memory whose limit is unknown."""
 
     memory_bytes: int | None
     max_batch_size: int
@@ -156,7 +156,7 @@ class TrainingSession:
             self.state.observed.total = self.state.observed.weight = 0.0
 
     def run(self, dataset: Samples, plan: BatchPlan, options: StepOptions, sequence: int) -> DatasetRun:
-        """A job of many steps, made one by one by whoever iterates; goes on where a checkpoint cut it off."""
+        """A job of many steps, made one by one as the caller iterates; goes on where a checkpoint cut it off."""
         return DatasetRun(self, dataset, plan, options, sequence)
 
     def replay(self, record: StepRecord, data: Batch | Samples | None) -> list[StepOutcome]:
@@ -236,7 +236,7 @@ class TrainingSession:
             )
 
     def expected_output(self, inputs: Mapping[str, Array], training: bool) -> Tensor | None:
-        """The trained output's shape for `inputs`, as a meta tensor; None where only a real run can tell."""
+        """The trained output's shape for `inputs`, as a meta tensor; None if only a real run shows it."""
         return self._expected(take_inputs(self.definition.inputs, inputs), training)
 
     def advance(self, batch: Batch | None, options: StepOptions) -> StepOutcome:

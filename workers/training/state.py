@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from device_operations.errors import failure
 from device_operations.requests.training import Initialize
+from workers.json_types import JsonObject
 from workers.training.checkpoints import FORMAT, Snapshot
 from workers.training.memory import count_bytes
 from workers.training.model.definition import Definition
@@ -157,7 +156,7 @@ class SessionState:
         named: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.model.parameters.items()}
         return named | {f"buffer/{name}": buffer for name, buffer in self.model.buffers.items()}
 
-    def _counters(self) -> dict[str, Any]:
+    def _counters(self) -> JsonObject:
         """What is not a tensor, as JSON.
 
         The learning rate follows from the step and what was observed, random numbers from seed and step.

@@ -1,16 +1,15 @@
-"""The exported model beside the trained one: its loss, and how far the two are apart."""
+"""Comparing the exported model with the trained one: its loss, and the largest differences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from device_operations.errors import failure
+from workers.devices.arrays import Array as HostArray
 from workers.training.model.ports import Array, as_tensor
 from workers.training.optimization.losses import LossFunction
 from workers.training.session import TrainingSession
@@ -28,7 +27,7 @@ class Validation:
 
 
 def compare(
-    session: TrainingSession, inputs: Mapping[str, Array], targets: Array, served: Mapping[str, np.ndarray[Any, Any]]
+    session: TrainingSession, inputs: Mapping[str, Array], targets: Array, served: Mapping[str, HostArray]
 ) -> Validation:
     """Compares `served`, what the exported model gave for `inputs`, with what the session gives.
 

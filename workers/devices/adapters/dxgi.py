@@ -104,7 +104,7 @@ def adapters() -> list[Adapter]:
 
 
 def video_memory(index: int) -> VideoMemory | None:
-    """This process's share of the adapter's own memory; None where DXGI cannot tell."""
+    """This process's share of the adapter's own memory; None if DXGI cannot say."""
     if sys.platform != "win32":
         return None
     with _factory() as factory, _adapter(factory, index) as adapter:
@@ -125,14 +125,14 @@ def _described(adapter: ctypes.c_void_p, index: int) -> Adapter:
     about = _Description()
     _call(adapter, _GET_DESC_1, ctypes.byref(about))
     version = ctypes.c_uint64()
-    told = _call(adapter, _CHECK_INTERFACE_SUPPORT, ctypes.byref(_Guid.of(_IID_DEVICE)), ctypes.byref(version)) == 0
+    known = _call(adapter, _CHECK_INTERFACE_SUPPORT, ctypes.byref(_Guid.of(_IID_DEVICE)), ctypes.byref(version)) == 0
     parts = [str(version.value >> shift & 0xFFFF) for shift in (48, 32, 16, 0)]
     return Adapter(
         index=index,
         name=about.description.rstrip("\0 "),
         luid=about.luid,
         vendor=_VENDORS.get(about.vendor_id),
-        driver=".".join(parts) if told and version.value else None,
+        driver=".".join(parts) if known and version.value else None,
         dedicated_bytes=about.dedicated_video_memory,
         shared_bytes=about.shared_system_memory,
         software=bool(about.flags & _FLAG_SOFTWARE),

@@ -1,11 +1,12 @@
-"""Which devices this machine has, asked without loading torch or ONNX Runtime wherever the system itself can tell."""
+"""Which devices this machine has, asked without loading torch or ONNX Runtime wherever the system itself lists them."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from workers.json_types import JsonObject
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Found:
     driver: str | None = None
     total_bytes: int | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 

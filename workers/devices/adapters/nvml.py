@@ -1,27 +1,32 @@
-"""NVIDIA's management library by ctypes: which GPUs there are, their memory and how busy they are.
+"""NVIDIA's management library: which GPUs there are, their memory and how busy they are.
 
 It asks the driver and makes no CUDA context, so that a worker that has not used its GPU yet holds nothing on it.
-Nothing is cached but the library itself; every call returns None, or nothing, where the library cannot tell.
+Nothing is cached but the library itself; every call returns None, or nothing, if the library cannot answer.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol, TypeVar
 
-_LIBRARIES = ("nvml.dll", r"C:\Program Files\NVIDIA Corporation\NVSMI\nvml.dll") if sys.platform == "win32" else (
-    "libnvidia-ml.so.1",
-)  # fmt: skip
+T = TypeVar("T")
+
+
+class ComputeProcess(Protocol):
+    """A process that computes on a GPU, as the library lists it."""
+
+    pid: int
+    #: None if the driver does not say.
+    usedGpuMemory: int | None  # noqa: N815 - the library's name
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU that CUDA may use: its place in CUDA's order, its place in NVML's, and what it says of itself."""
+    """One GPU that CUDA may use: its place in CUDA's order, its place in NVML's, and what NVML says of it."""
 
     ordinal: int
     index: int
@@ -33,7 +38,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A GPU's memory over all processes, this process's share (None where it cannot be told), and how busy it is."""
+    """A GPU's memory over all processes, this process's share (None if it cannot be measured), and how busy it is."""
 
     total_bytes: int
     free_bytes: int
@@ -42,42 +47,19 @@ class Usage:
     busy_share: float | None
 
 
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-class _Utilization(ctypes.Structure):
-    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
-
-
-class _Process(ctypes.Structure):
-    """nvmlProcessInfo_t of the calls whose names end in _v3."""
-
-    _fields_ = [
-        ("pid", ctypes.c_uint),
-        ("used_gpu_memory", ctypes.c_ulonglong),
-        ("gpu_instance_id", ctypes.c_uint),
-        ("compute_instance_id", ctypes.c_uint),
-    ]
-
-
 def gpus() -> list[Gpu]:
     """The GPUs in CUDA's order: those that CUDA_VISIBLE_DEVICES names, or all by their place on the bus."""
-    library = _library()
-    if library is None:
+    nvml = _library()
+    if nvml is None:
         return []
-    count = ctypes.c_uint()
-    if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return []
-    uuids = [_text(library.nvmlDeviceGetUUID, _handle(index)) or "" for index in range(count.value)]
-    driver = _text(library.nvmlSystemGetDriverVersion)
+    handles = [_asked(nvml.nvmlDeviceGetHandleByIndex, index) for index in range(_asked(nvml.nvmlDeviceGetCount) or 0)]
+    uuids = [_asked(nvml.nvmlDeviceGetUUID, handle) or "" for handle in handles]
+    driver = _asked(nvml.nvmlSystemGetDriverVersion)
     found = []
     for ordinal, index in enumerate(visible(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids)):
-        handle = _handle(index)
-        memory = _Memory()
-        told = library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
-        name = _text(library.nvmlDeviceGetName, handle) or "NVIDIA GPU"
-        found.append(Gpu(ordinal, index, uuids[index], name, driver, memory.total if told else None))
+        memory = _asked(nvml.nvmlDeviceGetMemoryInfo, handles[index])
+        name = _asked(nvml.nvmlDeviceGetName, handles[index]) or "NVIDIA GPU"
+        found.append(Gpu(ordinal, index, uuids[index], name, driver, None if memory is None else int(memory.total)))
     return found
 
 
@@ -101,58 +83,48 @@ def visible(setting: str | None, uuids: list[str]) -> list[int]:
 
 
 def usage(index: int) -> Usage | None:
-    """How the GPU at this place in NVML's order stands now."""
-    library = _library()
-    if library is None:
+    """The present memory and load of the GPU at this place in NVML's order."""
+    nvml = _library()
+    handle = None if nvml is None else _asked(nvml.nvmlDeviceGetHandleByIndex, index)
+    if nvml is None or handle is None:
         return None
-    handle, memory, utilization = _handle(index), _Memory(), _Utilization()
-    if library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
+    memory = _asked(nvml.nvmlDeviceGetMemoryInfo, handle)
+    if memory is None:
         return None
-    busy = library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(utilization)) == 0
+    rates = _asked(nvml.nvmlDeviceGetUtilizationRates, handle)
     return Usage(
-        total_bytes=memory.total,
-        free_bytes=memory.free,
-        used_bytes=memory.used,
-        process_bytes=_own_bytes(handle),
-        busy_share=utilization.gpu / 100 if busy else None,
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        used_bytes=int(memory.used),
+        process_bytes=_own_bytes(_asked(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []),
+        busy_share=None if rates is None else rates.gpu / 100,
     )
 
 
-def _own_bytes(handle: ctypes.c_void_p) -> int | None:
+def _own_bytes(processes: list[ComputeProcess]) -> int | None:
     """This process's memory on the GPU; None in a container, whose process numbers the driver does not know."""
-    ask = getattr(_library(), "nvmlDeviceGetComputeRunningProcesses_v3", None)
-    if ask is None:
+    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+    return own[0] if own else None
+
+
+def _asked(ask: Callable[..., T], *given: object) -> T | None:
+    """What a call of the library returns; None if it fails."""
+    import pynvml
+
+    try:
+        return ask(*given)
+    except pynvml.NVMLError:
         return None
-    count = ctypes.c_uint(256)
-    processes = (_Process * 256)()
-    if ask(handle, ctypes.byref(count), processes) != 0:
-        return None
-    own = [p.used_gpu_memory for p in processes[: count.value] if p.pid == os.getpid()]
-    unknown = ctypes.c_ulonglong(-1).value  # NVML's own "not available"
-    return own[0] if own and own[0] != unknown else None
 
 
 @cache
-def _library() -> Any:
-    """The library, initialised; None where there is no NVIDIA driver."""
-    for name in _LIBRARIES:
-        if Path(name).is_absolute() and not Path(name).exists():
-            continue
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        if library.nvmlInit_v2() == 0:
-            return library
-    return None
+def _library() -> ModuleType | None:
+    """The library, initialised; None if there is no NVIDIA driver."""
+    import pynvml
 
-
-def _handle(index: int) -> ctypes.c_void_p:
-    handle = ctypes.c_void_p()
-    _library().nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
-    return handle
-
-
-def _text(ask: Any, *handle: ctypes.c_void_p) -> str | None:
-    buffer = ctypes.create_string_buffer(96)
-    return buffer.value.decode("utf-8", "replace") if ask(*handle, buffer, ctypes.c_uint(96)) == 0 else None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    module: ModuleType = pynvml
+    return module

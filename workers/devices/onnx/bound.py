@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
 from workers.devices.arrays import Array, BufferView
-from workers.devices.onnx.session import Cancel
-from workers.devices.onnx.tensors import Feed, Kept, TensorSpec, aligned
+from workers.devices.onnx.session import Cancel, Stoppable
+from workers.devices.onnx.tensors import Feed, Kept, RuntimeValue, TensorSpec, aligned
 from workers.devices.values import Provider
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class BoundRuns:
         self._provider = provider
         self._dtypes = {spec.name: spec.dtype for spec in outputs}
         self._defaults = frozenset(argument.name for argument in session.get_overridable_initializers())
-        # ONNX Runtime binds no text; and before 1.23 it does not tell where it wants what.
+        # ONNX Runtime binds no text; and before 1.23 it does not say where it wants its tensors.
         textual = any(spec.dtype == "string" for spec in (*inputs, *outputs))
-        tells = hasattr(session, "get_input_memory_infos")
-        self._transfers = None if textual or not tells else device.transfers()
+        says_where = hasattr(session, "get_input_memory_infos")
+        self._transfers = None if textual or not says_where else device.transfers()
         # Only what the session takes or gives on the device is worth a transfer of ours: the rest is the processor's,
         # and bringing it to the device would only have it brought back.
         self._takes: frozenset[str] = frozenset()
@@ -63,7 +63,7 @@ class BoundRuns:
         if self._transfers is not None:
             self._takes = self._there(session.get_inputs(), session.get_input_memory_infos())
             self._gives = self._there(session.get_outputs(), session.get_output_memory_infos()) & set(self._dtypes)
-        #: Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers.
+        #: Milliseconds of the last run's graph on the device's clock; None if transfers are part of it.
         self.graph_ms: float | None = None
 
     @property
@@ -71,7 +71,9 @@ class BoundRuns:
         """Whether the host's arrays go a faster way here than ONNX Runtime's own."""
         return bool(self._takes or self._gives)
 
-    def run(self, wanted: BoundRun, on_host: Callable[[Feed], Array], cancel: Cancel | None) -> dict[str, Any]:
+    def run(
+        self, wanted: BoundRun, on_host: Callable[[Feed], Array], cancel: Stoppable | None
+    ) -> dict[str, RuntimeValue]:
         """The outputs by name: OrtValues where they are to stay on the device, arrays elsewhere."""
         binding = self._session.io_binding()
         held = self._bind_inputs(binding, wanted, on_host)
@@ -87,7 +89,7 @@ class BoundRuns:
         self._run(binding, cancel, in_order=carried or queued, fetched=fetches or queued)
         if queued:
             return dict(zip(wanted.names, binding.get_outputs(), strict=True))
-        values: dict[str, Any] = dict(zip(wanted.names, binding.get_outputs(), strict=True))
+        values: dict[str, RuntimeValue] = dict(zip(wanted.names, binding.get_outputs(), strict=True))
         fetched: dict[str, Array] = {}
         if self._transfers is not None:
             arrays = self._transfers.fetch([(values[name], self._dtypes[name]) for name in coming])
@@ -139,7 +141,7 @@ class BoundRuns:
             else:
                 binding.bind_output(name, "cpu")
 
-    def _run(self, binding: ort.IOBinding, cancel: Cancel | None, *, in_order: bool, fetched: bool) -> None:
+    def _run(self, binding: ort.IOBinding, cancel: Stoppable | None, *, in_order: bool, fetched: bool) -> None:
         """The run itself.
 
         `in_order` says that only `Transfers` brought tensors, whose stream is the run's own; `fetched` that it fetches
@@ -160,7 +162,7 @@ class BoundRuns:
             if not in_order:
                 binding.synchronize_outputs()
 
-    def _there(self, arguments: Sequence[Any], places: Sequence[Any]) -> frozenset[str]:
+    def _there(self, arguments: Sequence[ort.NodeArg], places: Sequence[ort.OrtMemoryInfo]) -> frozenset[str]:
         """The names of the arguments whose place is the device's own memory."""
         pairs = zip(arguments, places, strict=True)
         return frozenset(argument.name for argument, place in pairs if place.name.lower() == self._provider.binding)

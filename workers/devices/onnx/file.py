@@ -2,7 +2,7 @@
 
 A model comes from a caller. Older releases of ONNX Runtime follow external data out of the model's folder, and some
 take a marker in place of a path for an address in memory; so every external file is resolved here, links included, and
-one that leaves the folder refuses the model, whatever the runtime's version. The reader walks protobuf's wire format,
+one that leaves the folder refuses the model, in any version of the runtime. The reader walks protobuf's wire format,
 needs no `onnx` package, and skips weights without touching them.
 """
 
@@ -32,7 +32,7 @@ INSIDE: dict[str, dict[int, str]] = {
 _EXTERNAL_DATA = 13  # of TensorProto
 _DEEPEST = 100
 
-#: Of most nodes, one search through their few bytes tells that no tensor inside has external data: each such tensor
+#: Of most nodes, one search through their few bytes shows that no tensor inside has external data: each such tensor
 #: names its file by this key. Larger ones are walked, so that weights are not touched.
 _LOCATION, _SMALL_NODE = b"location", 1 << 14
 

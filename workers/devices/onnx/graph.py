@@ -25,10 +25,13 @@ def read_graph(source: Path | bytes) -> ModelProto:
     """
     import onnx
 
+    model = onnx.ModelProto()
     if isinstance(source, bytes):
-        return onnx.ModelProto.FromString(_without_weights(source, (0, len(source)), "model"))
+        model.ParseFromString(_without_weights(source, (0, len(source)), "model"))
+        return model
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return onnx.ModelProto.FromString(_without_weights(content, (0, len(content)), "model"))
+        model.ParseFromString(_without_weights(content, (0, len(content)), "model"))
+    return model
 
 
 def _without_weights(content: Content, span: tuple[int, int], message: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import onnxruntime as ort
 
@@ -50,7 +50,7 @@ def offer_of(session: ort.InferenceSession, model: str) -> Offer:
 
 
 def _specs(
-    arguments: Sequence[Any], side: Literal["input", "output"], *, optional: bool = False
+    arguments: Sequence[ort.NodeArg], side: Literal["input", "output"], *, optional: bool = False
 ) -> tuple[list[TensorSpec], list[NotOffered]]:
     """A model's arguments on one side as callers give or get them, and those that they cannot, with the reason."""
     offered: list[TensorSpec] = []

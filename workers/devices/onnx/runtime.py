@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -36,12 +36,24 @@ from workers.devices.onnx.session import (
     FUSED,
     REWRITE,
     Cancel,
+    Stoppable,
     cpu_fallbacks,
     load_session,
     resolve_provider,
     session_settings,
 )
-from workers.devices.onnx.tensors import Feed, Fetched, Kept, TensorSpec, aligned, drawn, kind, overlap, unfit
+from workers.devices.onnx.tensors import (
+    Feed,
+    Fetched,
+    Kept,
+    RuntimeValue,
+    TensorSpec,
+    aligned,
+    drawn,
+    kind,
+    overlap,
+    unfit,
+)
 from workers.devices.onnx.values import ELEMENT_TYPES, Values
 from workers.devices.values import SessionOptions
 from workers.rows.proof import Proof, Verdict, prove
@@ -52,7 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["Cancel", "Kept", "LoadedGraph", "TensorSpec", "resolve_provider"]
 
 
-#: Models whose memory is worth handing back to the system: of a smaller one, whatever comes next takes it again.
+#: Models whose memory is worth handing back to the system: that of a smaller one is soon taken again.
 TRIM_BYTES = 1 << 20
 
 
@@ -94,7 +106,7 @@ class LoadedGraph:
         self.load_ms = (time.perf_counter() - started) * 1e3
         #: Whether rows of a batch leave each other alone, as the graph that is run has it.
         self.rows: Verdict = proof.result()
-        #: Bytes that the process holds more on the device since the load, as measured; None where it cannot be told.
+        #: Bytes that the process holds more on the device since the load, as measured; None if it cannot be measured.
         self.memory_bytes = _grown(held, device.held_bytes())
         #: Bytes of the model's files, external data included.
         self.file_bytes = about.size_bytes
@@ -124,7 +136,7 @@ class LoadedGraph:
 
     @property
     def graph_ms(self) -> float | None:
-        """Milliseconds of the last run's graph on the device's clock; None where nobody tells it from its transfers."""
+        """Milliseconds of the last run's graph on the device's clock; None if transfers are part of it."""
         return None if self._bound is None else self._bound.graph_ms
 
     def run(
@@ -134,7 +146,7 @@ class LoadedGraph:
         *,
         into: Mapping[str, BufferView] | None = None,
         keep: Collection[str] = (),
-        cancel: Cancel | None = None,
+        cancel: Stoppable | None = None,
         queued: bool = False,
     ) -> dict[str, Fetched]:
         """Runs the model once and gives each of `outputs` (all unless said) by name.
@@ -177,7 +189,7 @@ class LoadedGraph:
             raise failure("input_mismatch", f"{'; '.join(wrong)}. The model takes {takes}.", detail={"errors": wrong})
 
     def close(self) -> int | None:
-        """Unloads the model; the bytes that the process holds less since, as measured, None where it cannot be told."""
+        """Unloads the model; the bytes that the process holds less since; None if they cannot be measured."""
         held = self.device.held_bytes()
         self._session = None
         if self._bound is not None:
@@ -189,12 +201,14 @@ class LoadedGraph:
 
     # ---- the ways to run
 
-    def _call(self, names: list[str], feeds: Mapping[str, Any], cancel: Cancel | None) -> Sequence[Any]:
+    def _call(
+        self, names: list[str], feeds: Mapping[str, RuntimeValue], cancel: Stoppable | None
+    ) -> Sequence[RuntimeValue]:
         session = self._live()
         if not self._only_numpy:
             return self._call_with_values(session, names, feeds, cancel)
         lock = self._provider.lock
-        outputs: Sequence[Any]
+        outputs: Sequence[RuntimeValue]
         if cancel is None and lock is None:
             outputs = session.run(names, feeds)
             return outputs
@@ -204,8 +218,12 @@ class LoadedGraph:
         return outputs
 
     def _call_with_values(
-        self, session: ort.InferenceSession, names: list[str], feeds: Mapping[str, Any], cancel: Cancel | None
-    ) -> list[Any]:
+        self,
+        session: ort.InferenceSession,
+        names: list[str],
+        feeds: Mapping[str, RuntimeValue],
+        cancel: Stoppable | None,
+    ) -> list[RuntimeValue]:
         """The same where something is no tensor, or one that NumPy has not: what goes in and comes out is converted."""
         self.check(feeds, names)
         taken = {name: self._taken(self._input_specs[name], feed) for name, feed in feeds.items()}
@@ -215,7 +233,7 @@ class LoadedGraph:
             given = call(names, taken, options)
         return [self._given(self._output_specs[name], value) for name, value in zip(names, given, strict=True)]
 
-    def _taken(self, spec: TensorSpec, feed: Array) -> Any:
+    def _taken(self, spec: TensorSpec, feed: Array) -> RuntimeValue:
         """An input as ONNX Runtime's Python interface takes it."""
         if spec.values is not None:
             return spec.values.read(feed.reshape(-1).tolist(), f"input {spec.name!r}")
@@ -227,7 +245,7 @@ class LoadedGraph:
             return ort.OrtValue.ortvalue_from_numpy(array)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
 
-    def _given(self, spec: TensorSpec, value: Any) -> Any:
+    def _given(self, spec: TensorSpec, value: RuntimeValue) -> RuntimeValue:
         """An output as `run` gives it."""
         if spec.values is not None:
             return spec.values.given(value)
@@ -248,7 +266,7 @@ class LoadedGraph:
         names: list[str],
         into: Mapping[str, BufferView],
         keep: Collection[str],
-        cancel: Cancel | None,
+        cancel: Stoppable | None,
         *,
         queued: bool = False,
     ) -> dict[str, Fetched]:
@@ -275,7 +293,7 @@ class LoadedGraph:
                 fetched[name] = got[name]
         return fetched
 
-    def _run_placed(self, wanted: BoundRun, cancel: Cancel | None) -> dict[str, Any]:
+    def _run_placed(self, wanted: BoundRun, cancel: Stoppable | None) -> dict[str, RuntimeValue]:
         self._live()
         if self._bound is None or (self.device.host_memory and not wanted.places):
             arrays = {name: self._on_host(feed) for name, feed in wanted.feeds.items()}
@@ -311,7 +329,7 @@ class LoadedGraph:
                 places[name] = view
         return places
 
-    def _store(self, name: str, value: Any, place: BufferView) -> BufferView:
+    def _store(self, name: str, value: RuntimeValue, place: BufferView) -> BufferView:
         """Copies an output to its place, when it could not be bound there."""
         spec = self._output_specs[name]
         if value is None:
@@ -337,7 +355,7 @@ class LoadedGraph:
             )
         return view
 
-    def _kept(self, name: str, value: Any) -> Kept:
+    def _kept(self, name: str, value: RuntimeValue) -> Kept:
         if value is None or isinstance(value, Values):
             raise failure("run_failed", f"Output {name!r} is no tensor in this run, and only tensors are kept.")
         shape = value.shape if isinstance(value, np.ndarray) else tuple(value.shape())

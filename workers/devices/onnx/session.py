@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import onnxruntime as ort
 
@@ -66,8 +66,15 @@ class Cancel:
             raise failure(self.code, self._why)
 
     def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
-        """While inside, `trip` reaches `options`; whatever ends the body after a trip raises the trip's failure."""
+        """While inside, `trip` reaches `options`; an error of the body after a trip raises the trip's failure."""
         return Over([self], options)
+
+
+class Stoppable(Protocol):
+    """What may stop a run: one job's `Cancel`, or several as one."""
+
+    def over(self, options: ort.RunOptions | ort.SessionOptions) -> Over:
+        """While inside, a trip reaches `options`."""
 
 
 class Over:
@@ -138,7 +145,7 @@ def session_settings(
         settings.intra_op_num_threads = options.intra_op_threads
     for symbol, size in options.free_dimensions.items():
         settings.add_free_dimension_override_by_name(symbol, size)
-    # Threads that spin after a run take the processor from the gateway beside them.
+    # Threads that spin after a run take the processor from the gateway on the same machine.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.load_model_format", "ONNX")
     for entry, value in provider.settings.items():
@@ -182,10 +189,10 @@ def load_session(
 
 
 def cpu_fallbacks(session: ort.InferenceSession, provider: str) -> int | None:
-    """How many nodes went to the CPU in spite of the provider; None where this ONNX Runtime cannot tell."""
+    """How many nodes went to the CPU in spite of the provider; None if this ONNX Runtime cannot say."""
     if provider == "CPUExecutionProvider":
         return 0
-    tell = getattr(session, "get_provider_graph_assignment_info", None)
-    if tell is None:
+    assignment = getattr(session, "get_provider_graph_assignment_info", None)
+    if assignment is None:
         return None
-    return sum(len(part.get_nodes()) for part in tell() if part.ep_name == "CPUExecutionProvider")
+    return sum(len(part.get_nodes()) for part in assignment() if part.ep_name == "CPUExecutionProvider")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from device_operations.tensors import TEXT_DTYPES, carries, numpy_dtype
 from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.values import Values, ValueType
+from workers.json_types import JsonObject
+
+#: A value of ONNX Runtime's, which has no types: a NumPy array, an `OrtValue`, a list or a map.
+RuntimeValue: TypeAlias = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,14 @@ class TensorSpec:
     #: ONNX Runtime's word for the type of what is no tensor.
     type_text: str | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """`{"name", "dtype", "shape"}`, as the model's record has it; `optional` and `type` if they say something."""
-        told: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        form: JsonObject = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.optional:
-            told["optional"] = True
+            form["optional"] = True
         if self.type_text is not None:
-            told["type"] = self.type_text
-        return told
+            form["type"] = self.type_text
+        return form
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class NotOffered:
     #: Whether no run goes without it.
     required: bool
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """`{"name", "side", "reason"}`, as the model's record holds it."""
         return {"name": self.name, "side": self.side, "reason": self.reason}
 
@@ -60,13 +64,14 @@ class NotOffered:
 class Kept:
     """An output that stayed on its device, to be fed to a later run of any model there."""
 
-    value: Any  # numpy.ndarray on the cpu device and where the backend stages, onnxruntime.OrtValue elsewhere
+    #: A NumPy array on the CPU device and where the backend stages, an `onnxruntime.OrtValue` elsewhere.
+    value: RuntimeValue
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that it holds; 0 for text, whose bytes nobody counts."""
+        """Bytes that it holds; 0 for text, whose bytes are not counted."""
         return 0 if self.dtype in TEXT_DTYPES else numpy_dtype(self.dtype).itemsize * math.prod(self.shape)
 
     def numpy(self) -> Array:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -47,18 +47,22 @@ _OUTER = re.compile(r"(seq|optional)\((.*)\)")
 _MAP = re.compile(r"map\((\w+),(.*)\)")
 
 
+#: A JSON value, or the value of ONNX Runtime's that it stands for: both are nested lists, maps, numbers and texts.
+JsonValue: TypeAlias = Any
+
+
 @dataclass(frozen=True, slots=True)
 class Values:
     """A sequence or a map that a model gave: JSON values, NaN and infinities as floats among them."""
 
-    values: list[Any]
+    values: list[JsonValue]
 
     @property
     def shape(self) -> tuple[int]:
         """How many there are, as the only side."""
         return (len(self.values),)
 
-    def strict(self) -> list[Any]:
+    def strict(self) -> list[JsonValue]:
         """The values as strict JSON has them: NaN and infinities as strings."""
         try:
             json.dumps(self.values, allow_nan=False)
@@ -94,7 +98,7 @@ class ValueType:
         """Whether each element is a text of its own."""
         return self.inner.form == "seq"
 
-    def read(self, texts: Sequence[Any], what: str) -> Any:
+    def read(self, texts: Sequence[str], what: str) -> JsonValue:
         """The value that ONNX Runtime takes for JSON texts. Raises `input_mismatch`."""
         values = [_parsed(text, what) for text in texts]
         kind = self.inner
@@ -105,7 +109,7 @@ class ValueType:
             raise failure("input_mismatch", f"{what} is one JSON text, {len(values)} were given")
         return None if values[0] is None and self.is_optional else _taken(values[0], kind, what)
 
-    def given(self, value: Any) -> Values | None:
+    def given(self, value: JsonValue) -> Values | None:
         """What ONNX Runtime gave, as JSON values; None where an optional has none."""
         if value is None:
             return None
@@ -148,14 +152,14 @@ def is_offered(kind: ValueType) -> bool:
     return kind.of is not None and is_offered(kind.of)
 
 
-def _parsed(text: Any, what: str) -> Any:
+def _parsed(text: JsonValue, what: str) -> JsonValue:
     try:
         return loads(text if isinstance(text, (str, bytes)) else str(text), anywhere=True)
     except ValueError as error:
         raise failure("input_mismatch", f"{what} is not JSON: {error}") from error
 
 
-def _taken(value: Any, kind: ValueType, what: str) -> Any:
+def _taken(value: JsonValue, kind: ValueType, what: str) -> JsonValue:
     if kind.form == "tensor":
         return _tensor(value, kind.dtype, what)
     assert kind.of is not None
@@ -165,7 +169,7 @@ def _taken(value: Any, kind: ValueType, what: str) -> Any:
         return [_taken(element, kind.of, f"{what}, element {index}") for index, element in enumerate(value)]
     if not isinstance(value, dict):
         raise failure("input_mismatch", f"{what} is not a JSON object")
-    made: dict[Any, Any] = {}
+    made: dict[JsonValue, JsonValue] = {}
     for key, element in value.items():
         taken = _taken(element, kind.of, f"{what}, {key!r}")
         made[_key(key, kind.dtype, what)] = taken.item() if kind.of.form == "tensor" and taken.ndim == 0 else taken
@@ -180,7 +184,7 @@ def _key(text: str, dtype: str, what: str) -> int | str:
     raise failure("input_mismatch", f"{what}: key {text[:40]!r} is not a whole number of 64 bits")
 
 
-def _tensor(value: Any, dtype: str, what: str) -> Array:
+def _tensor(value: JsonValue, dtype: str, what: str) -> Array:
     if not isinstance(value, dict):
         return from_numbers(value, dtype, _shape_of(value), what)
     shape = value.get("shape")
@@ -191,7 +195,7 @@ def _tensor(value: Any, dtype: str, what: str) -> Array:
     return from_numbers(value["data"], dtype, shape, what)
 
 
-def _shape_of(data: Any) -> list[int]:
+def _shape_of(data: JsonValue) -> list[int]:
     shape = []
     while isinstance(data, list):
         shape.append(len(data))
@@ -199,7 +203,7 @@ def _shape_of(data: Any) -> list[int]:
     return shape
 
 
-def _told(value: Any, kind: ValueType) -> Any:
+def _told(value: JsonValue, kind: ValueType) -> JsonValue:
     if kind.form == "tensor":
         return _listed(np.asarray(value))
     assert kind.of is not None
@@ -208,7 +212,7 @@ def _told(value: Any, kind: ValueType) -> Any:
     return {str(key): _told(element, kind.of) for key, element in value.items()}
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: JsonValue) -> JsonValue:
     if isinstance(value, list):
         return [_strict(element) for element in value]
     if isinstance(value, dict):
@@ -216,7 +220,7 @@ def _strict(value: Any) -> Any:
     return word(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _listed(array: Array) -> Any:
+def _listed(array: Array) -> JsonValue:
     if array.ndim > 1 and math.prod(array.shape) == 0 and 0 in array.shape[:-1]:
         return {"shape": list(array.shape), "data": []}
     if array.dtype.kind == "S":

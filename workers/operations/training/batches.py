@@ -5,22 +5,20 @@ Tensors in allocations are used where they lie, and spooled to blobs, so that th
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 
-from device_operations.tensors import FIXED_DTYPES
 from workers.devices.arrays import BufferView, flat_bytes
+from workers.json_types import JsonObject, StoredRequest
 from workers.operations.tensors import feed, keep
 from workers.operations.training.files import local_file
 from workers.resident.residents import Resident
+from workers.stored_tensors import InAllocation, StoredTensor, decode_tensor
 from workers.training.dataset import BatchPlan, Samples
 from workers.training.model.ports import Array, Batch
 from workers.training.outcomes import StepOptions
 
 
-def options_of(request: dict[str, Any]) -> StepOptions:
+def options_of(request: StoredRequest) -> StepOptions:
     """The options that a recorded request asks for."""
     return StepOptions(
         request.get("mode", "train"),
@@ -31,7 +29,7 @@ def options_of(request: dict[str, Any]) -> StepOptions:
     )
 
 
-def plan_of(request: dict[str, Any]) -> BatchPlan | None:
+def plan_of(request: StoredRequest) -> BatchPlan | None:
     """How a recorded request goes through its dataset; None where it has none."""
     given = request.get("dataset")
     if given is None:
@@ -42,7 +40,7 @@ def plan_of(request: dict[str, Any]) -> BatchPlan | None:
     )  # fmt: skip
 
 
-def data_of(resident: Resident, session_id: str, request: dict[str, Any]) -> Batch | Samples | None:
+def data_of(resident: Resident, session_id: str, request: StoredRequest) -> Batch | Samples | None:
     """The batch or dataset of a recorded request; None for mode `apply`."""
     given = request.get("dataset")
     if given is not None and given.get("blob_id"):
@@ -50,13 +48,18 @@ def data_of(resident: Resident, session_id: str, request: dict[str, Any]) -> Bat
     place = request if given is None else given
     if place.get("inputs") is None:
         return None
-    inputs = {name: taken(resident, name, tensor) for name, tensor in place["inputs"].items()}
-    targets = taken(resident, "targets", place["targets"])
+    inputs, targets = batch_of(resident, place)
     return Batch(inputs, targets) if given is None else Samples(inputs, targets)
 
 
-def taken(resident: Resident, name: str, tensor: dict[str, Any]) -> Array:
-    """One tensor: a NumPy array, or where it lies in an allocation, a torch tensor over those bytes."""
+def batch_of(resident: Resident, stored: StoredRequest) -> tuple[dict[str, Array], Array]:
+    """The inputs and the targets that part of a recorded request names."""
+    inputs = {name: _array(resident, name, decode_tensor(tensor)) for name, tensor in stored["inputs"].items()}
+    return inputs, _array(resident, "targets", decode_tensor(stored["targets"]))
+
+
+def _array(resident: Resident, name: str, tensor: StoredTensor) -> Array:
+    """One tensor: a NumPy array, or a torch tensor over its bytes if it is in an allocation of this device."""
     found = feed(resident, name, tensor)
     if not isinstance(found, BufferView):
         return found
@@ -66,25 +69,25 @@ def taken(resident: Resident, name: str, tensor: dict[str, Any]) -> Array:
     return view
 
 
-def resident_tensors(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def resident_tensors(request: StoredRequest) -> dict[str, StoredTensor]:
     """The tensors of a request that lie in allocations: `inputs.<name>` and `targets`."""
-    place = request.get("dataset") or request
-    named = {f"inputs.{name}": tensor for name, tensor in (place.get("inputs") or {}).items()}
-    if place.get("targets"):
-        named["targets"] = place["targets"]
-    return {name: tensor for name, tensor in named.items() if tensor.get("allocation_id")}
+    part = request.get("dataset") or request
+    stored = {f"inputs.{name}": tensor for name, tensor in (part.get("inputs") or {}).items()}
+    if part.get("targets"):
+        stored["targets"] = part["targets"]
+    decoded = {name: decode_tensor(tensor) for name, tensor in stored.items()}
+    return {name: tensor for name, tensor in decoded.items() if isinstance(tensor.place, InAllocation)}
 
 
-def spooled(resident: Resident, request: dict[str, Any], owner: str) -> dict[str, dict[str, Any]]:
+def spooled(resident: Resident, request: StoredRequest, owner: str) -> dict[str, JsonObject]:
     """Copies of a request's resident tensors as blobs, by name."""
     return {name: _spool(resident, name, tensor, owner) for name, tensor in resident_tensors(request).items()}
 
 
-def _spool(resident: Resident, name: str, tensor: dict[str, Any], owner: str) -> dict[str, Any]:
+def _spool(resident: Resident, name: str, tensor: StoredTensor, owner: str) -> JsonObject:
     found = feed(resident, name, tensor)
     if isinstance(found, BufferView):
-        size = math.prod(tensor["shape"]) * FIXED_DTYPES[tensor["dtype"]]
-        raw = resident.device.read(found.buffer, found.offset, size)
+        raw = resident.device.read(found.buffer, found.offset, tensor.size_bytes)
     else:
         raw = flat_bytes(found)
-    return {"dtype": tensor["dtype"], "shape": tensor["shape"], "blob_id": keep(resident, raw, owner)}
+    return {"dtype": tensor.dtype, "shape": tensor.shape, "blob_id": keep(resident, raw, owner)}

@@ -7,10 +7,9 @@ only then a record: whole and recorded, or not there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from device_operations.jobs import new_id
 from device_operations.requests.training import Initialize, OnnxModel
 from tasks.blobs.store import Stored
 from tasks.inference.content import model_file
+from tasks.statements import Row
 from workers.resident.residents import Resident
 from workers.training import checkpoints
 from workers.training.checkpoints import Snapshot, WrittenFile
@@ -66,9 +66,9 @@ def read_checkpoint(resident: Resident, blob_id: str, sha256: str, session_id: s
 def keep_checkpoint(
     resident: Resident,
     snapshot: Snapshot,
-    row: Mapping[str, Any],
+    row: Mapping[str, object],
     onnx: bytes | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """Writes a snapshot and its export as blobs, off the device's thread; what its record is to hold.
 
     `row` names the session, the owner and what else the record says. Raises `storage_full`.
@@ -90,7 +90,7 @@ def keep_checkpoint(
     }  # fmt: skip
 
 
-def drop_checkpoint(resident: Resident, checkpoint: Mapping[str, Any]) -> None:
+def drop_checkpoint(resident: Resident, checkpoint: Row) -> None:
     """Deletes the files of a checkpoint that was not recorded."""
     for blob in checkpoint["blobs"]:
         resident.blobs.delete(blob["blob_id"])
@@ -111,7 +111,7 @@ def clear_scratch(resident: Resident, session_id: str) -> None:
     shutil.rmtree(scratch(resident, session_id), ignore_errors=True)
 
 
-def _store(resident: Resident, what: str, write: Any) -> Stored:
+def _store(resident: Resident, what: str, write: Callable[[Path], WrittenFile]) -> Stored:
     blob_id = new_id()
     written: WrittenFile = write(resident.spool / f"{what}-{blob_id}")
     try:

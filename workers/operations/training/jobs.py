@@ -1,51 +1,35 @@
-"""What initializing, stepping, checkpointing, validating and ending training sessions do on the device.
-
-A step moves the session in memory first; its number, loss and history are committed with the job's end. Where that end
-cannot be recorded the memory is ahead, and the session is brought back from its record before its next job.
-"""
+"""What each kind of training job does on the device; a step is in `workers.operations.training.steps`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator
+from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from device_operations.errors import OperationError, failure
-from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
+from tasks.statements import Row
 from tasks.training import sessions as store
-from tasks.training.effects import number_of
+from workers.devices.arrays import Array as HostArray
+from workers.devices.onnx.tensors import Feed
 from workers.devices.values import SessionOptions
-from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress
-from workers.operations.tensors import host_array, staged_bytes
-from workers.operations.training.batches import data_of, options_of, plan_of, resident_tensors, spooled, taken
-from workers.operations.training.files import drop_checkpoint, keep_checkpoint, keep_gradients
-from workers.operations.training.sessions import (
-    HeldSession,
-    awake,
-    begin,
-    checkpoint_beside,
-    classified,
-    export_in_spare_time,
-    facts,
-)
+from workers.execution.claimed_job import ClaimedJob, Detached, Progress, Steps
+from workers.json_types import JsonObject
+from workers.operations.tensors import host_array
+from workers.operations.training.batches import batch_of
+from workers.operations.training.files import drop_checkpoint, keep_checkpoint
+from workers.operations.training.restoring import awake, begin
+from workers.operations.training.sessions import HeldSession, export_in_spare_time, facts
+from workers.operations.training.steps import staged, step
 from workers.resident.residents import Resident
 from workers.training.checkpoints import Snapshot
-from workers.training.dataset import Samples
 from workers.training.model.listing import list_tensors
 from workers.training.onnx.export import onnx_bytes
-from workers.training.outcomes import StepOutcome, summarize
-from workers.training.runs import DatasetRun
 from workers.training.validation import compare
 
-Steps = Generator[Progress, None, Outcome | PlaceReleased]
-
-#: Seconds between two notes of a long job's history.
-NOTE_SECONDS = 0.5
+__all__ = ["checkpoint", "end_session", "initialize", "step", "validate"]
 
 #: Seconds that the end of a session waits for its checkpoint's file before it looks at the scheduler again.
 LOOK_SECONDS = 0.02
@@ -68,44 +52,13 @@ def initialize(resident: Resident, work: ClaimedJob) -> Outcome:
     resident.training[session_id] = held
     export_in_spare_time(resident, held)
     made = facts(held)
-    told = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
+    result = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
     listed = list_tensors(held.session.definition, held.spec, held.session.state.model)
-    return work.succeeded(told, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
-
-
-def step(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Steps:
-    """One step, or the many of a dataset."""
-    held = awake(resident, work.request["session_id"], work.job_id, work.request.get("sequence"))
-    data = data_of(resident, held.session_id, work.request)
-    if isinstance(data, Samples):
-        return _run(resident, work, held, data)
-    options, sequence = options_of(work.request), work.request.get("sequence")
-    copies = spooled(resident, work.request, work.row["owner"]) if sequence and resident_tensors(work.request) else {}
-    work.cancel.check()
-    notes = _Notes(resident, held)
-    session = held.session
-    outcome = session.perform(data, options, sequence) if sequence else session.advance(data, options)
-    device_ms = round(notes.seconds() * 1000, 3)
-    held.run_job_id = None
-    try:
-        notes.add(outcome)
-        told = _told(resident, work, held, outcome)
-        if _is_due(held, outcome):
-            checkpoint_beside(resident, held)
-    except BaseException:
-        # The memory has made a step that will not be recorded.
-        resident.training.pop(held.session_id, None)
-        raise
-    export_in_spare_time(resident, held)
-    ended = work.succeeded(told, device_ms=device_ms)
-    if sequence is None:
-        return ended
-    ended.facts["applied"] = _applied(notes, sequence, None, copies)
-    return _passed(held, sequence, ended)
+    return work.succeeded(result, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
 
 
 def checkpoint(resident: Resident, work: ClaimedJob) -> Detached:
-    """Copies the session's state now; the file is written and recorded beside, while steps go on."""
+    """Copies the session's state now; the file is written and recorded on a background thread, while steps go on."""
     request = work.request
     held = awake(resident, request["session_id"], work.job_id)
     if held.session.sequence > request["at_sequence"]:
@@ -127,9 +80,8 @@ def validate(resident: Resident, work: ClaimedJob) -> Outcome:
         held = awake(resident, request["session_id"], work.job_id)
         resident.record(lambda: _touch(resident, request["session_id"]))
     session = held.session
-    inputs = {name: taken(resident, name, tensor) for name, tensor in request["inputs"].items()}
-    targets = taken(resident, "targets", request["targets"])
-    # Before the first step nobody knows the inputs' shapes but the caller.
+    inputs, targets = batch_of(resident, request)
+    # Before the first step only the caller knows the inputs' shapes.
     session.expected_output(inputs, training=False)
     snapshot = session.snapshot(model_only=True)
     if snapshot.state["last_inputs"] is None:
@@ -138,15 +90,15 @@ def validate(resident: Resident, work: ClaimedJob) -> Outcome:
     content = onnx_bytes(session.definition, held.spec, snapshot)
     served = _served(resident, work, content, {name: host_array(value) for name, value in inputs.items()})
     found = compare(session, inputs, targets, served)
-    told = {
+    result = {
         "session_id": request.get("session_id"), "checkpoint_id": request.get("checkpoint_id"), "step": session.step,
-        **asdict(found), **_staged(request),
+        **asdict(found), **staged(request),
     }  # fmt: skip
-    return work.succeeded(told)
+    return work.succeeded(result)
 
 
 def _touch(resident: Resident, session_id: str) -> None:
-    """The session is used. Beside the job, whose own end touches no other record and waits for no disk."""
+    """The session is used. Separate from the job's end, which touches no other record and waits for no disk."""
     with resident.engine.connect() as connection:
         store.touch(connection, session_id)
 
@@ -164,164 +116,10 @@ def end_session(resident: Resident, work: ClaimedJob) -> Outcome | Steps:
 # ---- many steps
 
 
-def _run(resident: Resident, work: ClaimedJob, held: HeldSession, dataset: Samples) -> Steps:
-    """The steps of a dataset; the scheduler may run something more urgent between any two.
-
-    Cut short, it counts as applied with the steps that were made, unless it made none.
-    """
-    session, options, sequence = held.session, options_of(work.request), work.request.get("sequence")
-    plan = plan_of(work.request)
-    assert plan is not None
-    copies = spooled(resident, work.request, work.row["owner"]) if sequence else {}
-    run = session.run(dataset, plan, options, sequence or session.sequence + 1)
-    held.run_job_id = work.job_id
-    notes = _Notes(resident, held)
-    try:
-        while run.steps_done < run.steps_total:
-            outcome = next(run)
-            notes.add(outcome)
-            export_in_spare_time(resident, held)
-            if _is_due(held, outcome):
-                # Whoever comes back from this checkpoint does not make the steps before it again.
-                notes.note()
-                checkpoint_beside(resident, held)
-            yield Progress(_progress(run, outcome))
-    except Exception as error:
-        known = classified(resident, error)
-        if sequence is None:
-            session.abandon_run()
-            raise known from error
-        if not run.steps_done or not session.intact:
-            # Nothing to keep, or nothing that could be: the record has the session as it was before the job.
-            resident.training.pop(held.session_id, None)
-            raise known from error
-        run.finish()
-        return work.failed(known, applied=_applied(notes, sequence, run.steps_done, copies))
-    told = {
-        "session_id": held.session_id, "sequence": sequence, "mode": options.mode, "steps_applied": run.steps_done,
-        **notes.summary(), **_staged(work.request),
-    }  # fmt: skip
-    ended = work.succeeded(told, device_ms=round(notes.seconds() * 1000, 3))
-    if sequence is None:
-        session.abandon_run()
-        return ended
-    run.finish()
-    ended.facts["applied"] = _applied(notes, sequence, run.steps_done, copies)
-    return _passed(held, sequence, ended)
+# ---- what is result
 
 
-class _Notes:
-    """What the steps of one job did, on its way into the session's record: in bulk, twice a second."""
-
-    def __init__(self, resident: Resident, held: HeldSession) -> None:
-        self._resident, self._held = resident, held
-        self._began = self._noted_at = time.perf_counter()
-        self._history: list[dict[str, Any]] = []
-        self.outcomes: list[StepOutcome] = []
-        self.session_id = held.session_id
-
-    def add(self, outcome: StepOutcome) -> None:
-        """One more step."""
-        self.outcomes.append(outcome)
-        if outcome.mode in ("train", "apply") and not outcome.skipped:
-            self._history.append(
-                {
-                    "step": outcome.step,
-                    "loss": outcome.loss if outcome.update_loss is None else outcome.update_loss,
-                    "gradient_norm": outcome.gradient_norm,
-                    "learning_rate": outcome.learning_rate,
-                    "at": time.time(),
-                }
-            )
-        if time.perf_counter() - self._noted_at >= NOTE_SECONDS:
-            self.note()
-
-    def note(self) -> None:
-        """Hands what was not noted yet to the completer."""
-        self._noted_at = time.perf_counter()
-        standing = self.rest()
-        engine, session_id, epoch = self._resident.engine, self.session_id, self._resident.epoch
-
-        def write() -> None:
-            with engine.connect() as connection:
-                store.advance(connection, session_id, epoch, standing)
-
-        self._resident.record(write)
-
-    def rest(self) -> dict[str, Any]:
-        """Where the session stands, with the history that was not noted yet."""
-        history, self._history = self._history, []
-        # None where a death came between a job's last step and its end: then all of it is in the checkpoint.
-        last = self.outcomes[-1] if self.outcomes else StepOutcome(self._held.session.step, "train")
-        return {
-            "step": self._held.session.step, "loss": last.loss, "gradient_norm": last.gradient_norm,
-            "learning_rate": last.learning_rate, "samples_seen": self._held.session.state.samples_seen,
-            "steps_per_second": round(len(self.outcomes) / max(self.seconds(), 1e-9), 3), "history": history,
-            "cpu_fallback_operators": list(self._resident.device.cpu_fallback_operators),
-        }  # fmt: skip
-
-    def summary(self) -> dict[str, Any]:
-        """All steps of the job as one; those that a dead worker made are in the history."""
-        return asdict(summarize(self.outcomes)) if self.outcomes else {"step": self._held.session.step, "steps": 0}
-
-    def seconds(self) -> float:
-        """How long the steps have taken so far."""
-        return time.perf_counter() - self._began
-
-
-# ---- what is told
-
-
-def _applied(
-    notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """What the end of an applied step writes into the session's record."""
-    return {
-        **notes.rest(),
-        "session_id": notes.session_id, "sequence": sequence, "steps_applied": steps_applied, "spooled": copies,
-        "spooled_ids": [tensor["blob_id"] for tensor in copies.values()],
-    }  # fmt: skip
-
-
-def _passed(held: HeldSession, sequence: int, ended: Outcome) -> PlaceReleased:
-    """The next step may begin while this one's end is recorded: the record takes it only after this one.
-
-    Everything else on the session waits for the record.
-    """
-    return PlaceReleased(ended, number_of(held.session_id, sequence))
-
-
-def _told(resident: Resident, work: ClaimedJob, held: HeldSession, outcome: StepOutcome) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "session_id": held.session_id, "sequence": work.request.get("sequence"), "mode": outcome.mode,
-        "step": outcome.step, "loss": outcome.loss, "gradient_norm": outcome.gradient_norm,
-        "learning_rate": outcome.learning_rate, "samples": outcome.samples, "skipped": outcome.skipped,
-        "accumulated_batches": outcome.accumulated_batches, **_staged(work.request),
-    }  # fmt: skip
-    if outcome.correct is not None:
-        told["accuracy"] = outcome.correct / outcome.elements if outcome.elements else None
-    if outcome.gradient_norms is not None:
-        told["gradient_norms"] = dict(outcome.gradient_norms)
-    if outcome.gradients is not None:
-        stored = keep_gradients(resident, outcome.gradients)
-        blob = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
-        with resident.engine.connect() as connection:
-            ttl_seconds = resident.settings.blobs.ttl_hours * 3600
-            blob_store.insert(connection, {**blob, "owner": work.row["owner"]}, ttl_seconds)
-        told["gradients"] = blob
-    return told
-
-
-def _progress(run: DatasetRun, outcome: StepOutcome) -> dict[str, Any]:
-    return {"done": run.steps_done, "total": run.steps_total, "step": outcome.step, "loss": outcome.loss}
-
-
-def _staged(request: dict[str, Any]) -> dict[str, int]:
-    size = staged_bytes(resident_tensors(request))
-    return {"staged_bytes": size} if size else {}
-
-
-def _described(held: HeldSession) -> dict[str, Any]:
+def _described(held: HeldSession) -> JsonObject:
     definition = held.session.definition
     model = held.session.state.model
     return {
@@ -331,19 +129,12 @@ def _described(held: HeldSession) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_due(held: HeldSession, outcome: StepOutcome) -> bool:
-    """Whether an automatic checkpoint is to be taken after this step."""
-    every = held.spec.checkpoint_every_steps
-    moved = outcome.mode in ("train", "apply") and not outcome.skipped
-    return bool(every and moved and outcome.step % every == 0 and outcome.step != held.checkpoint_step)
-
-
 # ---- checkpoints and exports
 
 
 def _keep(
     resident: Resident, work: ClaimedJob, held: HeldSession, snapshot: Snapshot, onnx: bytes | None = None
-) -> dict[str, Any]:
+) -> Row:
     request = work.request
     return keep_checkpoint(
         resident, snapshot,
@@ -368,11 +159,11 @@ def _finish_checkpoint(
         raise
     held.checkpoint_step = max(held.checkpoint_step, snapshot.step)
     held.checkpoint_sequence = max(held.checkpoint_sequence, made["sequence"])
-    told = {name: made[name] for name in _TOLD_OF_CHECKPOINTS}
-    return work.succeeded(told, checkpoint=made)
+    result = {name: made[name] for name in _CHECKPOINT_FACTS}
+    return work.succeeded(result, checkpoint=made)
 
 
-_TOLD_OF_CHECKPOINTS = (
+_CHECKPOINT_FACTS = (
     "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id", "onnx_blob_id",
 )  # fmt: skip
 
@@ -385,14 +176,14 @@ def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
         yield Progress()
     made = writing.result()
     resident.training.pop(held.session_id, None)
-    told = {
+    result = {
         "session_id": held.session_id, "freed_bytes": held.session.memory_bytes(),
-        "checkpoint_id": made["checkpoint_id"], "checkpoint": {name: made[name] for name in _TOLD_OF_CHECKPOINTS},
+        "checkpoint_id": made["checkpoint_id"], "checkpoint": {name: made[name] for name in _CHECKPOINT_FACTS},
     }  # fmt: skip
-    return work.succeeded(told, checkpoint=made)
+    return work.succeeded(result, checkpoint=made)
 
 
-def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: dict[str, Any]) -> dict[str, Any]:
+def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: Mapping[str, Feed]) -> dict[str, HostArray]:
     """What the exported model gives when it is loaded for inference on this device."""
     # As many threads as training has: a pool of more takes longer to start and end than a small model to run.
     options = SessionOptions(intra_op_threads=torch.get_num_threads())
@@ -404,7 +195,7 @@ def _served(resident: Resident, work: ClaimedJob, content: bytes, inputs: dict[s
         onnx.close()
 
 
-def _checkpoint_of(resident: Resident, named: dict[str, Any]) -> HeldSession:
+def _checkpoint_of(resident: Resident, named: Row) -> HeldSession:
     """A session of its own, made from a checkpoint, which is dropped after use."""
     row = resident.read(store.get, named["session_id"])
     if row is None:

@@ -20,13 +20,13 @@ def bring_back(resident: Resident) -> None:
     with resident.engine.connect() as connection:
         rows = store.to_bring_back(connection, resident.device_id)
     if rows:
-        from workers.operations.training.sessions import restore_all
+        from workers.operations.training.restoring import restore_all
 
         restore_all(resident, rows)
 
 
 def look_after(resident: Resident) -> None:
-    """Lets go of sessions that have ended, and of those that nobody touched for their lease."""
+    """Lets go of sessions that have ended, and of those that were not used for their lease."""
     if resident.training:
         from workers.operations.training.sessions import let_go
 

@@ -79,7 +79,7 @@ PASSING = frozenset({
 def unchanged(inputs: Sequence[Value | None]) -> Value | None:
     """The result of an element-by-element operator where it is, for all that is known, one of its inputs.
 
-    That is the most frequent case by far, and is told at once: all inputs that carry rows are alike, and all others
+    That is the most frequent case by far, and is checked first: all inputs that carry rows are alike, and all others
     fit into them. None otherwise.
     """
     rows: Value | None = None

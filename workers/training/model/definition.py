@@ -32,10 +32,10 @@ from workers.training.optimization.determinism import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What was found out about a network, whatever its weights: on the thread that steps, for all its sessions.
+    """What was learned about a network, independent of its weights: on the thread that steps, for all its sessions.
 
-    `outputs` is what it makes of inputs, by mode, shapes and dtypes: meta tensors, or None where only a real run can
-    tell (`ShapeTrial`). `graphs` are exported graphs without weights, by the inputs' dtypes and shapes; None where the
+    `outputs` is what it makes of inputs, by mode, shapes and dtypes: meta tensors, or None if only a real run can show
+    it (`ShapeTrial`). `graphs` are exported graphs without weights, by the inputs' dtypes and shapes; None where the
     exporter leaves the weights no places of their own (`export`).
     """
 

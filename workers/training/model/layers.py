@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from device_operations.errors import failure
 from device_operations.requests.layers import canonical
 from workers.training.memory import is_out_of_memory
+
+#: A layer's description: its type and its arguments, as a request gives them, checked.
+Layer: TypeAlias = dict[str, Any]
 
 
 class Residual(nn.Sequential):
@@ -52,7 +55,7 @@ class Parallel(nn.Module):
 class _Recurrent(nn.Module):
     """An LSTM or GRU whose result is the sequence (batch, steps, features), or its last step (batch, features)."""
 
-    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], arguments: dict[str, Any]) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], arguments: Layer) -> None:
         super().__init__()
         self._last = arguments.pop("output", "sequence") == "last"
         self.cells = kind(**{**arguments, "batch_first": True})
@@ -65,7 +68,7 @@ class _Recurrent(nn.Module):
 class _SelfAttention(nn.Module):
     """Multi-head attention of a sequence (batch, steps, embed_dim) on itself."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: Layer) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(**{**arguments, "batch_first": True})
 
@@ -74,7 +77,7 @@ class _SelfAttention(nn.Module):
         return attended
 
 
-def build_layers(layers: list[dict[str, Any]]) -> nn.Module:
+def build_layers(layers: list[Layer]) -> nn.Module:
     """The module that runs `layers` in order, with torch's own initial weights from its global random state.
 
     Build it under `torch.device("meta")` to count parameters and try shapes without taking memory.
@@ -87,7 +90,7 @@ def build_layers(layers: list[dict[str, Any]]) -> nn.Module:
     return _sequence(checked, "layers", nn.Sequential)
 
 
-def index_limit(layers: list[dict[str, Any]]) -> int | None:
+def index_limit(layers: list[Layer]) -> int | None:
     """How many rows the embedding has that reads the input first; None where the input is not a tensor of indices."""
     for layer in layers:
         if layer["type"] == "embedding":
@@ -106,19 +109,19 @@ def index_limit(layers: list[dict[str, Any]]) -> int | None:
     return None
 
 
-def _sequence(layers: list[dict[str, Any]], where: str, kind: type[nn.Sequential]) -> nn.Sequential:
+def _sequence(layers: list[Layer], where: str, kind: type[nn.Sequential]) -> nn.Sequential:
     try:
         return kind(_named(layers, where))
     except KeyError as error:
         raise failure("validation_failed", f"{where}: a layer cannot have this name: {error.args[0]}") from error
 
 
-def _named(layers: list[dict[str, Any]], where: str) -> OrderedDict[str, nn.Module]:
+def _named(layers: list[Layer], where: str) -> OrderedDict[str, nn.Module]:
     names = [layer.get("name", str(index)) for index, layer in enumerate(layers)]
     return OrderedDict((name, _build(layer, f"{where}.{name}")) for name, layer in zip(names, layers, strict=True))
 
 
-def _build(layer: dict[str, Any], where: str) -> nn.Module:
+def _build(layer: Layer, where: str) -> nn.Module:
     kind = layer["type"]
     arguments = {key: _argument(value) for key, value in layer.items() if key not in ("type", "name", "layers")}
     try:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: beside a frozen matrix two narrow ones are trained, and export adds their product to it."""
+"""Low-rank adapters: a frozen matrix gets two narrow ones that are trained, and export adds their product to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(module: nn.Module, lora: Lora, seed: int) -> None:
-    """Puts an adapter beside each linear layer of `module` that `lora.targets` name; all of them where it names none.
+    """Adds an adapter to each linear layer of `module` that `lora.targets` name; all of them where it names none.
 
     Raises `validation_failed` where the model has no linear layer or a target fits none.
     """

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from device_operations.errors import failure
+from workers.devices.arrays import Array as HostArray
 
 #: What the caller hands over: tensors on any device, or NumPy arrays.
-Array = Tensor | np.ndarray[Any, Any]
+Array = Tensor | HostArray
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A batch on the device, checked; its targets are not where only a real run can tell the output's shape."""
+    """A batch on the device, checked; its targets are not where only a real run shows the output's shape."""
 
     inputs: list[Tensor]
     targets: Array

@@ -36,11 +36,11 @@ class ShapeTrial:
     ) -> None:
         self._module, self._frozen = module, frozen_statistics
         self._known = known
-        #: Whether batches are known to fit, so that none is tried; `learn` then tells what a real run gave.
+        #: Whether batches are known to fit, so that none is tried; `learn` then records what a real run gave.
         self.trusting = False
 
     def outputs(self, inputs: Sequence[Tensor], training: bool) -> list[Tensor] | None:
-        """The outputs' shapes and dtypes, as meta tensors; None where only a real run can tell.
+        """The outputs' shapes and dtypes, as meta tensors; None if only a real run shows them.
 
         Raises `input_mismatch` when the model cannot take these inputs.
         """

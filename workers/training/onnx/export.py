@@ -96,7 +96,7 @@ def onnx_bytes(
 def export_ahead(definition: Definition, shapes: Shapes) -> None:
     """Makes the graph that an export for inputs of these shapes will fill, for layers and small networks.
 
-    It is traced on weights of its own, no two of them equal: whatever a session has is neither read nor waited for.
+    It is traced on weights of its own, no two of them equal: a session's own weights are neither read nor waited for.
     Call it on the thread that steps, as `onnx_bytes`. Raises `model_invalid` where torch cannot export the model.
     """
     if not isinstance(definition, LayersDefinition) or _key(shapes) in definition.learned.graphs:

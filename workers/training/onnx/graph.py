@@ -176,7 +176,7 @@ def _unfaithful(node: onnx.NodeProto, why: str, consequence: str) -> OperationEr
 #: What torch's tracing exporter calls a weight that it has computed anew. That of a MatMul is mostly just transposed.
 _FOLDED_WEIGHT = re.compile(r"onnx::(Conv|ConvTranspose|Gemm)_\d+")
 
-#: The call that the newer exporter notes on a convolution with a batch normalization in it. The names of classes tell
+#: The call that the newer exporter notes on a convolution with a batch normalization in it. The names of classes show
 #: nothing: a network may be called `BatchNormalized`.
 _NORMALIZATION = re.compile(r"target=torch\.ops\.aten\.\w*batch_norm")
 
@@ -213,7 +213,7 @@ def _find_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     if outside:
         raise failure(
             "model_invalid",
-            f"{len(outside)} tensors ({outside[0]!r}, …) are kept in files beside the model; "
+            f"{len(outside)} tensors ({outside[0]!r}, …) are kept in files next to the model; "
             "save it with its weights inside",
         )
     return tensors

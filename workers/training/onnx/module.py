@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from device_operations.errors import failure
+from workers.devices.arrays import Array as HostArray
 from workers.training.onnx.graph import TrainableGraph
 from workers.training.onnx.operators import OPERATORS, OnnxNode, Operator
 from workers.training.onnx.operators.node import DTYPES, Mode
@@ -25,7 +26,7 @@ _UNFOLDED = {"BatchNormalization", "Dropout"}
 
 @dataclass(frozen=True)
 class _Call:
-    """One node, ready to run: read these values, call, write those, forget what nobody reads later."""
+    """One node, ready to run: read these values, call, write those, drop values that are not read later."""
 
     node: OnnxNode
     operator: Operator
@@ -92,7 +93,7 @@ class OnnxModule(nn.Module):
                 proto.op_type,
                 proto.name,
                 tuple(proto.input),
-                # An output that nobody reads is as good as one that is left out.
+                # An output that is not read counts as one that is left out.
                 tuple(name if name in read else "" for name in proto.output),
                 {a.name: _attribute(a) for a in proto.attribute},
                 graph.opset,
@@ -106,7 +107,7 @@ class OnnxModule(nn.Module):
             calls.append(_Call(node, _built(node), tuple(release)))
         return calls
 
-    def _fold(self, node: OnnxNode, constants: dict[str, np.ndarray[Any, Any]]) -> bool:
+    def _fold(self, node: OnnxNode, constants: dict[str, HostArray]) -> bool:
         """Computes a node of small constants once, so that what reads it finds a constant; whether it was one.
 
         What it gives is a setting of the graph: the scales of a resize, a shape, a mask.
@@ -131,7 +132,7 @@ class OnnxModule(nn.Module):
         self._mode.frozen = True
 
     def adapt(self, weight: str, down: Tensor, up: Tensor, scale: float) -> None:
-        """Lets `weight` act as weight + scale * up @ down, with two trained factors beside it."""
+        """Lets `weight` act as weight + scale * up @ down, with two trained factors."""
         self._parameters[f"{weight}.lora_a"] = nn.Parameter(down)
         self._parameters[f"{weight}.lora_b"] = nn.Parameter(up)
         self._adapters[weight] = scale

@@ -55,7 +55,7 @@ class Origins:
         module = self._module(node.name)
         owner = tensor.rpartition(".")[0]
         if "::" in tensor or tensor.startswith("/"):
-            return module  # computed by the exporter: its name tells nothing
+            return module  # computed by the exporter: its name says nothing
         # A module may read the parameters of those within it.
         return OWN if module in ("", owner) or owner.startswith(f"{module}.") else module
 

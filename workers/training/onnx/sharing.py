@@ -13,12 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from workers.devices.arrays import Array as HostArray
 from workers.training.onnx.origins import NOTHING, OWN, UNKNOWN, Origins, is_tie
 from workers.training.onnx.roles import STATISTICS
 
@@ -59,7 +59,7 @@ def split_merged(model: onnx.ModelProto, names: set[str]) -> None:
     """Gives readers tensors of their own where exporters merged equal ones that train apart; `names` as they were.
 
     Layers that are copies of one another start with equal weights, as those of torch's TransformerEncoder do. Which
-    parameter a node reads is seen by its origin (`origins`). Where nothing tells it, running statistics, and constants
+    parameter a node reads is seen by its origin (`origins`). Without an origin, running statistics, and constants
     with all elements equal (initial scales and biases), are taken to be apart in each place.
     """
     constants = _constants(model)
@@ -149,7 +149,7 @@ def find_copies(
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
-def _digest(array: np.ndarray[Any, Any]) -> bytes:
+def _digest(array: HostArray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 

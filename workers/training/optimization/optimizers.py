@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class Lists:
 class Updater:
     """An optimizer over fixed lists of parameters; its state exists from the start, so its memory is known.
 
-    `steps` counts the updates and is part of the state, beside the tensors of `state`: a list in the order of the
+    `steps` counts the updates and is part of the state, as are the tensors of `state`: a list in the order of the
     parameters for each slot.
     """
 
@@ -130,7 +129,7 @@ class Updater:
 def _loop(name: str, third: str | None = None) -> Callable[..., None]:
     """torch's in-place method `name`, list by list; the last argument may be a number for all, passed as `third`."""
 
-    def over(tensors: Sequence[Tensor], *others: Any, **options: Any) -> None:
+    def over(tensors: Sequence[Tensor], *others: object, **options: object) -> None:
         if third is not None and not isinstance(others[-1], Sequence):
             others, options = others[:-1], {**options, third: others[-1]}
         for index, tensor in enumerate(tensors):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from device_operations.errors import failure
 from device_operations.requests.training import Precision
+from workers.json_types import JsonObject
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +42,7 @@ class LossScale:
         """The gradients overflowed."""
         self.scale, self.updates = self.scale * BACKOFF, 0
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The fields, as a checkpoint keeps them."""
         return asdict(self)
 
@@ -57,7 +57,7 @@ class Autocast:
         if self._dtype is not None:
             _check(precision, device)
 
-    def __call__(self) -> contextlib.AbstractContextManager[Any]:
+    def __call__(self) -> contextlib.AbstractContextManager[object]:
         """A context for one forward pass."""
         if self._dtype is None:
             return contextlib.nullcontext()

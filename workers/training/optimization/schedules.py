@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from device_operations.requests.schedules import (
     ConstantSchedule,
@@ -19,6 +18,7 @@ from device_operations.requests.schedules import (
     Schedule,
     StepSchedule,
 )
+from workers.json_types import JsonObject
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class Observed:
     total: float = 0.0
     weight: float = 0.0
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The fields, as a checkpoint keeps them."""
         return asdict(self)
 

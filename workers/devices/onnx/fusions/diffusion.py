@@ -1,4 +1,4 @@
-"""Graphs of diffusion models joined for ONNX Runtime's CUDA provider once, and kept beside the model.
+"""Graphs of diffusion models joined for ONNX Runtime's CUDA provider once, and kept next to the model.
 
 The file kept, `.NAME.HASH.fused`, holds the graph alone and refers to the weights of the model's own files. Its name
 says by the hash of the graph's file which content it was made of, so that a changed model gets another.

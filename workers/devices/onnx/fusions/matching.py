@@ -99,7 +99,7 @@ def _calculated(kind: str, given: list[Array], *, whole: bool) -> Array | None:
             case "Slice", [one, start, end] if one.ndim == 1 and not np.isnan([start, end]).any():
                 return np.asarray(one[int(start[0]) : int(min(end[0], one.size))])
             case "Concat", [*_]:
-                return np.concatenate([one.reshape(-1) for one in given])
+                return np.asarray(np.concatenate([one.reshape(-1) for one in given]))
     return None
 
 

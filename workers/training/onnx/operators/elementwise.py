@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -132,7 +131,7 @@ def _dropout(node: OnnxNode) -> Operator:
         constant = node.constant(1)
         ratio = 0.5 if constant is None else constant.item()
 
-    def dropout(x: Tensor, *_ratio_and_mode: Any) -> tuple[Tensor, ...]:
+    def dropout(x: Tensor, *_ratio_and_mode: object) -> tuple[Tensor, ...]:
         kept = F.dropout(x, ratio, node.mode.training)
         return (kept, kept != 0) if len(node.outputs) > 1 else (kept,)
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from device_operations.errors import OperationError, failure
+from workers.devices.arrays import Array as HostArray
 
 #: What a built operator is: tensors in (None where an optional input is left out), one tensor or several out.
 Operator = Callable[..., "Tensor | Sequence[Tensor]"]
@@ -37,7 +37,7 @@ class OnnxNode:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
     opset: int
-    constants: Mapping[str, np.ndarray[Any, Any]]
+    constants: Mapping[str, HostArray]
     mode: Mode
 
     def attribute(self, name: str, default: Any = None) -> Any:
@@ -49,7 +49,7 @@ class OnnxNode:
         """Whether the input at `index` is given."""
         return len(self.inputs) > index and bool(self.inputs[index])
 
-    def constant(self, index: int) -> np.ndarray[Any, Any] | None:
+    def constant(self, index: int) -> HostArray | None:
         """The constant at `index`; None where the input is left out. Refused where it is computed in the graph."""
         if not self.has(index):
             return None

@@ -7,8 +7,7 @@ in ONNX's order: i o f c for LSTM, z r h for GRU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -58,8 +57,8 @@ def _recurrent(node: OnnxNode, gates: int, defaults: list[str], cell: Cell) -> O
             b_w, b_r = (None, None) if bias is None else aligned(x, bias)[1][direction].split(gates * hidden)
             # The bias of W is added for all steps at once, that of R where its gate wants it.
             projected = F.linear(x, w[direction], b_w)
-            steps: Any = range(x.shape[0])
-            steps = reversed(steps) if backwards[direction] else steps
+            forwards = range(x.shape[0])
+            steps: Iterable[int] = reversed(forwards) if backwards[direction] else forwards
             made: dict[int, Tensor] = {}
             for step in steps:
                 states = cell(projected[step], states, r[direction], b_r, activations[direction])
