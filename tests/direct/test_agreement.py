@@ -199,7 +199,7 @@ def test_all_four_say_the_same_of_every_task(run: Run, flower: httpx.Client) -> 
         tasks = flower.get("/api/tasks", params={"limit": 100_000}).json()
         return {task_id: tasks[task_id]["state"] for task_id in states if task_id in tasks}
 
-    settled(in_flower, {task_id: CELERY[state] for task_id, state in states.items()})
+    settled(in_flower, {task_id: CELERY[state] for task_id, state in states.items()}, 60)
 
     def logged() -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}

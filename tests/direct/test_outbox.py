@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from celery import chord
 from celery.result import AsyncResult
-from tasks.outbox import CHORD_AGAIN_SECONDS
 
+from tasks.celery_bridge.outbox import CHORD_AGAIN_SECONDS
 from tests.direct.conftest import Caller
 from tests.support.stack import eventually
 
