@@ -10,14 +10,17 @@ from setuptools import find_namespace_packages, setup
 PACKAGES = ("api_gateway", "migrations", "tasks", "workers")
 TREE = ".."
 
+#: NumPy below 2, which torch-directml needs, has no wheels for Python 3.13.
+PYTHON = ">=3.11,<3.13"
+
 declared = tomllib.loads(Path(TREE, "pyproject.toml").read_text(encoding="utf-8"))
 project, groups = declared["project"], declared["dependency-groups"]
 
 setup(
     version=project["version"],
-    python_requires=project["requires-python"],
+    python_requires=PYTHON,
     keywords=project["keywords"],
-    classifiers=[one for one in project["classifiers"] if not one.startswith("Typing")],
+    classifiers=[one for one in project["classifiers"] if not one.startswith("Typing") and not one.endswith("3.13")],
     install_requires=[f"{project['name']}=={project['version']}", *groups["server"]],
     extras_require={name: needed for name, needed in groups.items() if name not in ("server", "dev")},
     package_dir={"": TREE},

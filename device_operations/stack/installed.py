@@ -16,5 +16,6 @@ def require_servers() -> None:
     if missing:
         raise StackError(
             f"the servers are not installed in this Python ({', '.join(missing)} not found): pip install "
-            "'device-operations-server[cpu,local]', with cuda, directml or windowsml in place of cpu for such devices"
+            "'device-operations-server[cpu,local]', with cuda, directml or windowsml in place of cpu for such devices "
+            "(from a checkout: pip install -e './server[cpu,local]')"
         )

@@ -31,7 +31,7 @@ PAGE = REPOSITORY / "docs" / "contract.md"
 @functools.cache
 def routes() -> str:
     """Every route of `/openapi.json`, with its operation's first sentence."""
-    settings = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none", "REDIS_URL": "redis://127.0.0.1:1/0"}
+    settings = {"DATABASE_URL": "postgresql://none@127.0.0.1:1/none", "REDIS_URL": "redis://127.0.0.1:1/0"}
     with mock.patch.dict(os.environ, {PREFIX + name: value for name, value in settings.items()}):
         paths = create_app(Settings()).openapi()["paths"]
     rows = [

@@ -16,8 +16,8 @@ def states_in(cell: str) -> frozenset[State]:
 
 def test_the_table_is_the_codes_table() -> None:
     rows = [line.split("|")[1:4] for line in TEXT.splitlines() if re.match(r"\| `\w+` \| `", line)]
-    told = {name.strip(" `"): Transition(states_in(leaving), states_in(entering)) for name, leaving, entering in rows}
-    assert told == TRANSITIONS
+    listed = {name.strip(" `"): Transition(states_in(leaving), states_in(entering)) for name, leaving, entering in rows}
+    assert listed == TRANSITIONS
     assert len(rows) == len(TRANSITIONS)
 
 

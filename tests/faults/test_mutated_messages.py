@@ -19,7 +19,7 @@ from tests.support.messages import direct, raw, recorded
 from tests.support.repetitions import FACTOR, repetitions
 from tests.support.stack import RunningStack
 
-MESSAGES = repetitions(2000)
+MESSAGES = repetitions(5000)
 AT_ONCE = 250
 
 #: How much more memory the worker may hold in the end, in bytes.

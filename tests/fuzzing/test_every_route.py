@@ -16,7 +16,7 @@ from tests.support.repetitions import FACTOR, repetitions
 from tests.support.stack import REPOSITORY, RunningStack
 
 #: Examples of each operation, and cases in all at least.
-EXAMPLES = repetitions(3)
+EXAMPLES = repetitions(10)
 CASES = 1000
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from workers.rows.node import RULES, Answer, Node
 from workers.rows.proof import Proof, prove
 from workers.rows.values import ROWS, Value
 
-EXAMPLES = repetitions(1000)
+EXAMPLES = repetitions(2000)
 
 #: How many rows each caller sends, and how many callers there are.
 BATCHES = ((1, 2), (1, 3), (2, 2), (3, 2), (1, 4))
