@@ -51,8 +51,9 @@ from workers.execution.prefetch import Prefetch
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Scheduler
 from workers.json_types import JsonObject
+from workers.operations.sending import TransferRequest
 from workers.operations.training import upkeep as training
-from workers.operations.transfers import TransferRequest, Transfers
+from workers.operations.transfers import Transfers
 from workers.resident.models import bring_back
 from workers.resident.residents import Resident
 from workers.upkeep import Upkeep
