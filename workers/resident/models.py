@@ -125,7 +125,7 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     )
 
 
-def facts(model: ResidentModel) -> JsonObject:
+def model_facts(model: ResidentModel) -> JsonObject:
     """What the model's record is to hold of it, as found and measured."""
     pipeline = model.pipeline
     if pipeline is not None:
@@ -171,7 +171,7 @@ def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Ro
     return again
 
 
-def bring_back(resident: Resident) -> None:
+def bring_models_back(resident: Resident) -> None:
     """Loads again what the device's last epoch had loaded. A model that no longer loads is recorded as failed."""
     let_replaced_go(resident)
     for row in resident.read(store.resident, resident.device_id):
@@ -184,7 +184,7 @@ def bring_back(resident: Resident) -> None:
                 lost(connection, row["model_id"], known.as_job_error())
             continue
         with transaction(resident.engine) as connection:
-            settled(connection, row["model_id"], resident.epoch, facts(model))
+            settled(connection, row["model_id"], resident.epoch, model_facts(model))
         log.info("model is back", model_id=row["model_id"], name=row["name"])
 
 
@@ -210,7 +210,7 @@ def evict_one(resident: Resident) -> bool:
     return bool(_let_go(resident, "evicted", of_one_graph))
 
 
-def look_after(resident: Resident) -> None:
+def look_after_models(resident: Resident) -> None:
     """Frees the state of sessions that have ended, and unloads unpinned models that were idle too long."""
     if resident.sessions:
         with resident.engine.connect() as connection:
