@@ -8,21 +8,26 @@ INSTALLED := $(VENV)/.installed
 PEERS := .cache/peers-venv/.installed
 KSERVE := .cache/kserve-venv/.installed
 RIG ?= ../shared/directml-rig
+# Processes that run the tests at once, each with servers of its own. Most tests wait most of the time.
+WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training demo-image up test lint format bench streams soak test-directml lock peers kserve
+.PHONY: help install demo demo-training demo-image up check test test-unit lint format wheels bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
 	@echo "make demo-training  the same for training"
 	@echo "make demo-image     from a prompt to a PNG, by a tiny pipeline with random weights; SDXL=/path takes a real one"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
-	@echo "make test           linters, types, import rules, all tests"
+	@echo "make check          the gate, as in CI: make lint and make test"
+	@echo "make lint, make test   linters, types, import rules; all tests; WORKERS=1 where memory is short"
+	@echo "make test-unit      the tests that need no server"
+	@echo "make wheels         both distributions, into dist/"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
-	@echo "make soak           an hour of mixed work, with faults"
+	@echo "make soak           an hour of mixed work, with faults; then the random tests at length"
 	@echo "make test-directml RIG=folder   the DirectML tests, with Windows' own wheels"
-	@echo "make lint, make format, make lock   the linters alone; reformat; write the lock files anew"
+	@echo "make format, make lock   reformat; write the lock files anew"
 
 install: $(INSTALLED)
 
@@ -48,8 +53,14 @@ demo-image: $(INSTALLED)
 up: $(INSTALLED)
 	@$(BIN)/device-operations up
 
-test: lint $(KSERVE)
-	$(BIN)/python -m pytest
+check: lint test
+
+test-unit: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit
+
+test: $(INSTALLED) $(KSERVE)
+	$(BIN)/python -m pytest -m "not serial" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m serial
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -60,6 +71,12 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What an earlier build left would get into the wheels, so it goes first.
+wheels: $(INSTALLED)
+	@rm -rf build dist server/build
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./server
+	@ls dist
 
 bench: $(INSTALLED) $(PEERS)
 	@$(BIN)/python -m benchmarks
@@ -88,6 +105,8 @@ streams: $(INSTALLED)
 
 soak: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.soak
+	TEST_REPETITIONS=10 $(BIN)/python -m pytest tests/faults/test_mutated_messages.py \
+		tests/fuzzing tests/memory/test_state_machine.py tests/rows/test_random_graphs.py tests/training_service/test_death.py
 
 test-directml: $(INSTALLED)
 	@test -f tests/directml/run.sh || { echo "tests/directml/run.sh is not there: nothing can be run in the rig"; exit 1; }

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery
-from celery.result import AsyncResult
-
 from device_operations.jobs import Kind, new_id
 from device_operations.queues import ANY_QUEUE, PRIORITY_STEPS, celery_priority, device_queue, short
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS, parse, requests_of
 from device_operations.settings import load
+
+try:
+    from celery import Celery
+    from celery.result import AsyncResult
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"the producer needs Celery, and {missing.name} is not installed: pip install 'device-operations[celery]'",
+        name=missing.name,
+    ) from missing
 
 _KINDS: dict[type[JobRequest], Kind] = {request: kind for kind in REQUESTS for request in requests_of(kind)}
 

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 compile() {
     name=$1
     shift
-    uv pip compile pyproject.toml --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet \
+    uv pip compile pyproject.toml --group server --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet \
         "$@" --output-file "requirements/$name.lock"
     # Python 3.13 is outside of requires-python anyway: saying so on every line hides the markers that matter.
     sed -i -e "s/ ; python_full_version < '3.13'$//" -e "s/python_full_version < '3.13' and //" "requirements/$name.lock"
@@ -30,12 +30,12 @@ without_cuda=$(printf ' --no-emit-package %s' cuda-bindings cuda-pathfinder cuda
     nvidia-nvshmem-cu13 nvidia-nvtx triton)
 
 # shellcheck disable=SC2086 # a list of options
-compile dev --universal --extra cpu --extra pipelines --extra local --extra dev $without_cuda "$@"
+compile dev --universal --group cpu --group pipelines --group local --group dev $without_cuda "$@"
 # shellcheck disable=SC2086
-compile cpu --universal --extra cpu --extra pipelines --extra local -c requirements/dev.lock $without_cuda "$@"
-compile cuda --python-platform linux --extra cuda --extra pipelines --extra local -c requirements/dev.lock "$@"
-compile directml --python-platform windows --extra directml --extra pipelines --extra local "$@"
-compile windowsml --python-platform windows --extra windowsml --extra local -c requirements/dev.lock "$@"
+compile cpu --universal --group cpu --group pipelines --group local -c requirements/dev.lock $without_cuda "$@"
+compile cuda --python-platform linux --group cuda --group pipelines --group local -c requirements/dev.lock "$@"
+compile directml --python-platform windows --group directml --group pipelines --group local "$@"
+compile windowsml --python-platform windows --group windowsml --group local -c requirements/dev.lock "$@"
 
 # Not ours: what benchmarks compare with. PyTriton has wheels for Linux with glibc 2.35 and later only.
 uv pip compile requirements/peers.in --python-version 3.11 --python-platform x86_64-manylinux_2_35 --no-emit-index-url --no-header \

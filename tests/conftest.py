@@ -34,6 +34,13 @@ from tests.support.databases import Databases
 from tests.support.folders import reachable_folder
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the modules with slow tests first: where several processes share the tests, none is left with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 # What this user has set, or has running, is not what is tested.
 for _name in [name for name in os.environ if name.startswith(PREFIX)]:
     del os.environ[_name]

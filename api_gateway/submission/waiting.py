@@ -16,13 +16,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import orjson
-import redis.asyncio
 import structlog
+from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
+from api_gateway.submission.subscription import Subscription, subscribed
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL
 from tasks.jobs import store
@@ -78,14 +79,13 @@ class Waiters:
     """Everybody in this process who waits for a job or follows one."""
 
     def __init__(self, redis_url: str, engine: Engine, on_models_changed: Callable[[], None]) -> None:
-        # In protocol 3 redis-py makes a line for its log of each announcement, whether that is read or not.
-        self._client = redis.asyncio.Redis.from_url(
-            redis_url, protocol=2, socket_keepalive=True, socket_connect_timeout=5, health_check_interval=30
+        self._connections = ConnectionPool.from_url(
+            redis_url, protocol=2, socket_keepalive=True, socket_connect_timeout=5
         )
         self._engine = engine
         #: Called when a model was loaded or unloaded, before whoever waited for that hears of it.
         self._on_models_changed = on_models_changed
-        self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+        self._subscription: Subscription | None = None
         self._awaited: dict[bytes, set[Awaited]] = {}
         self._followers: dict[bytes, set[asyncio.Queue[dict[str, Any]]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -101,8 +101,6 @@ class Waiters:
         for task in self._tasks:
             with suppress(asyncio.CancelledError):
                 await task
-        await self._pubsub.aclose()
-        await self._client.aclose()
 
     @asynccontextmanager
     async def awaiting(self, job_id: str) -> AsyncIterator[Awaited]:
@@ -135,35 +133,34 @@ class Waiters:
         told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         followers = self._followers.setdefault(channel, set())
         followers.add(told)
-        if len(followers) == 1:
-            await self._pubsub.subscribe(channel)
+        if len(followers) == 1 and self._subscription is not None:
+            self._subscription.add(channel)
         try:
             yield told
         finally:
             followers.discard(told)
             if not followers:
                 self._followers.pop(channel, None)
-                with suppress(RedisError):
-                    await self._pubsub.unsubscribe(channel)
+                if self._subscription is not None:
+                    self._subscription.drop(channel)
 
     async def _listen(self) -> None:
         wait_seconds = 0.05
         while True:
             try:
-                await self._pubsub.subscribe(_DONE, *self._followers)
-                self._on_models_changed()  # what was announced meanwhile nobody heard
-                await self._read_awaited()
-                wait_seconds = 0.05
-                while True:
-                    message = await self._pubsub.get_message(timeout=None)
-                    if message is not None and message["type"] == "message":
-                        self._hand_over(message["channel"], message["data"])
+                async with subscribed(self._connections, self._hand_over) as subscription:
+                    self._subscription = subscription
+                    subscription.add(_DONE, *self._followers)
+                    self._on_models_changed()  # what was announced meanwhile nobody heard
+                    await self._read_awaited()
+                    wait_seconds = 0.05
+                    raise await subscription.ended
             except (RedisError, OSError) as error:
                 log.warning("subscription broken", error=str(error), retry_in_seconds=wait_seconds)
-                await asyncio.sleep(wait_seconds)
-                wait_seconds = min(2.0, wait_seconds * 2)
-                await self._pubsub.aclose()
-                self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+            finally:
+                self._subscription = None
+            await asyncio.sleep(wait_seconds)
+            wait_seconds = min(2.0, wait_seconds * 2)
 
     def _hand_over(self, channel: bytes, data: bytes) -> None:
         """Wakes whom an announcement concerns. One that is none wakes nobody: the record is read all the same."""

@@ -1,4 +1,7 @@
-"""The commands that are one service each, as containers and service managers run them."""
+"""The commands that are one service each, as containers and service managers run them.
+
+They need the servers' distribution, and load what runs them only when called: a client's `--help` does without.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import sys
 import click
 
 from device_operations.settings import load
-from device_operations.stack import services
+from device_operations.stack.installed import require_servers
 
 
 @click.command()
 def gateway() -> None:
     """Run the HTTP gateway."""
     load()
+    require_servers()
+    from device_operations.stack import services
+
     _become(*services.GATEWAY)
 
 
@@ -24,6 +30,9 @@ def gateway() -> None:
 def worker(device_id: str) -> None:
     """Run the worker of one device."""
     load()
+    require_servers()
+    from device_operations.stack import services
+
     for name, value in services.WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _become(*services.worker_arguments(device_id))
@@ -35,6 +44,7 @@ def worker(device_id: str) -> None:
 def migrate(action: str, revision: str | None) -> None:
     """Bring the database to the newest revision (or another, or only tell)."""
     load()
+    require_servers()
     _become("-m", "migrations", action, *([revision] if revision else []))
 
 
@@ -42,6 +52,9 @@ def migrate(action: str, revision: str | None) -> None:
 def flower() -> None:
     """Run Flower, every page behind its password."""
     load()
+    require_servers()
+    from device_operations.stack import services
+
     _become(*services.FLOWER)
 
 
@@ -50,12 +63,13 @@ def flower() -> None:
 @click.option("--report", type=click.Path(dir_okay=False), help="Where the report is written.")
 def doctor(as_json: bool, report: str | None) -> None:
     """Try this machine: its services, and memory, inference and training on each device."""
+    require_servers()
     _become("-m", "workers.doctor", *(["--json"] if as_json else []), *(["--report", report] if report else []))
 
 
 def _become(*arguments: str) -> None:
     """Turns this process into the service, so that signals reach it; on Windows, which cannot, waits for it."""
-    command = services.python(*arguments)
+    command = [sys.executable, *arguments]
     sys.stdout.flush()
     if os.name == "posix":
         os.execv(command[0], command)

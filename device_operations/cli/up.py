@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from device_operations.cli.output import json_option, print_json
 from device_operations.settings import read
-from device_operations.stack.up import Addresses
-from device_operations.stack.up import up as run
+from device_operations.stack.installed import require_servers
+
+if TYPE_CHECKING:
+    from device_operations.stack.up import Addresses
 
 
 @click.command()
@@ -17,6 +20,9 @@ from device_operations.stack.up import up as run
 def up(as_json: bool) -> None:
     """Run everything on this machine: PostgreSQL and Redis where no URL is set, gateway, workers, Flower."""
     settings = read()
+    require_servers()
+    from device_operations.stack.up import up as run
+
     began = time.monotonic()
 
     def say(message: str) -> None:

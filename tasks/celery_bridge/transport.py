@@ -117,6 +117,9 @@ class Channel(redis.Channel):
     #: Whether the server has BLMPOP; asked once for each channel.
     _takes_many: bool | None = None
 
+    #: The client for all commands that are answered at once, made when first asked for.
+    _usual_client: Any = None
+
     #: The keys of queues that are read together, in each order in which they are.
     _keys: ClassVar[dict[tuple[str, ...], list[str]]] = {}
 
@@ -220,6 +223,21 @@ class Channel(redis.Channel):
         if queue is not None:
             self._deliver(told["data"], queue)
         return True
+
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **options: Any) -> None:
+        """Publishes as kombu does. orjson writes the message: one of events is long."""
+        payload = orjson.dumps(message)
+        with self.conn_or_acquire() as client:
+            for topic in self._get_publish_topics(exchange, routing_key):
+                client.publish(topic, payload)
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """A client; for commands that are answered at once always the same: making one takes longer than a command."""
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._usual_client is None or self._usual_client.connection_pool is not self.pool:
+            self._usual_client = super()._create_client()
+        return self._usual_client
 
     def _size(self, queue: str) -> int:
         size = super()._size

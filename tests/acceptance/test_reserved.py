@@ -108,6 +108,7 @@ def test_it_starts_when_the_device_begins_with_it(stack: RunningStack, http: htt
     assert abs((started - ended_before).total_seconds()) < 1
 
 
+@pytest.mark.serial
 def test_once_begun_it_is_soon_seen_to_run(stack: RunningStack, http: httpx.Client) -> None:
     busy, waiting = behind(stack, ENDLESS)
     http.delete(f"/api/jobs/{busy}")

@@ -108,6 +108,7 @@ def test_memory_is_written_and_read_through_s3(start_stack: Callable[..., Runnin
     engine.dispose()
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_gibibyte_in_and_out_takes_less_than_128_mebibytes_more_in_any_process(stack: RunningStack) -> None:
     memory = Memory(stack)

@@ -1,6 +1,8 @@
 """A bare Celery application beside a running stack, and a plain Celery worker for what is linked to our tasks.
 
 caller      module    Caller: a bare `celery.Celery` on the stack's Redis, with signatures of our tasks
+long_run    module    a run that takes ten seconds or more, and stops soon when it is told to
+occupied    function  such a run, which runs while the test does
 plain       module    the same with a worker of `tests.direct.plain`, which runs somebody else's tasks
 """
 
@@ -13,11 +15,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from celery import Celery, Signature
+from celery.result import AsyncResult
 
 from device_operations.stack import processes
+from tests.inference.graphs import busy
+from tests.support.graphs import tensor
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
 DEVICE = {"queue": "device.cpu_0"}
@@ -106,3 +112,28 @@ def plain(stack: RunningStack, caller: Caller) -> Iterator[Caller]:
         yield caller
     finally:
         processes.end_tree(process)
+
+
+def busy_run(caller: Caller, nodes: int) -> Signature:
+    """A run of a model of that many multiplications, which is loaded for it; each run has the device for itself."""
+    stack, name = caller.stack, f"busy-{nodes}"
+    (stack.folder / "models").mkdir(exist_ok=True)
+    (stack.folder / "models" / f"{name}.onnx").write_bytes(busy(nodes, 256))
+    body = {"name": name, "source": {"path": f"{name}.onnx"}, "options": {"max_batch_size": 1}}
+    assert stack.client.post("/api/inference/load-model", json=body, headers={"Prefer": "wait=30"}).status_code == 200
+    run = {"model_name": name, "inputs": {"x": tensor(np.zeros((1, 256, 256), np.float32))}}
+    return caller.task("inference.run", run, immutable=True)
+
+
+@pytest.fixture(scope="module")
+def long_run(caller: Caller) -> Signature:
+    return busy_run(caller, 20_000)
+
+
+@pytest.fixture
+def occupied(caller: Caller, long_run: Signature) -> Iterator[AsyncResult]:
+    running = long_run.apply_async()
+    eventually(lambda: running.state == "STARTED")
+    yield running
+    caller.stack.client.delete(f"/api/jobs/{running.id}")
+    caller.ended(running.id)

@@ -1,4 +1,4 @@
-"""A worker that dies at one point of giving an ended job to Celery: `python -m tests.direct.dying_worker POINT`."""
+"""A worker that dies at one point of giving an ended job to Celery: the environment's `DIES_AT` says which."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def _die_at(point: str) -> None:
 
 
 if __name__ == "__main__":
-    _die_at(sys.argv[1])
-    sys.exit(main(["--device", "cpu_0"]))
+    _die_at(os.environ["DIES_AT"])
+    sys.exit(main())

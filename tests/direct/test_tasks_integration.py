@@ -8,12 +8,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import pytest
 from celery import Signature, chain, chord, group
 from celery.canvas import StampingVisitor
@@ -24,36 +22,13 @@ from celery.result import AsyncResult, ResultSet
 from device_operations.jobs import Kind
 from tests.direct.conftest import Caller
 from tests.direct.shapes import Shapes, sizes
-from tests.inference.graphs import busy
-from tests.support import graphs
-from tests.support.stack import RunningStack, eventually
+from tests.support.stack import eventually
 
 
 @pytest.fixture
 def s(plain: Caller) -> Shapes:
     plain.forget_notes()
     return Shapes(plain)
-
-
-@pytest.fixture(scope="module")
-def long_run(stack: RunningStack, caller: Caller) -> Signature:
-    """A run that takes ten seconds or more."""
-    (stack.folder / "models").mkdir(exist_ok=True)
-    (stack.folder / "models" / "busy.onnx").write_bytes(busy(20_000, 256))
-    body = {"name": "busy", "source": {"path": "busy.onnx"}, "options": {"max_batch_size": 1}}
-    assert stack.client.post("/api/inference/load-model", json=body, headers={"Prefer": "wait=30"}).status_code == 200
-    run = {"model_name": "busy", "inputs": {"x": graphs.tensor(np.zeros((1, 256, 256), np.float32))}}
-    return caller.task("inference.run", run, immutable=True)
-
-
-@pytest.fixture
-def occupied(caller: Caller, long_run: Signature) -> Iterator[AsyncResult[Any]]:
-    """A task that runs while the test does."""
-    running = long_run.apply_async()
-    eventually(lambda: running.state == "STARTED")
-    yield running
-    running.revoke()
-    caller.ended(running.id)
 
 
 def channels(caller: Caller) -> set[bytes]:

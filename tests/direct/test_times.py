@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import pytest
 from celery import Signature, chord
 from celery.canvas import StampingVisitor
 from celery.exceptions import TaskRevokedError
+from celery.result import AsyncResult
 
 from tests.direct.conftest import Caller
-from tests.inference.graphs import busy
-from tests.support import graphs
-from tests.support.stack import RunningStack, eventually
-
-
-@pytest.fixture(scope="module")
-def long_run(stack: RunningStack, caller: Caller) -> Signature:
-    """A run that takes ten seconds or more, and stops soon when it is told to."""
-    (stack.folder / "models").mkdir(exist_ok=True)
-    (stack.folder / "models" / "busy.onnx").write_bytes(busy(20_000, 256))
-    body = {"name": "busy", "source": {"path": "busy.onnx"}, "options": {"max_batch_size": 1}}
-    assert stack.client.post("/api/inference/load-model", json=body, headers={"Prefer": "wait=30"}).status_code == 200
-    run = {"model_name": "busy", "inputs": {"x": graphs.tensor(np.zeros((1, 256, 256), np.float32))}}
-    return caller.task("inference.run", run, immutable=True)
-
-
-@pytest.fixture
-def occupied(caller: Caller, long_run: Signature) -> Iterator[str]:
-    """The id of a task that runs while the test does."""
-    running = long_run.apply_async()
-    eventually(lambda: (caller.job(running.id) or {}).get("state") == "running")
-    yield running.id
-    caller.stack.client.delete(f"/api/jobs/{running.id}")
-    caller.ended(running.id)
+from tests.support.stack import eventually
 
 
 def ended_as(caller: Caller, task_id: str, state: str, seconds: float = 10) -> dict[str, Any]:
@@ -95,7 +71,7 @@ def test_a_scheduled_task_survives_an_empty_redis(caller: Caller) -> None:
 # ---- expiry
 
 
-def test_a_task_that_waits_past_its_expiry_is_expired(caller: Caller, occupied: str) -> None:
+def test_a_task_that_waits_past_its_expiry_is_expired(caller: Caller, occupied: AsyncResult) -> None:
     sent = caller.allocate().apply_async(expires=1)
     job = ended_as(caller, sent.id, "expired")
     assert job["error"]["code"] == "expired"
@@ -124,10 +100,10 @@ def test_a_task_that_is_in_time_runs(caller: Caller) -> None:
     assert caller.ended(sent.id)["expires_at"] is not None
 
 
-def test_a_chord_hears_of_a_part_that_expired(plain: Caller, occupied: str) -> None:
+def test_a_chord_hears_of_a_part_that_expired(plain: Caller, occupied: AsyncResult) -> None:
     body = chord([plain.allocate(), plain.allocate(expires=1)])(plain.plain("note"))
-    plain.stack.client.delete(f"/api/jobs/{occupied}")
-    plain.ended(occupied)
+    plain.stack.client.delete(f"/api/jobs/{occupied.id}")
+    plain.ended(occupied.id)
     # Either part may have run in time; if not, the body fails instead of waiting for ever.
     eventually(lambda: body.ready(), 20)
 
@@ -145,9 +121,10 @@ def test_a_time_limit_is_the_jobs(caller: Caller, long_run: Signature) -> None:
 # ---- revoked
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("terminate", [False, True])
 def test_a_waiting_task_that_is_revoked_is_cancelled_within_a_second(
-    caller: Caller, occupied: str, terminate: bool
+    caller: Caller, occupied: AsyncResult, terminate: bool
 ) -> None:
     sent = caller.allocate().apply_async()
     eventually(lambda: caller.job(sent.id))
@@ -158,6 +135,7 @@ def test_a_waiting_task_that_is_revoked_is_cancelled_within_a_second(
     celery_says(caller, sent.id, "REVOKED")
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("terminate", [False, True])
 def test_a_running_task_that_is_revoked_is_cancelled_within_a_second(
     caller: Caller, long_run: Signature, terminate: bool
@@ -203,7 +181,7 @@ def revoked(caller: Caller) -> list[list[str]]:
     return list((caller.app.control.inspect(timeout=2).revoked() or {}).values())
 
 
-def test_a_job_over_http_is_revoked_by_its_id(caller: Caller, occupied: str) -> None:
+def test_a_job_over_http_is_revoked_by_its_id(caller: Caller, occupied: AsyncResult) -> None:
     body = {"size_bytes": 16, "device_id": "cpu_0"}
     job_id = caller.stack.client.post("/api/memory/allocate", json=body).json()["job_id"]
     caller.app.control.revoke(job_id)
@@ -220,7 +198,7 @@ def test_what_has_ended_stays_as_it_was(caller: Caller) -> None:
     assert sent.state == "SUCCESS"
 
 
-def test_the_signal_of_terminate_and_many_ids(caller: Caller, occupied: str) -> None:
+def test_the_signal_of_terminate_and_many_ids(caller: Caller, occupied: AsyncResult) -> None:
     sent = [caller.allocate().apply_async() for _ in range(20)]
     for one in sent:
         eventually(lambda one=one: caller.job(one.id))
@@ -229,7 +207,7 @@ def test_the_signal_of_terminate_and_many_ids(caller: Caller, occupied: str) -> 
         ended_as(caller, one.id, "cancelled", 5)
 
 
-def test_a_revoked_part_fails_its_chord(plain: Caller, occupied: str) -> None:
+def test_a_revoked_part_fails_its_chord(plain: Caller, occupied: AsyncResult) -> None:
     parts = [plain.allocate(task_id=str(uuid4())), plain.allocate(task_id=str(uuid4()))]
     body = chord(parts)(plain.plain("note"))
     ids = [part.options["task_id"] for part in parts]
@@ -250,7 +228,7 @@ class Batch(StampingVisitor):
         return {"batch": self._name, "stamped_headers": ["batch"]}
 
 
-def test_tasks_are_revoked_by_their_stamps_waiting_and_later(caller: Caller, occupied: str) -> None:
+def test_tasks_are_revoked_by_their_stamps_waiting_and_later(caller: Caller, occupied: AsyncResult) -> None:
     def send(name: str) -> Any:
         task = caller.allocate()
         task.stamp(visitor=Batch(name))
@@ -263,5 +241,5 @@ def test_tasks_are_revoked_by_their_stamps_waiting_and_later(caller: Caller, occ
     ended_as(caller, night.id, "cancelled", 2)
     celery_says(caller, night.id, "REVOKED")
     ended_as(caller, send("night").id, "cancelled", 2)
-    caller.stack.client.delete(f"/api/jobs/{occupied}")
+    caller.stack.client.delete(f"/api/jobs/{occupied.id}")
     ended_as(caller, day.id, "succeeded")

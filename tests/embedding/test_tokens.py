@@ -64,6 +64,7 @@ def test_prompt_and_lower_case_are_the_folders(tmp_path: Path) -> None:
     assert made.ids.tolist() == words("[CLS]", "hello", "world", "[SEP]")
 
 
+@pytest.mark.serial
 def test_a_text_of_megabytes_costs_no_more_than_its_beginning(tmp_path: Path) -> None:
     tokenizer = tokens(tmp_path)
     small, large, blank = tokenizer.encode(["a " * 500, "a " * 10_000_000, " " * 200_000 + "a b"])

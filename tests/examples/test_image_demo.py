@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from device_operations.settings import PREFIX
@@ -16,6 +17,8 @@ from tests.support.folders import reachable_folder
 from tests.support.stack import REPOSITORY
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_demo_makes_an_image_and_leaves_nothing_running(tmp_path: Path) -> None:
     with reachable_folder() as folder:
         own = {"DATA_DIR": folder, "DEVICES": "cpu:1", "HTTP__PORT": free_port(), "FLOWER__PORT": free_port()}

@@ -51,6 +51,7 @@ def train(stack: RunningStack, *arguments: object, status: int = 0) -> subproces
     return done
 
 
+@pytest.mark.slow
 def test_a_session_is_trained_measured_kept_and_trained_further(stack: RunningStack, files: Files) -> None:
     first: dict[str, Any] = json.loads(
         train(stack, files.spec, "--dataset", files.learned, "--epochs", 4, "--evaluate", files.held_out,

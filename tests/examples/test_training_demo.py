@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from device_operations.settings import PREFIX
 from device_operations.stack.state import free_port
 from examples.training import CURVE_COLUMNS, CURVE_ROWS, curve, draw
@@ -32,6 +34,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     assert draw([2.0, 1.0, 0.5], tmp_path / "new" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.slow
 def test_the_demo_reads_the_digits_and_leaves_nothing_running() -> None:
     with reachable_folder() as folder:
         own = {"DATA_DIR": folder, "DEVICES": "cpu:1", "HTTP__PORT": free_port(), "FLOWER__PORT": free_port()}

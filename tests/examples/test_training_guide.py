@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support.stack import REPOSITORY, RunningStack
 
 GUIDE = REPOSITORY / "docs" / "training.md"
 
 
+@pytest.mark.slow
 def test_every_block_of_the_guide_runs(start_stack: Callable[..., RunningStack], tmp_path: Path) -> None:
     stack = start_stack()
     address = stack.http_url.removeprefix("http://")

@@ -138,6 +138,7 @@ class Callers:
         return httpx.Client(base_url=self.stack.http_url, timeout=60, trust_env=False)
 
 
+@pytest.mark.slow
 def test_told_ends_and_accepted_jobs_outlive_twenty_kills_of_postgresql(
     stack: RunningStack, crashing: CrashingPostgres
 ) -> None:

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import psutil
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.support.device_queue import DeviceQueue
 from tests.support.messages import direct, raw, recorded
+from tests.support.repetitions import FACTOR, repetitions
 from tests.support.stack import RunningStack
 
-MESSAGES = 5000
+MESSAGES = repetitions(2000)
 AT_ONCE = 250
 
 #: How much more memory the worker may hold in the end, in bytes.
@@ -117,6 +119,8 @@ def _bytes(draw: st.DrawFn, data: bytes) -> bytes:
     return data[:at] + (piece if how == "insert" else data[: at // 2]) + data[at:]
 
 
+@pytest.mark.timeout(300 * FACTOR)
+@pytest.mark.slow
 def test_thousands_of_changed_messages_stop_no_worker_and_leave_nothing_behind(stack: RunningStack) -> None:
     queue = DeviceQueue(stack)
     queue.serves()

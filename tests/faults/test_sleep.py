@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import pytest
+
 from api_gateway.background.awake import Awake
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 
@@ -23,6 +25,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_a_gateway_that_wakes_before_the_workers_waits_a_lease_for_them(
     start_stack: Callable[..., RunningStack],
 ) -> None:

@@ -12,6 +12,7 @@ from contextlib import closing
 import httpx
 import numpy as np
 import psycopg2
+import pytest
 import redis
 
 from tests.support import graphs
@@ -75,6 +76,7 @@ def test_a_flush_under_a_living_worker_loses_nothing_either(start_stack: Start) 
     assert {job["state"] for job in wait_all(stack.client, ids)} == {"succeeded"}
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_a_job_is_told_and_the_job_runs_once_more(start_stack: Start) -> None:
     stack = start_stack(LEASE_SECONDS=2)
     load(stack, "slow")

@@ -180,6 +180,7 @@ def _put_wrong(queue: DeviceQueue, key: str, number: int) -> None:
 # ---- at the worker's start
 
 
+@pytest.mark.slow
 def test_a_worker_starts_over_anything_that_lies_in_redis(start_stack: Callable[..., RunningStack]) -> None:
     stack = start_stack()
     queue = DeviceQueue(stack)

@@ -116,6 +116,7 @@ def test_cancelling_a_member_of_a_running_batch_leaves_the_others(api: Api) -> N
     assert np.array_equal(api.arrays(jobs[0])["y"], api.arrays(jobs[2])["y"])
 
 
+@pytest.mark.serial
 def test_a_model_may_wait_for_company(api: Api) -> None:
     model_id = api.load(graphs.affine(13), options={"max_batch_size": 2, "max_delay_ms": 2000})["model_id"]
     x = np.ones((1, 4), np.float32)
@@ -135,6 +136,7 @@ def test_a_model_may_wait_for_company(api: Api) -> None:
     assert 1.9 < time.monotonic() - began < 4
 
 
+@pytest.mark.serial
 def test_something_urgent_ends_the_wait_for_company(api: Api) -> None:
     model_id = api.load(graphs.affine(14), options={"max_batch_size": 2, "max_delay_ms": 3000})["model_id"]
     other = api.load(graphs.affine(15))["model_id"]

@@ -67,7 +67,10 @@ def gone(api: Api, model_id: str) -> dict[str, Any]:
 
 
 def test_equal_bytes_under_two_names_cost_memory_once_and_die_apart(api: Api) -> None:
-    content = graphs.heavy(24)
+    # The first model of a process pages in ONNX Runtime's library, whose pages stay: they are not what is counted here.
+    api.unload(api.load(graphs.affine(2.0), "first")["model_id"])
+    megabytes = 24
+    content = graphs.heavy(megabytes)
     before = memory(api)
     stage = api.load(content, "stage")
     with_one = memory(api)
@@ -93,8 +96,8 @@ def test_equal_bytes_under_two_names_cost_memory_once_and_die_apart(api: Api) ->
     assert index(api, "stage", "prod") == [("prod", "1", "READY")]
     refused = api.post("/api/inference/run", {"model_name": "stage", "inputs": {"x": as_tensor(x)}})
     assert (refused.status_code, refused.json()["code"]) == (404, "model_not_found")
-    # What the process gives back, which keeps a part of it for itself: from 0.75 on was seen.
-    assert api.unload(prod["model_id"])["result"]["freed_bytes"] > 0.5 * stage["memory_bytes"]
+    freed = api.unload(prod["model_id"])["result"]["freed_bytes"]
+    assert freed > max(0.95 * stage["memory_bytes"], megabytes * 2**20)
     after = memory(api)
     assert (after["reserved_bytes"], after["models_bytes"]) == (before["reserved_bytes"], before["models_bytes"])
 
@@ -346,6 +349,7 @@ def test_an_unload_of_one_name_leaves_the_load_of_another_that_waits(api: Api) -
     api.unload(other["model_id"])
 
 
+@pytest.mark.slow
 def test_a_name_means_the_same_on_every_device(start_api: Callable[..., Api]) -> None:
     api = start_api(devices="cpu:2")
     old = api.load(graphs.affine(33), "spread", device_id="cpu_0")["model_id"]

@@ -197,6 +197,7 @@ def test_a_model_of_one_blob_cannot_reach_the_blobs_beside_it(api: Api) -> None:
     assert (job["state"], job["error"]["code"]) == ("failed", "model_invalid")
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_model_above_two_gigabytes(api: Api) -> None:
     """Its weights lie apart, most of them in the holes of a sparse file."""
@@ -291,6 +292,7 @@ def test_two_devices_each_hold_their_models_and_share_the_work(start_api: Callab
     assert min(ran["cpu_0"], ran["cpu_1"]) >= 15, ran
 
 
+@pytest.mark.slow
 def test_work_for_any_device_is_shared_and_goes_where_its_model_is(start_api: Callable[..., Api]) -> None:
     api = start_api(devices="cpu:2")
     content = graphs.busy(60, 192)

@@ -15,6 +15,8 @@ def tests() -> list[node_tests.NodeTest]:
     return found
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_none_is_refused_and_none_differs(api: Api, tests: list[node_tests.NodeTest]) -> None:
     report = node_tests.compare(api.http, tests)
     print(f"\n{len(report.agree)} of {len(tests)} agree; {len(report.unofferable)} have elements of four bits")

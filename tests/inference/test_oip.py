@@ -277,6 +277,7 @@ def test_priority_is_tritons_and_the_job_has_it(api: Api, client: Any) -> None:
         assert api.job(answer.get_response()["parameters"]["job_id"])["priority"] == recorded
 
 
+@pytest.mark.serial
 def test_a_timeout_stops_the_run(api: Api, client: Any) -> None:
     api.load(graphs.slow(), "slow")
     x = np.zeros((512, 512), np.float32)

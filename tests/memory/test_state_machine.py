@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,11 +25,12 @@ from device_operations.errors import OperationError
 from device_operations.jobs import Kind, State
 from device_operations.settings import Settings
 from tests.memory.bench import Bench
+from tests.support.repetitions import FACTOR, repetitions
 
 BUDGET = 10_000
 
-#: How many sequences are tried; a longer look is one environment variable away.
-SEQUENCES = int(os.environ.get("MEMORY_SEQUENCES", "500"))
+#: How many sequences are tried.
+SEQUENCES = repetitions(200)
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def bench(database_url: str, settings: Callable[..., Settings], tmp_path: Path) 
     made.close()
 
 
+@pytest.mark.timeout(600 * FACTOR)
 @pytest.mark.slow
 def test_any_sequence_does_to_the_device_what_it_does_to_plain_bytes(bench: Bench) -> None:
     Machine.bench = bench

@@ -42,6 +42,7 @@ def show(browser: browsers.Browser, stack: RunningStack, job_id: str) -> None:  
     browser.wait(OPEN)
 
 
+@pytest.mark.slow
 def test_a_jobs_images_are_shown_with_what_made_them_and_again_with_another_seed(
     stack: RunningStack,
     client: Client,

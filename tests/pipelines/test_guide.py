@@ -10,11 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support.stack import REPOSITORY, RunningStack
 
 GUIDE = REPOSITORY / "docs" / "pipelines.md"
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_every_block_of_the_guide_runs(start_stack: Callable[..., RunningStack], tmp_path: Path) -> None:
     stack = start_stack(MODEL_CACHE_PATH=tmp_path / "models")
     address = stack.http_url.removeprefix("http://")

@@ -271,6 +271,7 @@ def test_a_folder_with_a_missing_part_is_a_failed_load(api: Api, sdxl_folder: Pa
     )
 
 
+@pytest.mark.slow
 def test_a_pipeline_comes_back_after_its_worker_died(api: Api, model: str, start_api: Any, sdxl_folder: Path) -> None:
     own = start_api(LEASE_SECONDS=3)
     job = load_folder(own, sdxl_folder, "sdxl")

@@ -293,6 +293,7 @@ def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monk
     assert raised.value.code == "model_invalid"
 
 
+@pytest.mark.serial
 def test_a_cancel_stops_inside_a_step(pipeline: Pipeline) -> None:
     # By the processor's time: what else runs on the machine makes no difference.
     run = context(request(width=224, height=224))

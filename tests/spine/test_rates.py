@@ -2,29 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-import pytest
-
-from api_gateway.submission.rates import Rates
-from device_operations.errors import OperationError
 from tests.support.stack import RunningStack
-
-
-def test_a_bucket_fills_with_time_and_a_bulk_goes_into_debt() -> None:
-    rates = Rates(20)
-    rates.spend("alice", 1000)
-    with pytest.raises(OperationError) as refused:
-        rates.spend("alice")
-    assert refused.value.code == "rate_limited"
-    assert refused.value.retry_after_seconds == 50
-    rates.spend("bob", 20)
-    with pytest.raises(OperationError):
-        rates.spend("bob")
-    time.sleep(0.11)
-    rates.spend("bob", 2)
-    Rates(None).spend("alice", 10**9)
 
 
 def test_too_many_submissions_are_told_when_to_come_again(start_stack: Callable[..., RunningStack]) -> None:

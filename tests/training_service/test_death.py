@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import save
 
+from tests.support.repetitions import FACTOR, repetitions
 from tests.support.stack import eventually
 from tests.training_service.calls import Training, arrays, batch
 
@@ -155,6 +156,7 @@ def test_steps_of_a_job_that_was_cancelled_after_its_worker_s_death_never_happen
     assert training.state(session_id) == training.state(twin)
 
 
+@pytest.mark.timeout(600 * FACTOR)
 @pytest.mark.slow
-def test_four_hundred_steps_under_fifteen_kills_end_bit_for_bit_where_they_end_without(mortal: Training) -> None:
-    prove(mortal, updates=400, kills=15, long_steps=40)
+def test_steps_under_kills_end_bit_for_bit_where_they_end_without(mortal: Training) -> None:
+    prove(mortal, updates=repetitions(200), kills=repetitions(7), long_steps=40)

@@ -49,6 +49,7 @@ def program() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_sessions_of_every_kind_of_model_train_validate_and_come_back_bit_for_bit(mortal: Training) -> None:
     layers = {"kind": "layers", "layers": WIDE}

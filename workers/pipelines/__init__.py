@@ -47,6 +47,6 @@ def _class_of(model_type: str) -> type[Pipeline]:
         raise failure(
             "model_invalid",
             f"models of type {model_type!r} need {error.name}, which is not installed on this worker: "
-            "pip install 'device-operations[pipelines]'",
+            "pip install 'device-operations-server[pipelines]'",
         ) from error
     return found

@@ -104,8 +104,9 @@ class ResidentModel:
         """
         if not self.batching.enabled:
             return None
+        onnx = self.onnx
         # What stands for one of the model's own weights holds for a whole run.
-        if any(spec.name in inputs for spec in self.onnx.optional_inputs):
+        if any(spec.name in inputs for spec in onnx.optional_inputs):
             return None
         rows = None
         key: list[Hashable] = [self.model_id, tuple(outputs) if outputs else None]
@@ -113,7 +114,7 @@ class ResidentModel:
             tensor = inputs[name]
             shape = tensor["shape"]
             place = decode_place(tensor)
-            if isinstance(place, InAllocation) or name not in self.onnx.row_inputs:
+            if isinstance(place, InAllocation) or name not in onnx.row_inputs:
                 return None
             if not shape:
                 # As text: the elements themselves may be lists, which no key may hold.

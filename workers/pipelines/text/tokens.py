@@ -132,7 +132,7 @@ def _read(layout: Layout) -> Tokenizer:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise failure(
-            "model_invalid", "text embedding needs the library tokenizers: install device-operations[pipelines]"
+            "model_invalid", "text embedding needs the library tokenizers: install device-operations-server[pipelines]"
         ) from error
     try:
         size = path.stat().st_size

@@ -10,7 +10,7 @@ import pytest
 
 from device_operations.errors import CODES, error_of, failure, from_job_error
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = ("device_operations", "tasks", "workers", "api_gateway", "migrations", "benchmarks", "examples", "tests")
 
 #: What makes a dictionary an error: any of these sets of keys.

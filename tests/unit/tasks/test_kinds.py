@@ -17,7 +17,7 @@ from device_operations.requests.kinds import REQUESTS
 from tasks.kinds import KINDS, spec_of
 from workers.operations import SPECS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 #: Modules that name kinds: the tables, and what submits or plans jobs of a kind of its own.
 NAME_KINDS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -29,12 +28,11 @@ def test_a_job_claimed_ahead_starts_when_the_device_begins_with_it() -> None:
     held, one = HeldJobs(), work("a")
     held.add([one])
     assert (names(held.waiting()), names(held.begun())) == (["a"], [])
-    time.sleep(0.05)
+    one.claimed -= 5
     assert held.begin([one]) == [one]
     assert (names(held.waiting()), names(held.begun())) == ([], ["a"])
-    assert one.ahead is not None
     assert (one.row["state"], one.row["attempt"]) == ("running", 1)
-    assert 0.05 <= (one.row["started_at"] - one.ahead).total_seconds() < 5
+    assert 5 <= (one.row["started_at"] - one.ahead).total_seconds() < 60
 
 
 def test_what_the_device_itself_claims_has_begun() -> None:
@@ -58,9 +56,8 @@ def test_what_was_withdrawn_is_not_begun_and_what_has_begun_is_not_withdrawn() -
 
 
 def test_what_is_past_its_expiry_is_withdrawn_or_not_begun() -> None:
-    held, soon, late = HeldJobs(), work("soon", expires_in_seconds=0.02), work("late", expires_in_seconds=60)
+    held, soon, late = HeldJobs(), work("soon", expires_in_seconds=-1), work("late", expires_in_seconds=60)
     held.add([soon, late])
-    time.sleep(0.03)
     assert held.begin([soon, late]) == [late]
     assert names(held.withdraw_overdue()) == ["soon"]
     assert held.withdraw_overdue() == []
