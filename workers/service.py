@@ -51,9 +51,10 @@ from workers.execution.prefetch import Prefetch
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Scheduler
 from workers.json_types import JsonObject
+from workers.operations.sending import TransferRequest
 from workers.operations.training import upkeep as training
-from workers.operations.transfers import TransferRequest, Transfers
-from workers.resident.models import bring_back
+from workers.operations.transfers import Transfers
+from workers.resident.models import bring_models_back
 from workers.resident.residents import Resident
 from workers.upkeep import Upkeep
 
@@ -168,8 +169,8 @@ class Service:
         self._completer.start()
         self._revoked.start()
         self.resident.record, self.resident.announce = self._completer.note, self._completer.announce
-        self.executor.call(lambda: bring_back(self.resident))
-        self.executor.call(lambda: training.bring_back(self.resident))
+        self.executor.call(lambda: bring_models_back(self.resident))
+        self.executor.call(lambda: training.bring_sessions_back(self.resident))
         self.executor.start()
         self._prefetch.start()
         self._upkeep.start()

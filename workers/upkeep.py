@@ -17,7 +17,7 @@ from workers.execution.prefetch import Prefetch
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Scheduler
 from workers.operations.training import upkeep as training
-from workers.resident.models import let_replaced_go, look_after, replaced
+from workers.resident.models import let_replaced_go, look_after_models, replaced
 from workers.resident.residents import Resident
 
 log = structlog.get_logger(__name__)
@@ -69,8 +69,8 @@ class Upkeep:
             now = time.monotonic()
             if now - looked_at >= look_seconds:
                 looked_at = now
-                self._executor.call(lambda: look_after(self._resident))
-                self._executor.call(lambda: training.look_after(self._resident))
+                self._executor.call(lambda: look_after_models(self._resident))
+                self._executor.call(lambda: training.look_after_sessions(self._resident))
                 self._recycle_if_asked()
             if now - swept_at < SWEEP_SECONDS:
                 continue

@@ -1,12 +1,11 @@
-"""Claiming ahead: while one batch of runs is on the device, the next whole batches are claimed on another thread.
+"""Claiming ahead: while one batch of runs is on the device, the next batches are claimed on another thread.
 
     device     run ────────────────▶ end, take ─▶ run, take ─▶ run
     other         whole batches? ─▶ claim ──┘
 
-Those of the model that runs are claimed together, as many as keep the device for a few hundredths of a second, and what
-came with their requests is read there too. Only whole batches, so that none is claimed before those that would join it
-have come; and none while what runs may make something more urgent eligible. An entry that is more
-urgent by the time the device is free still goes first.
+Batches of the model that runs are claimed together, as many as keep the device busy for AHEAD_MS, and their inputs are
+read there too. Only whole batches are claimed, so that runs that arrive in time can still join; none is claimed while a
+running job may make a more urgent entry eligible. When the device is free, a more urgent entry still goes first.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from workers.execution.scheduler import Entry, Scheduler
 
 log = structlog.get_logger(__name__)
 
-#: Milliseconds of a batch from which on it is worth claiming the next ones meanwhile: a claim takes about one.
+#: A batch of at least so many milliseconds is worth claiming the next ones meanwhile: a claim takes about one.
 LONG_MS = 3.0
 
-#: Milliseconds of the device for which runs are claimed ahead of it, unless one batch alone takes longer.
+#: Milliseconds of work that are claimed ahead, unless one batch alone takes longer.
 AHEAD_MS = 50.0
 
 #: The kinds whose batches are claimed ahead.
@@ -34,7 +33,7 @@ _KINDS = frozenset(kind for kind, spec in KINDS.items() if spec.claimed_ahead)
 
 
 class ClaimAhead:
-    """The next batches of runs, claimed while another is on the device. `begin`, `end` and `take` are the device's."""
+    """The next batches of runs. `begin`, `end`, `peek` and `take` are called by the device's thread alone."""
 
     def __init__(
         self,
@@ -55,20 +54,20 @@ class ClaimAhead:
         self._thread = threading.Thread(target=self._look_until_closed, name="ahead", daemon=True)
 
     def start(self) -> None:
-        """Begins to claim where `begin` says so."""
+        """Starts the thread, which claims after each `begin`."""
         self._thread.start()
 
     def close(self) -> None:
-        """Claims nothing more; what is claimed is still to be taken."""
+        """Claims nothing more; batches that are claimed are still to be taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._scheduler.nudge()
 
     def begin(self, device_ms: float, needs: tuple[str, ...]) -> None:
-        """A batch gets the device and keeps it for about so long: the next are claimed meanwhile if that is enough.
+        """A batch gets the device for about `device_ms`: if that is long enough, the next ones are claimed meanwhile.
 
-        How long others take that need the same is known by that, and so how many of them.
+        Batches that need the same take as long, which gives how many are claimed.
         """
         if self._batches or device_ms < LONG_MS:
             return
@@ -79,7 +78,7 @@ class ClaimAhead:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """The device is free: a claim under way is waited for, and none is begun."""
+        """The device is free: waits for a claim under way; none is begun after it."""
         if not self._busy:
             return
         self._busy = False
@@ -89,11 +88,11 @@ class ClaimAhead:
                 self._changed.wait()
 
     def peek(self) -> list[ClaimedJob]:
-        """The next batch that was claimed, and stays."""
+        """The next claimed batch, which stays; empty if there is none."""
         return self._batches[0] if self._batches else []
 
     def take(self) -> list[ClaimedJob]:
-        """The next batch that was claimed, to be run now."""
+        """Removes the next claimed batch, to be run now."""
         return self._batches.popleft()
 
     def _look_until_closed(self) -> None:
@@ -107,7 +106,7 @@ class ClaimAhead:
             try:
                 batches = self._claimed(self._scheduler.take_full(_KINDS, self._needs, self._limit, self._goes_on))
             except Exception:
-                # Not claimed is not lost: the records still say that they wait.
+                # The jobs are not lost: the records still say that they wait.
                 log.exception("claiming ahead failed")
             with self._changed:
                 self._batches.extend(batches)
@@ -118,7 +117,7 @@ class ClaimAhead:
         return self._busy and self._may_claim()
 
     def _claimed(self, batches: list[list[Entry]]) -> list[list[ClaimedJob]]:
-        """What of each batch could be claimed, in one statement for all."""
+        """The jobs of each batch that could be claimed, in one statement for all."""
         works = self._claim([entry for batch in batches for entry in batch]) if batches else []
         self._prepare(works)
         of = {entry.job_id: number for number, batch in enumerate(batches) for entry in batch}

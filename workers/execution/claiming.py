@@ -21,8 +21,8 @@ from workers.execution.scheduler import Entry
 log = structlog.get_logger(__name__)
 
 
-class Claims:
-    """Claims of one epoch. What it claims is held from then on; what it cannot claim goes to `on_unclaimed`."""
+class Claimer:
+    """Claimer of one epoch. What it claims is held from then on; what it cannot claim goes to `on_unclaimed`."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The completer: the thread that records what became of jobs and announces it, so that the device thread never waits.
 
-    executor ─▶ commands: Finish, ReportProgress, Call ─▶ records, in order ─▶ scheduler, gateways, Celery
+    executor ─▶ commands: Finish, ReportProgress, RunStep ─▶ records, in order ─▶ scheduler, gateways, Celery
 
 Consecutive `Finish` commands are recorded in one statement. `started` is not a command: the completer reads it when it
 next wakes, since waking it for that alone would take time from the device's run.
@@ -65,14 +65,14 @@ class ReportProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RunStep:
     """Run a step after what was handed over before it."""
 
     step: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wake:
+class ReadStarted:
     """Read the jobs that have started."""
 
 
@@ -81,9 +81,9 @@ class Stop:
     """Record what is left, then end."""
 
 
-Command: TypeAlias = Finish | ReportProgress | Call | Wake | Stop
+Command: TypeAlias = Finish | ReportProgress | RunStep | ReadStarted | Stop
 
-_WAKE = Wake()
+_READ_STARTED = ReadStarted()
 
 
 class Completer:
@@ -139,7 +139,7 @@ class Completer:
         now = time.monotonic()
         self._running.begun.append((now, jobs))
         if self._looks_at > now + STARTED_SECONDS or self._running.is_followed(jobs):
-            self._queue.put(_WAKE)
+            self._queue.put(_READ_STARTED)
 
     def progressed(self, job: ClaimedJob, facts: ProgressFacts, *, always: bool = False) -> None:
         """A running job made progress; written at most once in PROGRESS_INTERVAL_SECONDS, unless `always`."""
@@ -154,7 +154,7 @@ class Completer:
 
     def call(self, step: Callable[[], None]) -> None:
         """Runs `step` on the completer's thread, after what was handed over before."""
-        self._queue.put(Call(step))
+        self._queue.put(RunStep(step))
 
     def note(self, write: Callable[[], None]) -> None:
         """Runs `write` on the completer's thread, again while the database is away; its failure fails no job."""
@@ -227,11 +227,11 @@ class Completer:
                     finished += jobs
                 case ReportProgress(job, facts):
                     _guarded(partial(self._write_progress, job, facts))
-                case Call(step):
+                case RunStep(step):
                     self._end(finished)
                     finished = []
                     _guarded(step)
-                case Wake() | Stop():
+                case ReadStarted() | Stop():
                     pass
         self._end(finished)
 

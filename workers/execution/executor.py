@@ -32,7 +32,7 @@ from workers.execution.claimed_job import (
     clear_calls,
     named,
 )
-from workers.execution.claiming import Claims
+from workers.execution.claiming import Claimer
 from workers.execution.completer import Completer
 from workers.execution.held_jobs import HeldJobs
 from workers.execution.scheduler import Entry, Scheduler
@@ -81,12 +81,12 @@ class Executor:
         self._inbox: list[Callable[[], None]] = []
         self._stopping = threading.Event()
         self._lost: OperationError | None = None
-        self._claims = Claims(
+        self._claimer = Claimer(
             engine, resident.device_id, lease.epoch, self.held, completer.unflushed, on_unclaimed, self._stopping.is_set
         )
         self._ahead = ClaimAhead(
             scheduler,
-            lambda entries: self._claims.claim(entries, ahead=True),
+            lambda entries: self._claimer.claim(entries, ahead=True),
             lambda jobs: read_ahead(resident, jobs),
             self._may_begin,
         )
@@ -203,13 +203,13 @@ class Executor:
     # ---- one job's way
 
     def _run_entries(self, entries: list[Entry]) -> None:
-        """Claims and runs entries that were taken together, with more of their batch if it may be waited for."""
+        """Claimer and runs entries that were taken together, with more of their batch if it may be waited for."""
         if not entries:
             return
         head = entries[0]
         if head.batch_delay_seconds and len(entries) < head.batch_limit:
             entries = [*entries, *self._scheduler.mates(head, head.batch_limit - len(entries))]
-        claimed = self._claims.claim(entries)
+        claimed = self._claimer.claim(entries)
         if claimed:
             self._run(claimed)
 

@@ -93,7 +93,7 @@ class Scheduler:
         return job_id in self._entries or job_id in self._taken
 
     def admit(self, entry: Entry) -> bool:
-        """Takes an entry in; False if the job already waits or runs here, or the scheduler is closed."""
+        """Adds an entry; False if the job already waits or runs here, or the scheduler is closed."""
         with self._lock:
             if self._closed or entry.job_id in self._entries or entry.job_id in self._taken:
                 return False
@@ -118,9 +118,10 @@ class Scheduler:
             return True
 
     def take(self, timeout_seconds: float | None = None, above: int | None = None) -> list[Entry]:
-        """The entries to run next, at most their batch's limit; empty when the time is up or the scheduler is closed.
+        """Removes the entries to run next: one, and eligible ones of its batch up to the batch's limit.
 
-        With `above`, only entries whose priority is higher than that are taken.
+        Empty after `timeout_seconds`, after `wake`, or if the scheduler is closed. With `above`, only entries of a
+        higher priority than that are taken.
         """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._lock:
@@ -136,7 +137,7 @@ class Scheduler:
 
     @property
     def most_urgent(self) -> int:
-        """No entry that `take` could give is more urgent than this, and perhaps none is as urgent. Takes no lock."""
+        """An upper bound of the priority that `take` could give; -1 if nothing is eligible. Takes no lock."""
         try:
             return -self._eligible[0][0][0]
         except IndexError:
@@ -145,10 +146,10 @@ class Scheduler:
     def take_full(
         self, kinds: Collection[str], needs: tuple[str, ...], limit: int, go_on: Callable[[], bool]
     ) -> list[list[Entry]]:
-        """What is to run next, once it is a whole batch of one of `kinds`; at most `limit` of those that need `needs`.
+        """Removes the next whole batches: of one of `kinds`, at most `limit` of those that need `needs`.
 
-        Waits for the first as long as `go_on` says so. For preparing them while something else runs: that
-        may make something more urgent eligible, and then this gives nothing.
+        Waits for the first while `go_on` returns true. Empty while a job that is taken may make a more urgent entry
+        eligible: the batches are to be prepared while it runs.
         """
         batches: list[list[Entry]] = []
         with self._lock:
@@ -163,14 +164,14 @@ class Scheduler:
         return batches
 
     def nudge(self) -> None:
-        """Makes a waiting `take_full` ask whether it is to go on."""
+        """Makes a waiting `take_full` ask `go_on` again."""
         with self._lock:
             self._ready.notify_all()
 
     def mates(self, head: Entry, limit: int) -> list[Entry]:
-        """At most `limit` more eligible entries of the same batch, waiting for them as long as `head` may be delayed.
+        """Removes at most `limit` more eligible entries of `head`'s batch; waits for them while `head` may be delayed.
 
-        The wait ends at once when something of a higher priority than `head` is eligible, or the scheduler closes.
+        The wait ends at once if an entry of a higher priority than `head` is eligible, or the scheduler closes.
         """
         until = head.admitted_at + head.batch_delay_seconds
         found: list[Entry] = []
@@ -183,12 +184,12 @@ class Scheduler:
                 self._ready.wait(remaining)
 
     def finishing(self, job_ids: Iterable[str]) -> None:
-        """Jobs have done their work and are being recorded: what waits for them is about to become eligible."""
+        """Jobs are done and are being recorded: entries that wait for them are about to become eligible."""
         with self._lock:
             self._finishing.update(job_ids)
 
     def ended(self, job_ids: Iterable[str]) -> None:
-        """Jobs have ended, here or elsewhere: what waited for them may become eligible."""
+        """Jobs have ended, on any device: entries that waited for them may become eligible."""
         with self._lock:
             for job_id in job_ids:
                 self._taken.discard(job_id)
@@ -205,13 +206,13 @@ class Scheduler:
                         entry.after.discard(job_id)
                         if not entry.after:
                             self._make_eligible(entry)
-            # Also what was held back for something more urgent that might have become eligible. Where nothing is here,
-            # who takes would be woken for nothing, after each job of an idle device.
+            # Also for entries that were held back for a more urgent one that might have become eligible. Without any
+            # entry the executor would be woken for nothing after each job of an idle device.
             if self._entries:
                 self._ready.notify_all()
 
     def pass_by(self, job_id: str, resource_id: str) -> None:
-        """A running job is done with `resource_id` and goes on without it: what waited its turn there need not wait."""
+        """A running job goes on without `resource_id`: entries that need it no longer wait for this job."""
         with self._lock:
             self._passed[job_id] = resource_id
             waiting = self._waiting_for.get(job_id, set())
@@ -224,7 +225,7 @@ class Scheduler:
                         self._make_eligible(entry)
 
     def put_back(self, job_ids: Iterable[str]) -> None:
-        """Jobs that were taken did not run and did not end: they may be admitted again."""
+        """Jobs were taken and neither ran nor ended: they may be admitted again."""
         with self._lock:
             gone = set(job_ids)
             self._taken -= gone
@@ -234,7 +235,7 @@ class Scheduler:
             self._ready.notify_all()
 
     def discard(self, job_id: str) -> Entry | None:
-        """Takes an entry out that will not run here; None when it is not waiting here."""
+        """Removes an entry that will not run here; None if it does not wait here."""
         with self._lock:
             entry = self._entries.get(job_id)
             if entry is not None:
@@ -247,12 +248,12 @@ class Scheduler:
             return {job_id for job_id in self._waiting_for if job_id not in self._entries and job_id not in self._taken}
 
     def select(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
-        """The waiting entries that `wanted` says yes to."""
+        """The waiting entries for which `wanted` returns true."""
         with self._lock:
             return [entry for entry in self._entries.values() if wanted(entry)]
 
     def close(self) -> list[Entry]:
-        """Lets nothing more in or out; gives what was still waiting."""
+        """Admits and gives nothing more; returns the entries that were waiting."""
         with self._lock:
             self._closed = True
             left = list(self._entries.values())
@@ -262,7 +263,7 @@ class Scheduler:
             return left
 
     def wake(self) -> None:
-        """Makes a waiting `take` come back with nothing, so that who takes can look at what else there is to do."""
+        """Makes a waiting `take` return nothing, so that the executor can look for other work."""
         with self._lock:
             self._woken = True
             self._ready.notify_all()
@@ -315,7 +316,7 @@ class Scheduler:
         return None
 
     def _about_to_be_overtaken(self, head: Entry, ending: Collection[str]) -> bool:
-        """Whether something more urgent than `head` waits only for jobs that are `ending`."""
+        """Whether a more urgent entry than `head` waits only for jobs that are `ending`."""
         for job_id in ending:
             for waiter in self._waiting_for.get(job_id, ()):
                 entry = self._entries.get(waiter)
@@ -324,7 +325,7 @@ class Scheduler:
         return False
 
     def _is_urgent(self, head: Entry) -> bool:
-        """Whether anything of a higher priority than `head` could run now."""
+        """Whether an entry of a higher priority than `head` could run now."""
         return self._head(head.effective, ()) is not None
 
     def _mates(self, head: Entry, limit: int | None = None) -> list[Entry]:
@@ -351,7 +352,7 @@ class Scheduler:
                 del self._batches[entry.batch_key]
 
     def _lend(self, entry: Entry) -> None:
-        """Raises what `entry` waits for to its own priority, and what those wait for."""
+        """Raises the entries that `entry` waits for, directly or not, to its own priority."""
         stack: list[tuple[Collection[str], int]] = [(entry.after, entry.effective)]
         while stack:
             job_ids, priority = stack.pop()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import numpy as np
@@ -15,18 +14,19 @@ import structlog
 
 from device_operations.errors import OperationError, failure
 from tasks.jobs.lifecycle import Outcome
-from workers.devices.arrays import Array, BufferView
+from workers.devices.arrays import Array
 from workers.devices.onnx.session import Over
-from workers.devices.onnx.tensors import Feed, Fetched
+from workers.devices.onnx.tensors import Feed
 from workers.execution.claimed_job import ClaimedJob, Steps, named
 from workers.execution.scheduler import Entry
-from workers.json_types import JsonObject, StoredRequest
+from workers.json_types import StoredRequest
 from workers.operations import pipelines
 from workers.operations.models import missing_model
-from workers.operations.tensors import give, hand_over, read_feeds, staged_bytes, view
+from workers.operations.results import Took, outcome_of, serialise_now
+from workers.operations.tensors import read_feeds, view
 from workers.resident.residents import Resident, ResidentModel
 from workers.resident.sessions import begun_session, fed_by, left_by
-from workers.stored_tensors import InBase64, InTransient, decode_place, decode_tensor
+from workers.stored_tensors import InBase64, InTransient, decode_place
 
 log = structlog.get_logger(__name__)
 
@@ -36,20 +36,6 @@ Feeds = dict[str, Feed]
 
 #: Bytes of inputs after which no further run's are read ahead.
 AHEAD_BYTES = 64 << 20
-
-
-@dataclass(slots=True)
-class Took:
-    """How long a run, or the batch that it was part of, had the device.
-
-    `device_ms` counts from the moment all inputs are together on the host until all outputs are: transfers and graph.
-    `graph_ms` is the graph alone by the device's own clock, if the backend measures it. `staged_bytes` went through
-    the host for the sake of buffers.
-    """
-
-    device_ms: float
-    graph_ms: float | None
-    staged_bytes: int = 0
 
 
 def read_ahead(resident: Resident, works: Sequence[ClaimedJob]) -> None:
@@ -148,10 +134,10 @@ def _alone(resident: Resident, model: ResidentModel, work: ClaimedJob, feeds: Fe
         wanted = {name: outputs[name] for name in request.get("outputs") or [spec.name for spec in model.onnx.outputs]}
         wanted |= {name: outputs[name] for name in into}
     model.device_ms = took.device_ms
-    outcome = _outcome(resident, work, wanted, 1, took, executions=1)
+    outcome = outcome_of(resident, work, wanted, 1, took, executions=1)
     if session is not None:
         # The state goes on only with a run whose result can be given.
-        _encoded(outcome)
+        serialise_now(outcome)
         session.state = left_by(session, outputs)
     return outcome
 
@@ -180,7 +166,7 @@ def _joined(resident: Resident, model: ResidentModel, fed: Sequence[tuple[Claime
     outcomes = {}
     for index, work in enumerate(works):
         own = {name: value[index * rows : (index + 1) * rows] for name, value in outputs.items()}  # type: ignore[index]
-        outcomes[work.job_id] = _outcome(resident, work, own, len(works), took, executions=int(index == 0))
+        outcomes[work.job_id] = outcome_of(resident, work, own, len(works), took, executions=int(index == 0))
     return outcomes
 
 
@@ -221,63 +207,6 @@ def _feeds(resident: Resident, work: ClaimedJob) -> Feeds:
     if work.feeds is not None:
         return work.feeds
     return dict(read_feeds(resident, work.request["inputs"]))
-
-
-def _outcome(
-    resident: Resident,
-    work: ClaimedJob,
-    outputs: Mapping[str, Fetched],
-    batch_size: int,
-    took: Took,
-    *,
-    executions: int,
-) -> Outcome:
-    """The outcome of a run, whose outputs are serialised later, off the device's thread."""
-    session_id = work.request.get("session_id")
-    outcome = work.succeeded(
-        {}, device_ms=took.device_ms, session_id=session_id, batch_size=batch_size, executions=executions
-    )
-
-    def serialise() -> JsonObject:
-        result: JsonObject = {
-            "session_id": session_id or work.job_id,
-            "outputs": _outputs(resident, work, outputs),
-            "batch_size": batch_size,
-            "device_ms": round(took.device_ms, 3),
-        }
-        if took.graph_ms is not None:
-            result["graph_ms"] = round(took.graph_ms, 3)
-        staged = took.staged_bytes + staged_bytes(decode_tensor(tensor) for tensor in work.request["inputs"].values())
-        if staged:
-            result["staged_bytes"] = staged
-        return result
-
-    outcome.pending = serialise
-    return outcome
-
-
-def _encoded(outcome: Outcome) -> None:
-    assert outcome.pending is not None
-    outcome.result, outcome.pending = outcome.pending(), None
-
-
-def _outputs(resident: Resident, work: ClaimedJob, outputs: Mapping[str, Fetched]) -> JsonObject:
-    form = work.request.get("form", "auto")
-    if form == "transient":
-        return dict(hand_over(resident, outputs))
-    wanted: JsonObject = {}
-    for name, value in outputs.items():
-        if isinstance(value, BufferView):
-            place = work.request["into"][name]
-            wanted[name] = {
-                "dtype": value.dtype,
-                "shape": list(value.shape or ()),
-                "allocation_id": place["allocation_id"],
-                "offset": place.get("offset", 0),
-            }
-        else:
-            wanted[name] = give(resident, value, form, work.row["owner"])
-    return wanted
 
 
 # ---- failing

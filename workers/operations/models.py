@@ -11,7 +11,7 @@ from tasks.jobs.lifecycle import Outcome
 from workers.devices.onnx.tensors import Kept
 from workers.execution.claimed_job import ClaimedJob
 from workers.json_types import JsonObject
-from workers.resident.models import close, facts, open_model, revive
+from workers.resident.models import close, model_facts, open_model, revive
 from workers.resident.residents import Resident, ResidentModel
 
 
@@ -28,7 +28,7 @@ def load_model(resident: Resident, work: ClaimedJob) -> Outcome:
     if row["state"] not in ("loading", "lost"):
         row = revive(resident, row, work.job_id, work.request.get("estimate_bytes", 0))
     model = open_model(resident, row, work.cancel)
-    return work.succeeded(_loaded(resident, model), model=facts(model))
+    return work.succeeded(_loaded(resident, model), model=model_facts(model))
 
 
 def unload_model(resident: Resident, work: ClaimedJob) -> Outcome:
@@ -60,7 +60,7 @@ def close_session(resident: Resident, work: ClaimedJob) -> Outcome:
 
 
 def _loaded(resident: Resident, model: ResidentModel) -> JsonObject:
-    result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **facts(model)}
+    result = {"model_id": model.model_id, "name": model.name, "device_id": resident.device_id, **model_facts(model)}
     return result if model.pipeline is None else {**result, "pipeline": model.pipeline.about()}
 
 

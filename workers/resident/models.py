@@ -12,38 +12,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import structlog
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from device_operations.errors import OperationError, failure
-from device_operations.folders import private_folder
-from device_operations.tensors import numpy_dtype
 from tasks.devices import store as device_store
 from tasks.devices.directory import MAX_AGE_SECONDS
 from tasks.inference import graphs as graph_store
 from tasks.inference import models as store
-from tasks.inference.content import ESTIMATE_BYTES, entry_file, key_of_files, model_file
+from tasks.inference.content import ESTIMATE_BYTES
 from tasks.inference.effects import let_go, lost, settled
 from tasks.inference.residents import no_model
 from tasks.statements import Row, transaction
 from workers import pipelines
 from workers.devices.onnx.runtime import Cancel, LoadedGraph
-from workers.devices.onnx.tensors import Feed
 from workers.execution.claimed_job import named
 from workers.json_types import JsonObject
 from workers.resident import batching
+from workers.resident.files import files_of, folder_of
 from workers.resident.loaders import load_onnx
 from workers.resident.residents import Graph, Resident, ResidentModel
+from workers.resident.warmup import warm_up
 
 if TYPE_CHECKING:
     from workers.pipelines.base import Pipeline
 
 log = structlog.get_logger(__name__)
 
-#: How long a warm-up may take where a model comes back after a death, before it is stopped.
-WARMUP_AGAIN_SECONDS = 10.0
 #: Seconds for which a replaced model stays: runs that were being planned when it was replaced are recorded by then.
 REPLACED_SECONDS = MAX_AGE_SECONDS + 1.0
 
@@ -63,7 +59,7 @@ def open_model(resident: Resident, row: Row, cancel: Cancel | None = None) -> Re
 def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
     """Opens a model's graph on the device and keeps it; idle unpinned models make room where memory runs out."""
     key = row["content_key"]
-    file, root = _files(resident, row)
+    file, root = files_of(resident, row)
     opens = _opener(resident, row, file, root, cancel)
     reserved_bytes = resident.read(graph_store.reserved, resident.device_id, key)
     make_room(resident)
@@ -115,7 +111,7 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     # A model that comes back after a death has been tried: what it did then is recorded, and is not done again.
     again = row["state"] == "lost"
     earlier = row["batching"] if again else None
-    warmup = _warmed(onnx, cancel, again, earlier or {}) if options.get("warmup") else None
+    warmup = warm_up(onnx, cancel, again, earlier or {}) if options.get("warmup") else None
     found = batching.find_out(onnx, asked, cancel, earlier=earlier, may_try=not again)
     return ResidentModel(
         model_id=row["model_id"],
@@ -129,34 +125,7 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     )
 
 
-def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Row) -> str:
-    """Runs the model once on zeros, and says what came of it.
-
-    At a load a failure is the load's. Where the model comes back after a death, a failure leaves it unwarmed, what
-    failed before is left out, and a run that takes long is stopped: no caller waits there who could cancel it.
-    """
-    if any(spec.dtype == "json" for spec in onnx.inputs):
-        return "left out: there is no smallest sequence or map that every model takes"
-    reason = batching.too_large(onnx, 1, 1)
-    if reason is not None:
-        return f"left out: {reason}"
-    if not again:
-        onnx.run(_zeros(onnx), cancel=cancel)
-        return "done"
-    if str(earlier.get("warmup", "")).startswith("failed"):
-        return str(earlier["warmup"])
-    with batching.Within(WARMUP_AGAIN_SECONDS, cancel) as limit:
-        try:
-            onnx.run(_zeros(onnx), cancel=limit)
-        except OperationError as error:
-            if error.code == "device_lost":
-                raise
-            log.warning("a model came back without its warm-up", error=error.message)
-            return f"failed at a restart: {error.message}"
-    return "done"
-
-
-def facts(model: ResidentModel) -> JsonObject:
+def model_facts(model: ResidentModel) -> JsonObject:
     """What the model's record is to hold of it, as found and measured."""
     pipeline = model.pipeline
     if pipeline is not None:
@@ -202,7 +171,7 @@ def revive(resident: Resident, row: Row, job_id: str, reserved_bytes: int) -> Ro
     return again
 
 
-def bring_back(resident: Resident) -> None:
+def bring_models_back(resident: Resident) -> None:
     """Loads again what the device's last epoch had loaded. A model that no longer loads is recorded as failed."""
     let_replaced_go(resident)
     for row in resident.read(store.resident, resident.device_id):
@@ -215,7 +184,7 @@ def bring_back(resident: Resident) -> None:
                 lost(connection, row["model_id"], known.as_job_error())
             continue
         with transaction(resident.engine) as connection:
-            settled(connection, row["model_id"], resident.epoch, facts(model))
+            settled(connection, row["model_id"], resident.epoch, model_facts(model))
         log.info("model is back", model_id=row["model_id"], name=row["name"])
 
 
@@ -241,7 +210,7 @@ def evict_one(resident: Resident) -> bool:
     return bool(_let_go(resident, "evicted", of_one_graph))
 
 
-def look_after(resident: Resident) -> None:
+def look_after_models(resident: Resident) -> None:
     """Frees the state of sessions that have ended, and unloads unpinned models that were idle too long."""
     if resident.sessions:
         with resident.engine.connect() as connection:
@@ -294,45 +263,5 @@ def _leave(resident: Resident, graph: Graph) -> int | None:
         return 0
     del resident.graphs[graph.content_key]
     freed = graph.loaded.close()
-    shutil.rmtree(_folder(resident, graph.content_key), ignore_errors=True)
+    shutil.rmtree(folder_of(resident, graph.content_key), ignore_errors=True)
     return freed
-
-
-def _files(resident: Resident, row: Row) -> tuple[Path, Path]:
-    """The graph's file, and the folder that its external data must not leave."""
-    source = row["source"]
-    if "path" in source:
-        found = model_file(resident.settings.model_cache_path, source["path"])
-        if key_of_files(found, row["model_type"], row["options"]) != row["content_key"]:
-            # Else models of the content that was asked for would be given this one.
-            raise failure("model_invalid", f"{source['path']!r} has changed since it was loaded; load it again")
-        if row["model_type"] != "onnx":
-            return (found, found) if found.is_dir() else (found, found.parent)
-        return (entry_file(found), found) if found.is_dir() else (found, found.parent)
-    if "blob_id" in source:
-        stored = resident.blobs.file(source["blob_id"])
-        if stored is not None and stored.is_file():
-            # Read where it lies; its neighbours there are other callers', so it may refer to no other file.
-            return stored, _folder(resident, row["content_key"])
-    folder = _folder(resident, row["content_key"])
-    named_blobs = {"model.onnx": source["blob_id"]} if "blob_id" in source else source["blobs"]
-    for relative, blob_id in named_blobs.items():
-        target = folder / relative
-        private_folder(target.parent)
-        resident.blobs.fetch(blob_id, target)
-    return (entry_file(folder) if row["model_type"] == "onnx" else folder), folder
-
-
-def _folder(resident: Resident, content_key: str) -> Path:
-    return resident.settings.data_dir / "models" / resident.device_id / content_key
-
-
-def _zeros(onnx: LoadedGraph) -> dict[str, Feed]:
-    """Zeros in the smallest shape that the model takes."""
-    feeds: dict[str, Feed] = {}
-    for spec in onnx.inputs:
-        shape = tuple(side if isinstance(side, int) else 1 for side in spec.shape)
-        feeds[spec.name] = (
-            np.full(shape, "", object) if spec.dtype == "string" else np.zeros(shape, numpy_dtype(spec.dtype))
-        )
-    return feeds

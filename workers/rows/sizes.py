@@ -58,7 +58,7 @@ def opaque_side(of_rows: bool = False) -> Size:
     return Size(1, (ROWS, ROWS, name)) if of_rows else Size(1, (name,))
 
 
-def named(expression: str, of_rows: bool) -> Size:
+def named_size(expression: str, of_rows: bool) -> Size:
     """A number by the expression that computes it, so that the same expression is the same number."""
     if len(expression) > _MOST_LETTERS or of_rows:
         return opaque(of_rows)
@@ -135,7 +135,7 @@ def plus(a: Dim, b: Dim, sign: int = 1) -> Dim:
     if isinstance(a, Size) and isinstance(b, Size) and a.symbols == b.symbols:
         factor = a.factor + sign * b.factor
         return Size(factor, a.symbols) if factor else 0
-    return named(f"({a}{'+' if sign > 0 else '-'}{b})", of_rows(a) or of_rows(b))
+    return named_size(f"({a}{'+' if sign > 0 else '-'}{b})", of_rows(a) or of_rows(b))
 
 
 def either(a: Dim, b: Dim) -> Dim:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.session import Cancel, Stoppable
-from workers.devices.onnx.tensors import Feed, Kept, RuntimeValue, TensorSpec, aligned
+from workers.devices.onnx.tensors import Feed, Kept, RuntimeValue, TensorSpec, is_aligned
 from workers.devices.values import Provider
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class BoundRuns:
         where, number = self._provider.binding, self._provider.device_id
         held = []
         for name, feed in wanted.feeds.items():
-            if isinstance(feed, BufferView) and aligned(feed):
+            if isinstance(feed, BufferView) and is_aligned(feed):
                 address = self._pointer(feed)
                 binding.bind_input(name, where, number, np.dtype(feed.dtype), feed.shape, address)
                 continue

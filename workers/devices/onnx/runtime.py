@@ -48,8 +48,8 @@ from workers.devices.onnx.tensors import (
     Kept,
     RuntimeValue,
     TensorSpec,
-    aligned,
     drawn,
+    is_aligned,
     kind,
     overlap,
     unfit,
@@ -325,7 +325,7 @@ class LoadedGraph:
                 continue
             view = self._fitting(name, place, spec.dtype, shape)
             apart = not any(overlap(view, other) for other in [*read, *places.values()])
-            if apart and bindable and aligned(view) and view.size_bytes:
+            if apart and bindable and is_aligned(view) and view.size_bytes:
                 places[name] = view
         return places
 
@@ -374,7 +374,7 @@ class LoadedGraph:
             self._staged(feed.size_bytes)
             flat = self.device.read(feed.buffer, feed.offset, feed.size_bytes)
         array = np.frombuffer(flat, np.uint8)
-        if not aligned(feed):
+        if not is_aligned(feed):
             array = array.copy()
         return array.view(numpy_dtype(feed.dtype or "")).reshape(feed.shape or ())
 

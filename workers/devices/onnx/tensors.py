@@ -106,7 +106,7 @@ def unfit(spec: TensorSpec, dtype: str, shape: tuple[int, ...], sizes: dict[str,
     return wrong
 
 
-def aligned(view: BufferView) -> bool:
+def is_aligned(view: BufferView) -> bool:
     """Whether the tensor begins at a multiple of its element's size, as processors and providers want it."""
     return view.offset % numpy_dtype(view.dtype or "").itemsize == 0
 

@@ -21,7 +21,7 @@ from workers.operations.tensors import host_array
 from workers.operations.training.batches import batch_of
 from workers.operations.training.files import drop_checkpoint, keep_checkpoint
 from workers.operations.training.restoring import awake, begin
-from workers.operations.training.sessions import HeldSession, export_in_spare_time, facts
+from workers.operations.training.sessions import HeldSession, export_in_spare_time, session_facts
 from workers.operations.training.steps import staged, step
 from workers.resident.residents import Resident
 from workers.training.checkpoints import Snapshot
@@ -51,7 +51,7 @@ def initialize(resident: Resident, work: ClaimedJob) -> Outcome:
     held.session.prepare()
     resident.training[session_id] = held
     export_in_spare_time(resident, held)
-    made = facts(held)
+    made = session_facts(held)
     result = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
     listed = list_tensors(held.session.definition, held.spec, held.session.state.model)
     return work.succeeded(result, session=made | {"parameters": [asdict(tensor) for tensor in listed]})

@@ -25,7 +25,7 @@ from workers.operations.training.files import (
     read_checkpoint,
     sources_of,
 )
-from workers.operations.training.sessions import HeldSession, facts
+from workers.operations.training.sessions import HeldSession, session_facts
 from workers.resident.models import make_room
 from workers.resident.residents import Resident
 from workers.training.outcomes import StepRecord
@@ -93,7 +93,7 @@ def wake(resident: Resident, row: Row) -> HeldSession:
         raise known from error
     state = "restored" if row["state"] == "initializing" else row["state"]
     with transaction(resident.engine) as connection:
-        effects.settled(connection, row["session_id"], resident.epoch, facts(held, state))
+        effects.settled(connection, row["session_id"], resident.epoch, session_facts(held, state))
     resident.training[row["session_id"]] = held
     return held
 

@@ -127,7 +127,7 @@ def checkpoint_beside(resident: Resident, held: HeldSession, *, leaving: bool = 
     resident.background.submit(write)
 
 
-def facts(held: HeldSession, state: str = "ready") -> JsonObject:
+def session_facts(held: HeldSession, state: str = "ready") -> JsonObject:
     """What the session's record is to hold of it, as built and measured."""
     session = held.session
     return {

@@ -12,7 +12,7 @@ from tasks.training import sessions as store
 from workers.resident.residents import Resident
 
 
-def bring_back(resident: Resident) -> None:
+def bring_sessions_back(resident: Resident) -> None:
     """Makes the sessions of the last epoch resident again, before any job is taken."""
     # What a killed worker left half-written; none of it is recorded.
     with suppress(FileNotFoundError):
@@ -25,7 +25,7 @@ def bring_back(resident: Resident) -> None:
         restore_all(resident, rows)
 
 
-def look_after(resident: Resident) -> None:
+def look_after_sessions(resident: Resident) -> None:
     """Lets go of sessions that have ended, and of those that were not used for their lease."""
     if resident.training:
         from workers.operations.training.sessions import let_go

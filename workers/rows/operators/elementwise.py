@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from workers.rows.broadcasting import broadcast
 from workers.rows.node import Node, rule
-from workers.rows.sizes import Dim, Size, named, not_negative, of_rows, opaque, over, plus, times
+from workers.rows.sizes import Dim, Size, named_size, not_negative, of_rows, opaque, over, plus, times
 from workers.rows.values import FREE, MOST_ITEMS, POSITIONS, ROWS, SIZE, Item, Value, items_of, numbers
 
 Arithmetic = Callable[[Node, Sequence[Item]], Item]
@@ -150,7 +150,7 @@ def _plain(change: Callable[..., Item], symbolic: Callable[[Dim, Dim], Item | No
             made = symbolic(a, b)
             if made is not None:
                 return made
-        return named(f"{node.operator}({a},{b})", _depends(items))
+        return named_size(f"{node.operator}({a},{b})", _depends(items))
 
     return both
 
@@ -221,7 +221,7 @@ def _rounded(to: Callable[[float], int]) -> Arithmetic:
 
 def _without_fraction(item: Size, how: str) -> Size:
     """A number rounded in some way; sides have no fraction, other symbols may."""
-    return item if not_negative(item) else named(f"{how}({item})", of_rows(item))
+    return item if not_negative(item) else named_size(f"{how}({item})", of_rows(item))
 
 
 def _cast(node: Node, items: Sequence[Item]) -> Item:

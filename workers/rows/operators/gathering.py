@@ -76,10 +76,10 @@ def _gather_elements(node: Node) -> Value:
         return node.mixed(_ALONG, index.shape)
     if index.kind is FREE:
         return pinned(node, index.shape[data.axis], index.shape)
-    return aligned(node, [data, index], index.shape)
+    return aligned_rows(node, [data, index], index.shape)
 
 
-def aligned(node: Node, values: Sequence[Value], shape: Shape | None) -> Value:
+def aligned_rows(node: Node, values: Sequence[Value], shape: Shape | None) -> Value:
     """The answer where all inputs carry rows alike, none of them broadcast; `shape` is the answer's."""
     first = values[0]
     for value in values:
@@ -125,7 +125,7 @@ def _gather_nd(node: Node) -> Value:
             else pinned(node, data.shape[index.axis], shape)
         )
     if index.axis < batch and data.axis == index.axis:
-        return aligned(node, [index, data], shape)
+        return aligned_rows(node, [index, data], shape)
     return node.mixed(_ALONG, shape)
 
 
@@ -142,7 +142,7 @@ def _scatter_elements(node: Node) -> Value:
     for value in values:
         if value.kind is FREE:
             return pinned(node, 1 if value.shape is None else value.shape[rows.axis], data.shape)
-    return aligned(node, values, data.shape)
+    return aligned_rows(node, values, data.shape)
 
 
 @rule("ScatterND", all_kinds=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from workers.devices.onnx.fusions.matching import constant, new_node, replace, sides, transposed
+from workers.devices.onnx.fusions.matching import constant_of, new_node, replace, sides, transposed
 from workers.devices.onnx.fusions.rules import TO_FIRST, TO_LAST
 
 #: What is done to each number by itself.
@@ -64,7 +64,7 @@ def _done_last(node: ir.Node, twins: dict[ir.Value, ir.Value]) -> ir.Value | Non
             last = [twins[one] for one in node.inputs if one is not None]
             return new_node(node, "Concat", last, axis=3).outputs[0]
     elif node.op_type == "Resize" and len(node.inputs) == 3 and node.attributes.get_string("mode", "") == "nearest":
-        scales, given_twin = constant(node.inputs[2]), twins.get(node.inputs[0])  # type: ignore[arg-type]
+        scales, given_twin = constant_of(node.inputs[2]), twins.get(node.inputs[0])  # type: ignore[arg-type]
         if scales is not None and scales.size == 4 and given_twin is not None and "axes" not in node.attributes:
             turned = ir.tensor(scales.reshape(-1)[list(TO_LAST)].astype(np.float32))
             order = new_node(node, "Constant", [], value=turned).outputs[0]

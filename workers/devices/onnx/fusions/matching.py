@@ -42,7 +42,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new)
 
 
-def constant(value: ir.Value | None) -> Array | None:
+def constant_of(value: ir.Value | None) -> Array | None:
     """What a value is in every run; None where that depends on inputs, or is more than a small tensor."""
     if value is None:
         return None
@@ -52,7 +52,7 @@ def constant(value: ir.Value | None) -> Array | None:
 
 def number(value: ir.Value | None) -> float | None:
     """The one number that a constant is."""
-    found = constant(value)
+    found = constant_of(value)
     return float(found.reshape(-1)[0]) if found is not None and found.size == 1 else None
 
 
@@ -65,7 +65,7 @@ def sides(value: ir.Value | None) -> list[int | None]:
 
 def computed(value: ir.Value | None, depth: int = 0) -> Array | None:
     """A constant, or what follows from the fixed sides of tensors alone; NaN stands for what does not."""
-    found = constant(value)
+    found = constant_of(value)
     if found is not None or value is None or depth > 12:
         return None if found is None else found.astype(np.float64)
     node = value.producer()

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from workers.devices.onnx.fusions.matching import (
     biased,
     computed,
-    constant,
+    constant_of,
     initializer,
     known_as,
     made_by,
@@ -202,12 +202,12 @@ def _group_norm(norm: ir.Node) -> bool:
     if grouped is None or restored is None or scaled is None or shifted is None:
         return False
     x = grouped.inputs[0]
-    ones, zeros = constant(norm.inputs[1]), constant(norm.inputs[2])
-    gamma, beta = constant(other(scaled, restored.outputs[0])), constant(other(shifted, scaled.outputs[0]))
+    ones, zeros = constant_of(norm.inputs[1]), constant_of(norm.inputs[2])
+    gamma, beta = constant_of(other(scaled, restored.outputs[0])), constant_of(other(shifted, scaled.outputs[0]))
     channels = sides(x)[1] if len(sides(x)) == 4 else None
     if x is None or ones is None or zeros is None or gamma is None or beta is None or channels is None:
         return False
-    cut = constant(grouped.inputs[1])
+    cut = constant_of(grouped.inputs[1])
     if cut is None or cut.tolist() != [0, ones.size, -1] or not (ones == 1).all() or zeros.any():
         return False
     of_channels = (channels, 1, 1)
@@ -252,7 +252,7 @@ def _skip_layer_norm(norm: ir.Node) -> bool:
     width = sides(gamma)
     for operand in added.inputs:
         known = sides(operand)
-        if len(known) != 3 or known[2:] != width or 1 in known or constant(operand) is not None:
+        if len(known) != 3 or known[2:] != width or 1 in known or constant_of(operand) is not None:
             return False
     operands: list[ir.Value | None] = list(added.inputs)
     bias = None
