@@ -119,7 +119,7 @@ def _bytes(draw: st.DrawFn, data: bytes) -> bytes:
     return data[:at] + (piece if how == "insert" else data[: at // 2]) + data[at:]
 
 
-@pytest.mark.timeout(300 * FACTOR)
+@pytest.mark.timeout(600 * FACTOR)
 @pytest.mark.slow
 def test_thousands_of_changed_messages_stop_no_worker_and_leave_nothing_behind(stack: RunningStack) -> None:
     queue = DeviceQueue(stack)

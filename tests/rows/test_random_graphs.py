@@ -69,7 +69,7 @@ def explore(examples: int, number: int, *, until_wrong: bool = False) -> tuple[c
     return counts, wrong
 
 
-@pytest.mark.timeout(300 * FACTOR)
+@pytest.mark.timeout(600 * FACTOR)
 @pytest.mark.slow
 def test_rows_of_random_graphs_that_are_proven_do_not_differ() -> None:
     counts, wrong = explore(EXAMPLES, 14)
