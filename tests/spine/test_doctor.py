@@ -60,4 +60,4 @@ def test_the_devices_that_the_setting_names_are_tried_and_no_others(tmp_path: Pa
 def test_a_device_that_changes_bytes_is_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device: Device = open_device("cpu", 0)
     monkeypatch.setattr(type(device), f"_{wrong}", lambda *_: None)
-    assert not doctor._tried("cpu:0", "memory", lambda: doctor._memory(device)).well
+    assert not doctor._tried("cpu:0", "memory", lambda: doctor.CHECKS["memory"](device)).well
