@@ -10,7 +10,7 @@ KSERVE := .cache/kserve-venv/.installed
 RIG ?= ../shared/directml-rig
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training demo-image up test lint format bench streams soak test-directml lock peers kserve
+.PHONY: help install demo demo-training demo-image up test test-plain-http lint format bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
@@ -18,6 +18,7 @@ help:
 	@echo "make demo-image     from a prompt to a PNG, by a tiny pipeline with random weights; SDXL=/path takes a real one"
 	@echo "make up             start everything and stay; Ctrl-C stops it"
 	@echo "make test           linters, types, import rules, all tests"
+	@echo "make test-plain-http  the tests over HTTP with HTTP__FAST_PATH=false"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults"
@@ -50,6 +51,10 @@ up: $(INSTALLED)
 
 test: lint $(KSERVE)
 	$(BIN)/python -m pytest
+
+# What is served without reaching into uvicorn's insides answers the same.
+test-plain-http: $(INSTALLED) $(KSERVE)
+	DEVICE_OPERATIONS_HTTP__FAST_PATH=false $(BIN)/python -m pytest tests/acceptance tests/inference tests/owners tests/openai
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import sys
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from api_gateway.app import create_app
-from api_gateway.fast_path.wire import Protocol
 from api_gateway.guard import Guard
 from api_gateway.oip.infer import InferMiddleware
 from device_operations.folders import keep_private
@@ -45,11 +46,12 @@ def main() -> int:
         )
         return 3
     _allow_open_files(settings.http.max_connections)
+    served, protocol = _http_path(Guard(InferMiddleware(app), settings), settings)
     uvicorn.run(
-        Guard(InferMiddleware(app), settings),
+        served,
         host=settings.http.host,
         port=settings.http.port,
-        http=Protocol.limited_to(settings.http.max_connections),
+        http=protocol,
         ws="none",
         log_config=None,
         access_log=False,
@@ -60,6 +62,17 @@ def main() -> int:
         date_header=False,
     )
     return 0
+
+
+def _http_path(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, type[asyncio.Protocol]]:
+    """The application and uvicorn's protocol for it, on the path that is set; only that one is imported."""
+    if settings.http.fast_path:
+        from api_gateway.fast_path.wire import Protocol
+
+        return app, Protocol.limited_to(settings.http.max_connections)
+    from api_gateway.plain_path import PlainPath, PlainProtocol
+
+    return PlainPath(app), PlainProtocol.limited_to(settings.http.max_connections)
 
 
 def _require_keys_beyond_loopback(settings: Settings) -> None:

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway import problems
 from api_gateway.auth import authenticate
-from api_gateway.fast_path.wire import WHOLE_BODY, take_whole
+from api_gateway.fast_path.whole_body import WHOLE_BODY, take_whole
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip.raw import only_input
 from api_gateway.oip.tensors import InferRequest, Raw, answer, read, stash, stashed

@@ -125,6 +125,9 @@ class HttpSettings(_Section):
     rate_limit_per_second: float | None = Field(
         None, gt=0, description="submissions of one owner to one gateway, a second; above 0, or null for no limit"
     )
+    fast_path: bool = Field(
+        True, description="true or false: false serves HTTP without what reaches into uvicorn's insides"
+    )
 
 
 class FlowerSettings(_Section):
