@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any
 
-Schema = dict[str, Any]
+from device_operations.json_text import JsonObject
+
+Schema = JsonObject
 
 #: Statuses that a submission may be refused with, beside those of every route.
 SUBMISSION = (404, 409, 410, 413, 422, 429, 507)

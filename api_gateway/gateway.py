@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import redis
 from fastapi import Request
@@ -78,6 +77,6 @@ def build(settings: Settings) -> Gateway:
 
 def of(request: Request) -> Gateway:
     """The gateway of a request's process."""
-    found: Any = request.app.state.gateway
+    found: object = request.app.state.gateway
     assert isinstance(found, Gateway)
     return found

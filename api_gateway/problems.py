@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import orjson
 import structlog
 from fastapi import FastAPI, Request
@@ -15,6 +13,7 @@ from starlette.responses import Response
 from api_gateway import answers
 from api_gateway.openai import errors as openai_errors
 from device_operations.errors import CODES, OperationError, failure
+from device_operations.json_text import JsonObject
 from tasks.database import unavailable
 
 log = structlog.get_logger(__name__)
@@ -29,7 +28,7 @@ _BY_STATUS = {
 
 def answer(error: OperationError, instance: str) -> Response:
     """The problem document of an error."""
-    body: dict[str, Any] = {
+    body: JsonObject = {
         "type": f"urn:device-operations:problem:{error.code}",
         "title": CODES[error.code].title,
         "status": error.status,

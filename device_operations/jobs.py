@@ -23,9 +23,10 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from device_operations.json_text import JsonObject
 
 
 class State(StrEnum):
@@ -184,15 +185,15 @@ class Job(BaseModel):
     attempt: int
     max_attempts: int
     queue_position: int | None = None
-    progress: dict[str, Any] | None = None
+    progress: JsonObject | None = None
     resource: Resource | None = None
     submitted_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
     expires_at: datetime | None = None
     timings: Timings = Timings()
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
+    result: JsonObject | None = None
+    error: JsonObject | None = None
     owner: str
     labels: dict[str, str] = {}
     #: The ended job that this one tries again.

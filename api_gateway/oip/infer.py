@@ -8,14 +8,11 @@ a message.
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import re
 import zlib
-from contextlib import suppress
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -24,16 +21,16 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway import problems
 from api_gateway.auth import authenticate
-from api_gateway.fast_path.whole_body import WHOLE_BODY, take_whole
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip.raw import only_input
-from api_gateway.oip.tensors import InferRequest, Raw, answer, read, stash, stashed
-from api_gateway.routes import jobs
-from api_gateway.submission.bodies import room_of
+from api_gateway.oip.tensors import InferRequest, answer, read, stash, stashed
+from api_gateway.submission.bodies import Raw, read_whole
 from api_gateway.submission.compression import ENCODINGS, decompressed, too_large
-from device_operations.bounds import is_number_above, whole_number
-from device_operations.errors import OperationError, failure, from_job_error
-from device_operations.jobs import State, new_id
+from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST, performed
+from device_operations.bounds import whole_number
+from device_operations.errors import OperationError, failure
+from device_operations.jobs import new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import JobOptions
 from tasks.blobs.transients import TRANSIENT_BYTES
 from tasks.database import unavailable
@@ -50,12 +47,6 @@ RAW_ON_THE_LOOP_BYTES = 2 << 20
 
 #: The longest time limit of a job, in the protocol's unit.
 MAX_TIMEOUT_MICROSECONDS = 30 * 86400 * 10**6
-
-#: Seconds for which nobody looks whether the client is still there.
-UNWATCHED_SECONDS = 0.05
-
-#: The status for a client that has left; it is never read.
-CLIENT_CLOSED_REQUEST = 499
 
 
 class InferMiddleware:
@@ -91,7 +82,7 @@ def _usual(scope: Scope) -> Scope:
     """A request below /v2 as it is routed: without a slash at its end, and HEAD as GET, whose body is not sent then."""
     if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v2/"):
         return scope
-    changed: dict[str, Any] = {}
+    changed: JsonObject = {}
     if scope["path"].endswith("/"):
         changed = {"path": scope["path"].rstrip("/"), "raw_path": (scope.get("raw_path") or b"").rstrip(b"/")}
     if scope["method"] == "HEAD":
@@ -141,7 +132,7 @@ async def infer(request: Request) -> Response:
     heavy = len(body) > RAW_ON_THE_LOOP_BYTES or (len(body) > TRANSIENT_BYTES and not gateway.transients.is_local)
     made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
     left_behind = stashed(made.job.request["inputs"])
-    told: dict[str, dict[str, Any]] = {}
+    told: dict[str, JsonObject] = {}
     read_by_all = False
     try:
         job = await performed(request, gateway, made, _patience(asked))
@@ -165,7 +156,7 @@ async def infer(request: Request) -> Response:
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-def _is_quick(asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway) -> bool:
+def _is_quick(asked: InferRequest, told: dict[str, JsonObject], gateway: Gateway) -> bool:
     """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
     apart = sum(tensor.get("size_bytes", 0) for tensor in told.values())
     if not apart:
@@ -211,7 +202,7 @@ def _plan(
     outputs = [output.name for output in asked.outputs]
     check_against_model(model, asked.inputs, outputs, state_inputs(session))
     inputs, _ = stash(asked, gateway.transients)
-    payload: dict[str, Any] = {"model_name": name, "inputs": inputs, "form": "transient"}
+    payload: JsonObject = {"model_name": name, "inputs": inputs, "form": "transient"}
     if outputs:
         payload["outputs"] = outputs
     if session:
@@ -254,117 +245,12 @@ def _patience(asked: InferRequest) -> float | None:
     return timeout / 1e6
 
 
-# ---- waiting
-
-
-async def performed(
-    request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
-) -> dict[str, Any] | None:
-    """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""
-    job_id = made.job.id
-    ended = gateway.waiters.expect(job_id)
-    try:
-        await gateway.submitter.submit_awaited(made, ended)
-        try:
-            text = await _ended(request, ended, patience_seconds)
-        except _GivenUpError as given_up:
-            if given_up.answer is None:
-                return None
-            raise given_up.answer from None
-        finally:
-            if not ended.done() or ended.cancelled() or isinstance(ended.exception(), _GivenUpError):
-                await asyncio.shield(_cancel(gateway, job_id))
-    finally:
-        gateway.waiters.forget(job_id, ended)
-    job: dict[str, Any] = ended.job or orjson.loads(text)
-    if job["state"] == State.SUCCEEDED:
-        return job
-    if job["state"] == State.EXPIRED:
-        raise failure("timeout", f"the run had not started after {patience_seconds} s (parameters.timeout)")
-    raise from_job_error(job["error"])
-
-
-async def _cancel(gateway: Gateway, job_id: str) -> None:
-    """Cancels a run that nobody waits for, once it is recorded: before, there is nothing to cancel."""
-    with suppress(OperationError):
-        await gateway.submitter.recorded()
-        await run_in_threadpool(jobs.cancel, gateway, job_id)
-
-
-class _GivenUpError(Exception):
-    """Nobody waits for the run's end any more: the client has left, or is given `answer`."""
-
-    def __init__(self, answer: OperationError | None = None) -> None:
-        super().__init__()
-        self.answer = answer
-
-
-async def _ended(request: Request, ended: asyncio.Future[bytes], patience_seconds: float | None) -> bytes:
-    """Waits for the run's end, for the client to leave, or as long as it has patience.
-
-    Most runs end so soon that looking out for a client that leaves would cost more than it could save.
-    """
-    loop = ended.get_loop()
-    watch: list[asyncio.Task[None]] = []
-    timers = [loop.call_later(UNWATCHED_SECONDS, _begin_to_watch, request, ended, watch)]
-    if patience_seconds is not None:
-        waited = f"{patience_seconds} s (parameters.timeout)"
-        late = failure("timeout", f"the run had not ended after {waited}, and was cancelled")
-        timers.append(loop.call_later(patience_seconds, _give_up, ended, late))
-    try:
-        return await ended
-    finally:
-        for timer in timers:
-            timer.cancel()
-        for task in watch:
-            task.cancel()
-
-
-def _begin_to_watch(request: Request, ended: asyncio.Future[bytes], watch: list[asyncio.Task[None]]) -> None:
-    watch.append(ended.get_loop().create_task(_look_out(request, ended)))
-
-
-async def _look_out(request: Request, ended: asyncio.Future[bytes]) -> None:
-    """Gives up when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-    _give_up(ended)
-
-
-def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None) -> None:
-    if not ended.done():
-        ended.set_exception(_GivenUpError(answer))
-
-
 # ---- bytes in and out
 
 
 async def _body(request: Request, limit: int) -> Raw:
     """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
-    announced = request.headers.get("content-length")
-    room = None
-    # Of four digits and fewer, as nearly all are, it needs no room.
-    if announced is None or len(announced) > 4:
-        room = room_of(request)
-        if is_number_above(announced or "", limit):
-            raise too_large(limit)
-        await room.announced(announced, limit)
-        take_whole(request.scope)
-    chunks: list[bytes] = []
-    size = 0
-    more = True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise failure("malformed_request", "the body was cut off")
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > limit:
-            raise too_large(limit)
-        if room is not None:
-            room.came(size)
-        more = message.get("more_body", False)
-    body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
+    body = await read_whole(request, limit, too_large)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return body
@@ -375,7 +261,7 @@ async def _body(request: Request, limit: int) -> Raw:
 
 
 def _answered(
-    request: Request, asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway, header: dict[str, Any]
+    request: Request, asked: InferRequest, told: dict[str, JsonObject], gateway: Gateway, header: JsonObject
 ) -> Response:
     parts, header_length = answer(asked, told, gateway.transients, header)
     body = parts[0] if len(parts) == 1 else b"".join(parts)

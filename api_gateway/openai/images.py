@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import time
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
@@ -15,12 +14,13 @@ from api_gateway import links
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.oip.infer import CLIENT_CLOSED_REQUEST
 from api_gateway.openai.models import MAKES, find_that_makes
 from api_gateway.openai.requests import ImagesRequest, checked
 from api_gateway.openai.runs import run
 from api_gateway.submission.answer import json_response, read_body
+from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST
 from device_operations.errors import failure
+from device_operations.json_text import JsonObject
 from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
@@ -56,7 +56,7 @@ def _makes_images(models: list[Row]) -> bool:
     return bool(models) and MAKES.get(models[0]["model_type"]) == "images"
 
 
-def _fields(asked: ImagesRequest) -> dict[str, Any]:
+def _fields(asked: ImagesRequest) -> JsonObject:
     """The run's own fields: what was not given is the model's to choose."""
     width, height = asked.sides or (None, None)
     guidance = asked.guidance if asked.guidance_scale is None else asked.guidance_scale
@@ -74,11 +74,11 @@ def _fields(asked: ImagesRequest) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _answer(gateway: Gateway, asked: ImagesRequest, job: dict[str, Any], service: str) -> dict[str, Any]:
+def _answer(gateway: Gateway, asked: ImagesRequest, job: JsonObject, service: str) -> JsonObject:
     images = job["result"]["images"]
     made = []
     for image in images:
-        entry: dict[str, Any] = {"seed": image["seed"]}
+        entry: JsonObject = {"seed": image["seed"]}
         if asked.response_format == "b64_json":
             entry["b64_json"] = base64.b64encode(gateway.blobs.read(image["blob_id"])).decode()
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import psutil
 import structlog
@@ -19,6 +18,7 @@ from starlette.responses import Response
 
 from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response
+from device_operations.json_text import JsonObject
 from tasks.jobs import store
 from tasks.statements import row
 
@@ -48,8 +48,8 @@ async def metrics(request: Request) -> Response:
     return Response(await run_in_threadpool(generate_latest, registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _parts(gateway: Gateway) -> dict[str, dict[str, Any]]:
-    parts: dict[str, dict[str, Any]] = {}
+def _parts(gateway: Gateway) -> dict[str, JsonObject]:
+    parts: dict[str, JsonObject] = {}
     try:
         with gateway.engine.connect() as connection:
             row(connection, "SELECT 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response, promise_of, read_body, submit_job
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Job, Kind, State
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.inference import OpenSession
 from tasks.database import unavailable
@@ -119,7 +120,7 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
     """A session and what became of its runs. A run without a session has one of its own, whose id is the job's."""
     gateway = of(request)
 
-    def read() -> dict[str, Any]:
+    def read() -> JsonObject:
         with gateway.engine.connect() as connection:
             row = store.get_session(connection, session_id)
             if row is not None and may_see(caller, row):
@@ -169,7 +170,7 @@ async def read_model(request: Request, caller: Known, model_id: str) -> Response
     return json_response(view(await run_in_threadpool(read)))
 
 
-def view(model: Row) -> dict[str, Any]:
+def view(model: Row) -> JsonObject:
     """The model as callers see it."""
     return {
         name: model[name]
@@ -182,7 +183,7 @@ def view(model: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def session_view(session: Row) -> dict[str, Any]:
+def session_view(session: Row) -> JsonObject:
     """The session as callers see it; `idle` is one that is open and has no run under way."""
     state = session["state"]
     return {
@@ -209,7 +210,7 @@ def _wake_cancelled(gateway: Gateway, model_id: str) -> None:
         gateway.publisher.wake(job["device_id"], {"cancel": job["id"]})
 
 
-def _session_of_a_job(job: Row) -> dict[str, Any]:
+def _session_of_a_job(job: Row) -> JsonObject:
     over = job["state"] in TERMINAL
     won = job["state"] == State.SUCCEEDED
     return {
@@ -228,7 +229,7 @@ def _session_of_a_job(job: Row) -> dict[str, Any]:
     }
 
 
-def _parse_session(body: dict[str, Any]) -> OpenSession:
+def _parse_session(body: JsonObject) -> OpenSession:
     try:
         return OpenSession.model_validate(body)
     except ValidationError as error:

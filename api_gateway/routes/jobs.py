@@ -28,11 +28,13 @@ from api_gateway.submission.answer import (
     submit_parsed,
     wait_for,
 )
+from api_gateway.submission.performing import cancel
 from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.kinds import parse
-from tasks.jobs import lifecycle, store
+from tasks.jobs import store
 from tasks.jobs.options import as_asked, to_retry
 from tasks.jobs.submit import Plan, recall_jobs
 from tasks.kinds import KINDS
@@ -74,7 +76,7 @@ async def read_job(
             return waited
         row = await read_row(gateway, job_id)
 
-    def more() -> dict[str, Any]:
+    def more() -> JsonObject:
         with gateway.engine.connect() as connection:
             told = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
             asked = store.asked_of(connection, job_id) if include else None
@@ -157,7 +159,7 @@ async def submit_many(request: Request, caller: Known) -> Response:
     return await accepted_all(gateway, rows, preferred_wait(request))
 
 
-def _planned(context: Context, index: int, entry: Any, earlier: Earlier) -> Plan:
+def _planned(context: Context, index: int, entry: object, earlier: Earlier) -> Plan:
     if not isinstance(entry, dict) or not isinstance(entry.get("request"), dict) or set(entry) - {"kind", "request"}:
         raise failure("validation_failed", f"jobs.{index} is not {{'kind': …, 'request': {{…}}}}")
     try:
@@ -191,7 +193,7 @@ async def retry_job(request: Request, caller: Known, job_id: str) -> Response:
     if not isinstance(changes.get("job", {}), dict):
         raise failure("validation_failed", "job is an object of options")
 
-    def asked_again() -> dict[str, Any]:
+    def asked_again() -> JsonObject:
         with gateway.engine.connect() as connection:
             asked = store.asked_of(connection, job_id)
         if asked is None:
@@ -236,18 +238,6 @@ async def cancel_job(request: Request, caller: Known, job_id: str) -> Response:
     return json_response(store.view(row), 202, {"Location": f"/api/jobs/{job_id}"})
 
 
-def cancel(gateway: Gateway, job_id: str) -> Row:
-    """Cancels a job that waits, or tells the worker of one that runs; `job_finished` once it has ended."""
-    rows = lifecycle.cancel(gateway.engine, gateway.publisher, [job_id])
-    gateway.outbox.cancelled(rows)
-    for row in rows:
-        if row["id"] == job_id:
-            return row
-    with gateway.engine.connect() as connection:
-        ended = store.get(connection, job_id)
-    raise failure("job_finished", f"job {job_id} has ended: it is {ended['state'] if ended else 'gone'}")
-
-
 async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
 
     async with gateway.waiters.following(job_id) as told, gateway.waiters.awaiting(job_id) as ended:
@@ -279,7 +269,7 @@ def _follow(gateway: Gateway, row: Row) -> None:
         gateway.publisher.wake(row["device_id"], {"follow": row["id"]})
 
 
-def _event(name: str, data: Any) -> bytes:
+def _event(name: str, data: object) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data, option=orjson.OPT_UTC_Z) + b"\n\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -30,6 +30,7 @@ from api_gateway.submission.answer import (
 from device_operations.bounds import is_storable, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
@@ -52,7 +53,7 @@ async def read_status(request: Request, caller: Known) -> Response:
     """
     gateway = of(request)
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[JsonObject]:
         with gateway.engine.connect() as connection:
             return standing_store.standing(connection)
 
@@ -69,7 +70,7 @@ async def read_device(
     """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, of everybody's."""
     gateway = of(request)
 
-    def read() -> dict[str, Any]:
+    def read() -> JsonObject:
         with gateway.engine.connect() as connection:
             standing = standing_store.standing(connection, device_id)
             if not standing:
@@ -220,14 +221,14 @@ async def read_data(
     a blob that holds the bytes.
     """
     gateway = of(request)
-    body: dict[str, Any] = {"allocation_id": allocation_id, "offset": offset}
+    body: JsonObject = {"allocation_id": allocation_id, "offset": offset}
     if size_bytes is not None:
         body["size_bytes"] = size_bytes
     made = await make_plan(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), new_id())
     return await passing.answer(gateway, made, preferred_wait(request) or MAX_WAIT_SECONDS)
 
 
-def view(allocation: Row) -> dict[str, Any]:
+def view(allocation: Row) -> JsonObject:
     """The allocation as callers see it."""
     return {
         name: allocation[name]
@@ -238,7 +239,7 @@ def view(allocation: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _seen_by(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
+def _seen_by(caller: Caller, standing: JsonObject) -> JsonObject:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}
@@ -253,7 +254,7 @@ def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
     return found(caller, row, "allocation", allocation_id)
 
 
-def _named(body: dict[str, Any], allocation_id: str) -> dict[str, Any]:
+def _named(body: JsonObject, allocation_id: str) -> JsonObject:
     """The body with the allocation that the address names; another in the body is a mistake."""
     if body.get("allocation_id", allocation_id) != allocation_id:
         raise failure("validation_failed", "the body names another allocation than the address")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -14,6 +14,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.answer import json_response, read_body, submit_job
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 from tasks.owners import found
 from tasks.statements import Row, transaction
 from tasks.training import checkpoints as checkpoint_store
@@ -49,7 +50,7 @@ async def read_status(
     """How a session stands, with its last `history` steps. Reads records only: no device is asked."""
     gateway = of(request)
 
-    def read() -> dict[str, Any]:
+    def read() -> JsonObject:
         with gateway.engine.connect() as connection:
             session = found(caller, store.get(connection, session_id), "training session", session_id)
             stepping = session["state"] in ("ready", "restored") and store.is_stepping(connection, session)
@@ -117,7 +118,7 @@ async def end_session(request: Request, caller: Known, session_id: str, checkpoi
     return await submit_job(request, caller, Kind.TRAINING_END_SESSION, named)
 
 
-def view(session: Row) -> dict[str, Any]:
+def view(session: Row) -> JsonObject:
     """The session as callers see it."""
     told = {
         name: session[name]
@@ -134,7 +135,7 @@ def view(session: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def view_checkpoint(checkpoint: Row) -> dict[str, Any]:
+def view_checkpoint(checkpoint: Row) -> JsonObject:
     """The checkpoint as callers see it."""
     told = {
         name: checkpoint[name]

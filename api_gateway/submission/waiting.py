@@ -13,7 +13,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import orjson
 import redis.asyncio
@@ -25,6 +24,7 @@ from starlette.concurrency import run_in_threadpool
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL
+from device_operations.json_text import JsonObject
 from tasks.jobs import store
 from tasks.kinds import KINDS
 from tasks.redis.queues import DONE_CHANNEL, job_channel
@@ -41,13 +41,13 @@ _CHANGING = frozenset(kind for kind, spec in KINDS.items() if spec.changes_model
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, sorted(_CHANGING)))})"'.encode())
 
 
-def _is_end(job_id: bytes, told: dict[str, Any]) -> bool:
+def _is_end(job_id: bytes, told: JsonObject) -> bool:
     """Whether `told` is the job with this id as it has ended."""
     state = told.get("state")
     return told.get("job_id") == job_id.decode(errors="replace") and type(state) is str and state in TERMINAL
 
 
-def _event(data: bytes) -> dict[str, Any] | None:
+def _event(data: bytes) -> JsonObject | None:
     """What is announced of a followed job: `{"event": "state" | "progress", "data"}`; None if it is not that."""
     told = _object(data)
     # A tuple, since what is no text may have no hash.
@@ -62,10 +62,10 @@ class Awaited(asyncio.Future[bytes]):
 
     recorded = False
     #: The same as an object, where it has been read on the way; not to be changed.
-    job: dict[str, Any] | None = None
+    job: JsonObject | None = None
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _object(text: bytes) -> JsonObject:
     """The JSON object in `text`, empty where it is none."""
     try:
         value = orjson.loads(text)
@@ -87,7 +87,7 @@ class Waiters:
         self._on_models_changed = on_models_changed
         self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
         self._awaited: dict[bytes, set[Awaited]] = {}
-        self._followers: dict[bytes, set[asyncio.Queue[dict[str, Any]]]] = {}
+        self._followers: dict[bytes, set[asyncio.Queue[JsonObject]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -129,10 +129,10 @@ class Waiters:
                 del self._awaited[key]
 
     @asynccontextmanager
-    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
+    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[JsonObject]]:
         """A queue of `{"event", "data"}` while the job goes on, on the same subscription."""
         channel = job_channel(job_id).encode()
-        told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        told: asyncio.Queue[JsonObject] = asyncio.Queue()
         followers = self._followers.setdefault(channel, set())
         followers.add(told)
         if len(followers) == 1:
@@ -206,7 +206,7 @@ class Waiters:
             if future.recorded
         ]
 
-        def read() -> dict[str, Any]:
+        def read() -> JsonObject:
             with self._engine.connect() as connection:
                 return store.get_many(connection, ids)
 

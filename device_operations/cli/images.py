@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,7 +37,7 @@ def image(
     size: str | None,
     image: Path | None,
     as_json: bool,
-    **asked: Any,
+    **asked: object,
 ) -> None:
     """Make an image from PROMPT with a loaded model, and write it to a file."""
     if not output.absolute().parent.is_dir():

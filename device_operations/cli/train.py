@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import click
 
@@ -16,6 +16,7 @@ from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
 from device_operations.errors import OperationError
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -51,12 +52,12 @@ def train(
     if epochs and steps:
         raise click.UsageError("give either --epochs or --steps")
 
-    def done(job: Job) -> dict[str, Any]:
+    def done(job: Job) -> JsonObject:
         ended = follow(client, job, quiet=as_json)
         require_success(ended)
         return dict(ended.result or {})
 
-    told: dict[str, Any] = {}
+    told: JsonObject = {}
     with ExitStack() as leaving:
         if spec is not None:
             made = done(client.submit(Kind.TRAINING_INITIALIZE, _described(spec)))
@@ -102,7 +103,7 @@ def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bo
         raise
 
 
-def _described(spec: TextIO) -> dict[str, Any]:
+def _described(spec: TextIO) -> JsonObject:
     try:
         described = json.load(spec)
     except ValueError as error:
@@ -117,9 +118,9 @@ def _uploaded(client: Client, file: Path, *, quiet: bool) -> str:
         return client.blobs.upload(source).blob_id
 
 
-def _flat(told: dict[str, Any]) -> dict[str, Any]:
+def _flat(told: JsonObject) -> JsonObject:
     """What a person wants to know of each job."""
-    shown: dict[str, Any] = {"session_id": told["session_id"]}
+    shown: JsonObject = {"session_id": told["session_id"]}
     for part, names in {
         "trained": ("steps", "samples", "last_loss", "step"),
         "evaluated": ("samples", "loss", "accuracy"),

@@ -6,14 +6,15 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import httpx
 
-from device_operations.client.transport.calls import Call, Content, Emit, Flow, Next, Sleep, at, get
+from device_operations.client.transport.calls import Call, Content, Emit, Flow, Sleep, at, get, json_of, next_line, send
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import Job, Kind, State
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.requests.kinds import parse
 
@@ -50,7 +51,7 @@ class Submission(TypedDict, total=False):
     stands then, failed ones too: `result(job)` raises.
     """
 
-    job: JobOptions | Mapping[str, Any]
+    job: JobOptions | Mapping[str, object]
     idempotency_key: str
     wait: float
 
@@ -60,7 +61,7 @@ class Event:
     """Something that happened to a job: `state`, `progress`, and at last `done`; `data` is the job, or its progress."""
 
     name: str
-    data: dict[str, Any]
+    data: JsonObject
 
 
 class Jobs(Noun[Mode]):
@@ -70,9 +71,9 @@ class Jobs(Noun[Mode]):
     def submit(
         self,
         kind: Kind | str,
-        request: JobRequest | Mapping[str, Any],
+        request: JobRequest | Mapping[str, object],
         *,
-        job: JobOptions | Mapping[str, Any] | None = None,
+        job: JobOptions | Mapping[str, object] | None = None,
         idempotency_key: str | None = None,
         wait: float = 0,
     ) -> Flow[Job]:
@@ -90,7 +91,7 @@ class Jobs(Noun[Mode]):
     @operation
     def submit_many(
         self,
-        jobs: Iterable[tuple[Kind | str, JobRequest | Mapping[str, Any]]],
+        jobs: Iterable[tuple[Kind | str, JobRequest | Mapping[str, object]]],
         *,
         idempotency_key: str | None = None,
         wait: float = 0,
@@ -106,7 +107,7 @@ class Jobs(Noun[Mode]):
     def retry(
         self,
         job: Job | str,
-        changes: Mapping[str, Any] | None = None,
+        changes: Mapping[str, object] | None = None,
         *,
         idempotency_key: str | None = None,
         wait: float = 0,
@@ -117,21 +118,23 @@ class Jobs(Noun[Mode]):
         `job_not_finished` where it has not ended.
         """
         deadline = time.monotonic() + wait
-        response = yield Call(
-            "POST",
-            at("/api/jobs/{}/retry", job_id_of(job)),
-            json=dict(changes or {}),
-            headers=_headers(idempotency_key, wait),
-            waits_seconds=min(wait, MAX_WAIT_SECONDS),
-            keyed=True,
+        response = yield from send(
+            Call(
+                "POST",
+                at("/api/jobs/{}/retry", job_id_of(job)),
+                json=dict(changes or {}),
+                headers=_headers(idempotency_key, wait),
+                waits_seconds=min(wait, MAX_WAIT_SECONDS),
+                keyed=True,
+            )
         )
         return (yield from _until(Job.model_validate_json(response.content), deadline))
 
     @operation
-    def request_of(self, job: Job | str) -> Flow[dict[str, Any]]:
+    def request_of(self, job: Job | str) -> Flow[JsonObject]:
         """What a job was asked to do, as its caller gave it; tensors above 64 KiB in it are blobs."""
         told = yield from get(at("/api/jobs/{}", job_id_of(job)), include="request")
-        request: dict[str, Any] = told["request"]
+        request: JsonObject = told["request"]
         return request
 
     @operation
@@ -176,7 +179,7 @@ class Jobs(Noun[Mode]):
 
         Raises `job_finished` where it has ended already.
         """
-        response = yield Call("DELETE", at("/api/jobs/{}", job_id_of(job)))
+        response = yield from send(Call("DELETE", at("/api/jobs/{}", job_id_of(job))))
         return Job.model_validate_json(response.content)
 
     @operation
@@ -185,7 +188,7 @@ class Jobs(Noun[Mode]):
         return (yield from ended(job, timeout))
 
     @operation
-    def result(self, job: Job | str, timeout: float | None = None) -> Flow[dict[str, Any]]:
+    def result(self, job: Job | str, timeout: float | None = None) -> Flow[JsonObject]:
         """Waits for the job's result. Raises the job's error, `TimeoutError` after `timeout` seconds."""
         return (yield from succeeded(job, timeout))
 
@@ -196,9 +199,11 @@ class Jobs(Noun[Mode]):
         failures = 0
         while failures <= PATIENT_RETRIES:
             try:
-                response = yield Call("GET", path, stream=str, waits_seconds=MAX_WAIT_SECONDS, retries=PATIENT_RETRIES)
+                response = yield from send(
+                    Call("GET", path, stream=str, waits_seconds=MAX_WAIT_SECONDS, retries=PATIENT_RETRIES)
+                )
                 name = ""
-                while (line := (yield Next(response))) is not None:
+                while (line := (yield from next_line(response))) is not None:
                     field, _, value = line.partition(": ")
                     if field == "event":
                         name = value
@@ -214,14 +219,13 @@ class Jobs(Noun[Mode]):
         raise failure("gateway_unreachable", f"GET {path}: the stream broke off {failures} times and told nothing")
 
     @operation
-    def ready(self) -> Flow[dict[str, Any]]:
+    def ready(self) -> Flow[JsonObject]:
         """What `/readyz` says: `status` is `ready` or `not ready`, with each part's state beside it."""
-        response = yield Call("GET", "/readyz", accepts=frozenset({503}))
-        answer: dict[str, Any] = response.json()
-        return answer
+        response = yield from send(Call("GET", "/readyz", accepts=frozenset({503})))
+        return json_of(response)
 
 
-def submission(kind: Kind | str, request: JobRequest | Mapping[str, Any], given: Submission) -> Flow[Job]:
+def submission(kind: Kind | str, request: JobRequest | Mapping[str, object], given: Submission) -> Flow[Job]:
     """Checks, sends, and waits where asked to. Raises what the gateway refuses with."""
     kind = Kind(kind)
     checked = _checked(kind, request, given.get("job"))
@@ -232,18 +236,20 @@ def submission(kind: Kind | str, request: JobRequest | Mapping[str, Any], given:
         entry = {"kind": str(kind), "request": _body(checked)}
         job = (yield from _bulk([entry], given.get("idempotency_key"), wait))[0]
     else:
-        response = yield call
+        response = yield from send(call)
         job = Job.model_validate_json(response.content)
     return (yield from _until(job, deadline))
 
 
-def submission_of_bytes(path: str, params: Mapping[str, Any], content: Content, given: Submission) -> Flow[Job]:
+def submission_of_bytes(path: str, params: Mapping[str, object], content: Content, given: Submission) -> Flow[Job]:
     """The same for a request whose body is raw bytes."""
     wait = given.get("wait", 0)
     deadline = time.monotonic() + wait
     headers = _headers(given.get("idempotency_key"), wait)
-    response = yield Call(
-        "PUT", path, params, content=content, headers=headers, waits_seconds=min(wait, MAX_WAIT_SECONDS), keyed=True
+    response = yield from send(
+        Call(
+            "PUT", path, params, content=content, headers=headers, waits_seconds=min(wait, MAX_WAIT_SECONDS), keyed=True
+        )
     )
     return (yield from _until(Job.model_validate_json(response.content), deadline))
 
@@ -251,12 +257,14 @@ def submission_of_bytes(path: str, params: Mapping[str, Any], content: Content, 
 def read(job_id: str, wait: float = 0) -> Flow[Job]:
     """One read of a job, which waits for up to 60 seconds."""
     wait = max(0.0, min(wait, MAX_WAIT_SECONDS))
-    response = yield Call(
-        "GET",
-        at("/api/jobs/{}", job_id),
-        {"wait": f"{wait:g}"} if wait else {},
-        waits_seconds=wait,
-        retries=PATIENT_RETRIES if wait else None,
+    response = yield from send(
+        Call(
+            "GET",
+            at("/api/jobs/{}", job_id),
+            {"wait": f"{wait:g}"} if wait else {},
+            waits_seconds=wait,
+            retries=PATIENT_RETRIES if wait else None,
+        )
     )
     return Job.model_validate_json(response.content)
 
@@ -277,13 +285,13 @@ def ended(job: Job | str, timeout_seconds: float | None) -> Flow[Job]:
             )
 
 
-def succeeded(job: Job | str, timeout_seconds: float | None) -> Flow[dict[str, Any]]:
+def succeeded(job: Job | str, timeout_seconds: float | None) -> Flow[JsonObject]:
     """The job's result, or its error raised."""
     found = yield from ended(job, timeout_seconds)
     return result_of(found)
 
 
-def result_of(job: Job) -> dict[str, Any]:
+def result_of(job: Job) -> JsonObject:
     """The result of a job that has ended; raises its error where it did not succeed."""
     if job.state is State.SUCCEEDED:
         return job.result or {}
@@ -297,13 +305,13 @@ def job_id_of(job: Job | str) -> str:
     return job.job_id if isinstance(job, Job) else job
 
 
-def said(**fields: Any) -> dict[str, Any]:
+def said(**fields: object) -> JsonObject:
     """The fields that were given: those that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _checked(
-    kind: Kind | str, request: JobRequest | Mapping[str, Any], options: JobOptions | Mapping[str, Any] | None
+    kind: Kind | str, request: JobRequest | Mapping[str, object], options: JobOptions | Mapping[str, object] | None
 ) -> JobRequest:
     """The request as its kind's type, with the options in it."""
     fields = request.model_dump(mode="json", exclude_unset=True) if isinstance(request, JobRequest) else dict(request)
@@ -312,12 +320,12 @@ def _checked(
     return parse(Kind(kind), fields)
 
 
-def _body(request: JobRequest) -> dict[str, Any]:
+def _body(request: JobRequest) -> JsonObject:
     """What was said, and no defaults: those are the gateway's, which may be newer than this client."""
     return request.model_dump(mode="json", exclude_unset=True)
 
 
-def _call(kind: Kind, body: dict[str, Any], key: str | None, wait: float) -> Call | None:
+def _call(kind: Kind, body: JsonObject, key: str | None, wait: float) -> Call | None:
     """The call on the kind's own route, or None where it has none that can say all this."""
     method, _, address = _ROUTES.get(kind, "").partition(" ")
     path, _, query = address.partition("?")
@@ -350,13 +358,15 @@ def _headers(key: str | None, wait: float) -> dict[str, str]:
     return preferred | ({"Idempotency-Key": key} if key else {})
 
 
-def _bulk(entries: list[dict[str, Any]], key: str | None, wait: float = 0) -> Flow[list[Job]]:
-    response = yield Call(
-        "POST",
-        "/api/jobs",
-        json={"jobs": entries},
-        headers=_headers(key, wait),
-        waits_seconds=min(wait, MAX_WAIT_SECONDS),
-        keyed=True,
+def _bulk(entries: list[JsonObject], key: str | None, wait: float = 0) -> Flow[list[Job]]:
+    response = yield from send(
+        Call(
+            "POST",
+            "/api/jobs",
+            json={"jobs": entries},
+            headers=_headers(key, wait),
+            waits_seconds=min(wait, MAX_WAIT_SECONDS),
+            keyed=True,
+        )
     )
     return [Job.model_validate(entry) for entry in response.json()["jobs"]]

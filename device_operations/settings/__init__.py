@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -27,6 +27,7 @@ from pydantic_settings import SettingsError as UnreadableSettings
 from pydantic_settings.sources import TomlConfigSettingsSource
 
 from device_operations.devices import DeviceSpec, parse_devices, spell_devices
+from device_operations.json_text import JsonObject
 from device_operations.settings.api_keys import ApiKey, parse_api_keys
 from device_operations.settings.names import (
     PREFIX,
@@ -301,7 +302,7 @@ def stack_file(data_dir: Path) -> Path:
     return data_dir / "stack.json"
 
 
-def read_stack(data_dir: Path) -> dict[str, Any]:
+def read_stack(data_dir: Path) -> JsonObject:
     """What a running `up` noted: `database_url`, `redis_url`, `http_url`, `flower_url`, `flower_password`; or `{}`."""
     try:
         noted = json.loads(stack_file(data_dir).read_text(encoding="utf-8"))
@@ -318,12 +319,12 @@ class Setting:
     """One setting as it is in force: its name in the environment, its value as JSON would hold it, what is allowed."""
 
     name: str
-    value: Any
+    value: object
     allowed: str
     secret: bool
 
     @property
-    def shown(self) -> Any:
+    def shown(self) -> object:
         """The value, with what is secret in it masked."""
         return masked(self.value) if self.secret and self.value else self.value
 
@@ -341,14 +342,14 @@ def describe(settings: Settings) -> list[Setting]:
     ]
 
 
-def _value(settings: Settings, path: tuple[str, ...]) -> Any:
-    value: Any = settings
+def _value(settings: Settings, path: tuple[str, ...]) -> object:
+    value: object = settings
     for name in path:
         value = getattr(value, name)
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     return str(value) if isinstance(value, Path) else value

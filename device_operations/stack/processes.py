@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import psutil
 
 from device_operations.folders import PRIVATE_UMASK, private_opener
+from device_operations.json_text import JsonObject
 
 #: Start times are read from the kernel's clock ticks; two readings of one process may differ by rounding.
 _SAME_START_SECONDS = 0.1
@@ -56,12 +57,12 @@ def start(command: Command, log: Path | None = None) -> psutil.Popen:
     ended with this process (Windows): call it from the main thread.
     """
     with contextlib.ExitStack() as closing:
-        output: Any = (
+        output: int | IO[bytes] = (
             subprocess.DEVNULL
             if log is None
             else closing.enter_context(open(log, "ab", buffering=0, opener=private_opener))
         )
-        options: dict[str, Any] = {
+        options: JsonObject = {
             "env": None if command.environment is None else dict(command.environment),
             "stdin": subprocess.DEVNULL,
             "stdout": output,
