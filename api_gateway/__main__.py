@@ -70,7 +70,8 @@ def _http_path(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, type[asyncio.
         from api_gateway.fast_path.wire import Protocol
 
         return app, Protocol.limited_to(settings.http.max_connections)
-    from api_gateway.plain_path import PlainPath, PlainProtocol
+    from api_gateway.plain_path.application import PlainPath
+    from api_gateway.plain_path.protocol import PlainProtocol
 
     return PlainPath(app), PlainProtocol.limited_to(settings.http.max_connections)
 

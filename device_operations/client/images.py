@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack, runtime_chec
 
 from device_operations.client import blobs
 from device_operations.client.arrays import TensorLike, received_array, sent
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
+from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
 from device_operations.client.transport.calls import Flow, at
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from device_operations.client.arrays import TensorLike, all_sent, received
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
+from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
 from device_operations.client.transport.calls import Call, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind

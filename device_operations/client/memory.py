@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Unpack, cast
 
 from device_operations.client import arrays, blobs
 from device_operations.client.blobs import Body, Source
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, submission_of_bytes, succeeded
+from device_operations.client.submission import (
+    MAX_WAIT_SECONDS,
+    Submission,
+    said,
+    submission,
+    submission_of_bytes,
+    succeeded,
+)
 from device_operations.client.transport.calls import Call, Emit, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.jobs import Job, Kind

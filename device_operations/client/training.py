@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Unpack
 
 from device_operations.client.arrays import TensorLike, all_sent, sent
-from device_operations.client.jobs import Submission, said, submission
+from device_operations.client.submission import Submission, said, submission
 from device_operations.client.transport.calls import Call, Flow, at, get, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind

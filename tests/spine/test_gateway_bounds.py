@@ -13,7 +13,7 @@ import pytest
 
 from api_gateway import limits
 from api_gateway.fast_path.wire import Protocol
-from api_gateway.plain_path import PlainProtocol
+from api_gateway.plain_path.protocol import PlainProtocol
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 

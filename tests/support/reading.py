@@ -13,7 +13,8 @@ import uvicorn
 
 from api_gateway.fast_path.whole_body import WHOLE_BODY, take_whole
 from api_gateway.fast_path.wire import Protocol
-from api_gateway.plain_path import PlainPath, PlainProtocol
+from api_gateway.plain_path.application import PlainPath
+from api_gateway.plain_path.protocol import PlainProtocol
 
 
 class Reader:
