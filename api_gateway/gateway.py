@@ -24,7 +24,7 @@ from tasks.redis.publish import Publisher, connect
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whom an API key stands for. Without keys everybody is the owner `default`, and may act for any."""
+    """The owner that an API key stands for. Without keys every caller is the owner `default`, and may act for any."""
 
     owner: str
     admin: bool

@@ -24,7 +24,7 @@ HEAD_BYTES, HEAD_LINES, HEAD_SECONDS = 65_536, 100, 20.0
 #: In each window of so many seconds a body that is being read grows by at least so many bytes, or ends.
 BODY_SECONDS, BODY_BYTES = 20.0, 10_000
 
-#: What chunk sizes, extensions and trailers may take beside the content: bytes, and bytes for each byte of content.
+#: What chunk sizes, extensions and trailers may take: bytes, and bytes for each byte of content.
 FRAMING_BYTES, FRAMING_SHARE = 65_536, 16
 
 #: Requests that may wait on one connection behind the one that is being answered.

@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problems: one shape for every refusal, whoever raised it."""
+"""Errors as RFC 9457 problems: one shape for every refusal, wherever it is raised."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def install(app: FastAPI) -> None:
 
 
 def unexpected(request: Request, error: Exception) -> Response:
-    """The answer to a request that failed with what nobody named: the database that is away, or a fault of ours."""
+    """The answer to a request that failed with an error outside the table: the database is away, or a fault of ours."""
     known = unavailable(error)
     if isinstance(known, OperationError):
         return shape(request, known)

@@ -101,7 +101,7 @@ CODES: dict[str, Code] = {
 class OperationError(Exception):
     """A refusal or failure with a stable `code`.
 
-    `message` says what was asked, what is there, and the remedy. `detail` holds the same for programs (JSON values).
+    `message` says what was requested, what is there, and the remedy. `detail`: the same for programs (JSON values).
     """
 
     def __init__(
@@ -178,7 +178,7 @@ _CLASSES: dict[int, type[OperationError]] = {
     413: Refused, 415: Refused, 416: Invalid, 422: Invalid, 429: Overloaded, 431: Refused, 503: Unavailable,
 }  # fmt: skip
 
-#: Codes that only a running job has, whatever status a waiting caller is shown.
+#: Codes that only a running job has, with the status that a waiting caller is shown.
 _OF_JOBS = {
     "worker_lost", "device_lost", "out_of_memory", "timeout", "cancelled", "expired", "poison", "internal_error",
     "checksum_mismatch", "nonfinite_loss", "predecessor_failed", "run_failed",

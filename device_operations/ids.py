@@ -1,4 +1,4 @@
-"""What an id may be that somebody else chose: one bound for HTTP and for messages.
+"""What an id may be that a caller chooses: one bound for HTTP and for messages.
 
 A job's id travels in addresses, headers, Redis channels and log lines, so it has no spaces and nothing invisible.
 """

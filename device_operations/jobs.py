@@ -86,7 +86,7 @@ FINISH = Transition(CLAIMED, TERMINAL)
 RETRY = Transition(CLAIMED, frozenset({State.RETRYING}))
 #: The worker that claimed the job is gone, and the job may run again.
 REQUEUE = Transition(CLAIMED, frozenset({State.QUEUED}))
-#: The job was ended by somebody other than the worker that claimed it: it never ran, or its worker is gone.
+#: The job was ended by another than the worker that claimed it: it never ran, or its worker is gone.
 WITHDRAW = Transition(OPEN, TERMINAL - {State.SUCCEEDED})
 #: An end is recorded again: PostgreSQL crashed and lost it, and perhaps the claim before it.
 RECOVER = Transition(OPEN, TERMINAL)
@@ -214,14 +214,14 @@ def new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-#: How many ids' random bits are asked of the system at once: asking lets go of the interpreter, each time.
+#: How many ids' random bits are read from the system at once: a read lets go of the interpreter, each time.
 _DRAWN_AT_ONCE = 256
 
 _drawn: list[int] = []
 
 
 def _random_bits() -> int:
-    """80 random bits that nobody else is given. Any thread may ask."""
+    """80 random bits, given out once. Any thread may call."""
     try:
         return _drawn.pop()
     except IndexError:

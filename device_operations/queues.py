@@ -26,7 +26,7 @@ def celery_priority(priority: int) -> int:
     return 9 - priority
 
 
-#: Fields of requests that say what a job is about; everything else may be long, or nobody's business in Flower.
+#: Fields of requests that say what a job is about; everything else may be long, or is not to show in Flower.
 _TELLING = (
     "model_name",
     "model_id",

@@ -52,7 +52,7 @@ Dtype = Literal[
 ]  # fmt: skip
 Form = Literal["data", "base64", "blob", "auto"]
 
-#: Above this many bytes a tensor given back is a blob unless another form was asked for, and a payload leaves its row.
+#: Above this many bytes a tensor given back is a blob unless the request names a form, and a payload leaves its row.
 INLINE_BYTES = 65_536
 
 

@@ -177,7 +177,7 @@ class Bounded(AutoHTTPProtocol):
         if self._in_head:
             self._refuse("request_timeout", f"the request's head did not come within {limits.HEAD_SECONDS:g} s")
         elif self.cycle is None or self.cycle.response_complete:
-            # Nothing was asked: there is nothing to answer.
+            # No request has come: there is nothing to answer.
             self.transport.close()
 
     def _look_at_body(self) -> None:
@@ -223,7 +223,7 @@ class Bounded(AutoHTTPProtocol):
             self.pipeline.popleft()
             self._last_words = words
         elif own and not self.pipeline and not self.cycle.response_started:
-            # Whoever reads the body is told that the client has gone, and cannot answer any more.
+            # The body's reader sees a client that has left, and cannot answer any more.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             self._close_with(words)

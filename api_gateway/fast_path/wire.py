@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 #: Requests to addresses that end so want their body whole. It is read past uvicorn if so many bytes are still to come
-#: and it has no more than those: more than that takes its pace from whoever reads it.
+#: and it has no more than those: a larger body takes its pace from its reader.
 WHOLE_ADDRESS = "/infer"
 WHOLE_REST_BYTES, WHOLE_BYTES = 65_536, 16 << 20
 
@@ -45,7 +45,7 @@ class Protocol(Bounded):
         super().data_received(data)
         if self._begins:
             self._begins = False
-            # Asked for by whoever reads the body, and before anything of the request is carried out.
+            # Used by the reader of the body, before anything of the request is carried out.
             size = next((whole_number(value) for name, value in self.headers if name == b"content-length"), None)
             self.drains(size)
             if size is not None and not self.pipeline and self.scope["path"].endswith(WHOLE_ADDRESS):

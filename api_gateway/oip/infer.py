@@ -73,7 +73,7 @@ class InferMiddleware:
             response = await infer(request)
         except OperationError as error:
             response = problems.shape(request, error)
-        except Exception as error:  # noqa: BLE001 - whatever a request fails with is its answer
+        except Exception as error:  # noqa: BLE001 - every failure of a request is its answer
             response = problems.unexpected(request, error)
         await response(scope, receive, send)
 
@@ -91,7 +91,7 @@ def _usual(scope: Scope) -> Scope:
 
 
 class _Request(Request):
-    """A request whose headers are looked up: Starlette's reads all of them for each that is asked for."""
+    """A request whose headers are looked up: Starlette's reads all of them for each look-up."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         super().__init__(scope, receive)
@@ -126,42 +126,42 @@ async def infer(request: Request) -> Response:
     body = await _body(request, gateway.settings.http.max_body_bytes)
     length = _header_length(request)
     long_json = (len(body) if length is None else length) > ON_THE_LOOP_BYTES
-    asked = await run_in_threadpool(read, body, length) if long_json else read(body, length)
+    inference = await run_in_threadpool(read, body, length) if long_json else read(body, length)
     name, version = request.path_params["model_name"], request.path_params.get("model_version")
     job_id = new_id()
     heavy = len(body) > RAW_ON_THE_LOOP_BYTES or (len(body) > TRANSIENT_BYTES and not gateway.transients.is_local)
-    made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
+    made, model = await _planned(gateway, caller, inference, name, version, job_id, heavy=heavy)
     left_behind = stashed(made.job.request["inputs"])
-    told: dict[str, JsonObject] = {}
+    produced: dict[str, JsonObject] = {}
     read_by_all = False
     try:
-        job = await performed(request, gateway, made, _patience(asked))
+        job = await performed(request, gateway, made, _patience(inference))
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
-        told = job["result"]["outputs"]
+        produced = job["result"]["outputs"]
         header = {"model_name": name, "model_version": model["version"], "parameters": {"job_id": job_id}}
-        if asked.request_id is not None:
-            header["id"] = asked.request_id
-        if _is_quick(asked, told, gateway):
-            response = _answered(request, asked, told, gateway, header)
+        if inference.request_id is not None:
+            header["id"] = inference.request_id
+        if _is_quick(inference, produced, gateway):
+            response = _answered(request, inference, produced, gateway, header)
         else:
-            response = await run_in_threadpool(_answered, request, asked, told, gateway, header)
+            response = await run_in_threadpool(_answered, request, inference, produced, gateway, header)
         read_by_all = True
         return response
     finally:
-        left_behind += stashed(told)
+        left_behind += stashed(produced)
         if left_behind and gateway.transients.is_local:
             gateway.transients.drop(left_behind, read=read_by_all)
         elif left_behind:
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-def _is_quick(asked: InferRequest, told: dict[str, JsonObject], gateway: Gateway) -> bool:
+def _is_quick(inference: InferRequest, produced: dict[str, JsonObject], gateway: Gateway) -> bool:
     """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
-    apart = sum(tensor.get("size_bytes", 0) for tensor in told.values())
+    apart = sum(tensor.get("size_bytes", 0) for tensor in produced.values())
     if not apart:
         return True
-    raw = all(output.binary for output in asked.outputs) if asked.outputs else asked.binary
+    raw = all(output.binary for output in inference.outputs) if inference.outputs else inference.binary
     return raw and gateway.transients.is_local and apart <= RAW_ON_THE_LOOP_BYTES
 
 
@@ -169,46 +169,53 @@ def _is_quick(asked: InferRequest, told: dict[str, JsonObject], gateway: Gateway
 
 
 async def _planned(
-    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str, *, heavy: bool
+    gateway: Gateway,
+    caller: Caller,
+    inference: InferRequest,
+    name: str,
+    version: str | None,
+    job_id: str,
+    *,
+    heavy: bool,
 ) -> tuple[Plan, Row]:
     """The run's plan and its model: on the event loop where nothing is read, written or long."""
     gateway.rates.spend(caller.owner)
     light = (
         not heavy
-        and "sequence_id" not in asked.parameters
+        and "sequence_id" not in inference.parameters
         and gateway.directory.is_fresh()
         and gateway.directory.snapshot().named(caller, name, version)
     )
     try:
         if light:
-            return _plan(gateway, caller, asked, name, version, job_id)
-        return await run_in_threadpool(_plan, gateway, caller, asked, name, version, job_id)
+            return _plan(gateway, caller, inference, name, version, job_id)
+        return await run_in_threadpool(_plan, gateway, caller, inference, name, version, job_id)
     except Exception as error:
         raise unavailable(error) from error
 
 
 def _plan(
-    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str
+    gateway: Gateway, caller: Caller, inference: InferRequest, name: str, version: str | None, job_id: str
 ) -> tuple[Plan, Row]:
     context = gateway.context(caller)
-    session_id = asked.parameters.get("sequence_id")
+    session_id = inference.parameters.get("sequence_id")
     if session_id and not isinstance(session_id, str):
         raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
     session = find_session(context, session_id) if session_id else None
     model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
     require_graph(model, "runs with inputs")
-    if asked.raw is not None:
-        asked.inputs = only_input(model, asked.raw)
-    outputs = [output.name for output in asked.outputs]
-    check_against_model(model, asked.inputs, outputs, state_inputs(session))
-    inputs, _ = stash(asked, gateway.transients)
+    if inference.raw is not None:
+        inference.inputs = only_input(model, inference.raw)
+    outputs = [output.name for output in inference.outputs]
+    check_against_model(model, inference.inputs, outputs, state_inputs(session))
+    inputs, _ = stash(inference, gateway.transients)
     payload: JsonObject = {"model_name": name, "inputs": inputs, "form": "transient"}
     if outputs:
         payload["outputs"] = outputs
     if session:
         payload["session_id"] = session_id
     try:
-        return plan_stored_run(context, _options(asked), job_id, model, payload, session=session), model
+        return plan_stored_run(context, _options(inference), job_id, model, payload, session=session), model
     except BaseException:
         gateway.transients.drop(stashed(inputs))
         raise
@@ -217,25 +224,25 @@ def _plan(
 _USUAL = JobOptions()
 
 
-def _options(asked: InferRequest) -> JobOptions:
+def _options(inference: InferRequest) -> JobOptions:
     """Priority and time limit as Triton has them: 1 is the highest priority, 0 the usual one; microseconds."""
-    if not asked.parameters.keys() & {"priority", "timeout"}:
+    if not inference.parameters.keys() & {"priority", "timeout"}:
         return _USUAL
     options = JobOptions()
-    priority = asked.parameters.get("priority", 0)
+    priority = inference.parameters.get("priority", 0)
     if not isinstance(priority, int) or priority < 0:
         raise failure("validation_failed", "priority is a whole number: 0 for the usual one, 1 for the highest, then 2")
     if priority:
         options.priority = max(0, 10 - priority)
-    patience = _patience(asked)
+    patience = _patience(inference)
     if patience is not None:
         options.timeout_seconds = options.expires_in_seconds = patience
     return options
 
 
-def _patience(asked: InferRequest) -> float | None:
+def _patience(inference: InferRequest) -> float | None:
     """The seconds after which the client does not want the answer any more."""
-    timeout = asked.parameters.get("timeout")
+    timeout = inference.parameters.get("timeout")
     if timeout is None or timeout == 0:
         return None
     if not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT_MICROSECONDS:
@@ -261,16 +268,16 @@ async def _body(request: Request, limit: int) -> Raw:
 
 
 def _answered(
-    request: Request, asked: InferRequest, told: dict[str, JsonObject], gateway: Gateway, header: JsonObject
+    request: Request, inference: InferRequest, produced: dict[str, JsonObject], gateway: Gateway, header: JsonObject
 ) -> Response:
-    parts, header_length = answer(asked, told, gateway.transients, header)
+    parts, header_length = answer(inference, produced, gateway.transients, header)
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     headers = {}
     media_type = "application/json"
     if header_length is not None:
         headers["Inference-Header-Content-Length"] = str(header_length)
         media_type = "application/octet-stream"
-    # Only for who asks for one of them by name: most HTTP libraries accept both without being asked.
+    # Only for a client that names one of them: most HTTP libraries accept both by default.
     accepted = request.headers.get("accept-encoding", "").strip().lower()
     if accepted in ("gzip", "deflate"):
         headers["Content-Encoding"] = accepted

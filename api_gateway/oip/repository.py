@@ -124,7 +124,7 @@ def _found(folder: Path, name: str) -> tuple[str, str]:
     `name/3/model.onnx` (the highest number), `name/model.onnx` or any one graph in `name/`, `name.onnx`.
     """
     base = folder / name
-    # What leaves the folder is refused by whoever loads it; here it only is not looked at.
+    # What leaves the folder is refused by the worker that loads it; here it is only skipped.
     inside = name not in ("", ".", "..") and "/" not in name and "\\" not in name
     inside = inside and len(f"{name}.onnx".encode()) <= MAX_NAME_BYTES
     if inside and base.is_dir():

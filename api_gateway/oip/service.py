@@ -196,19 +196,23 @@ def _counted(models: list[Row]) -> JsonObject:
 
 
 def _specification(spec: JsonObject) -> JsonObject:
-    told: JsonObject = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
+    described: JsonObject = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
     parameters: JsonObject = {}
     if spec.get("optional"):
         parameters["optional"] = True
-    if DATATYPES.get(told["datatype"]) != spec["dtype"]:
+    if DATATYPES.get(described["datatype"]) != spec["dtype"]:
         parameters["dtype"] = spec.get("type", spec["dtype"])
-    return told | {"parameters": parameters} if parameters else told
+    return described | {"parameters": parameters} if parameters else described
 
 
 def _configuration(spec: JsonObject) -> JsonObject:
     name = NAMES[spec["dtype"]]
-    told = {"name": spec["name"], "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}", "dims": _sides(spec)}
-    return told | {"optional": True} if spec.get("optional") else told
+    described = {
+        "name": spec["name"],
+        "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}",
+        "dims": _sides(spec),
+    }
+    return described | {"optional": True} if spec.get("optional") else described
 
 
 def _sides(spec: JsonObject) -> list[int]:

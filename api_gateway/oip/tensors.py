@@ -58,7 +58,7 @@ class Given:
 
 @dataclass(slots=True)
 class RequestedOutput:
-    """One output that was asked for, and whether as raw bytes behind the JSON."""
+    """One output that the request names, and whether as raw bytes behind the JSON."""
 
     name: str
     binary: bool
@@ -112,13 +112,13 @@ def read(body: Raw, header_length: int | None) -> InferRequest:
     return InferRequest(request_id, parameters, inputs, outputs, binary, bare=bare)
 
 
-def stash(asked: InferRequest, transients: Transients) -> tuple[dict[str, JsonObject], list[str]]:
+def stash(inference: InferRequest, transients: Transients) -> tuple[dict[str, JsonObject], list[str]]:
     """The inputs as a job's request holds them, and the transients made: what is small stays in the request."""
-    told: dict[str, JsonObject] = {}
+    described: dict[str, JsonObject] = {}
     parts: list[Raw] = []
     apart: list[JsonObject] = []
     offset = 0
-    for name, given in asked.inputs.items():
+    for name, given in inference.inputs.items():
         tensor: JsonObject = {"dtype": given.dtype, "shape": given.shape}
         size = len(given.raw)
         if size <= TRANSIENT_BYTES:
@@ -128,13 +128,13 @@ def stash(asked: InferRequest, transients: Transients) -> tuple[dict[str, JsonOb
             parts.append(given.raw)
             apart.append(tensor)
             offset += size
-        told[name] = tensor
+        described[name] = tensor
     if not parts:
-        return told, []
+        return described, []
     transient_id = transients.put(parts)
     for tensor in apart:
         tensor["transient_id"] = transient_id
-    return told, [transient_id]
+    return described, [transient_id]
 
 
 def stashed(tensors: dict[str, JsonObject]) -> list[str]:
@@ -143,14 +143,14 @@ def stashed(tensors: dict[str, JsonObject]) -> list[str]:
 
 
 def answer(
-    asked: InferRequest, told: dict[str, JsonObject], transients: Transients, header: JsonObject
+    inference: InferRequest, produced: dict[str, JsonObject], transients: Transients, header: JsonObject
 ) -> tuple[list[Raw], int | None]:
     """The body of the answer in parts, and the length of its JSON where raw bytes follow."""
-    wanted = asked.outputs or [RequestedOutput(name, asked.binary) for name in told]
+    wanted = inference.outputs or [RequestedOutput(name, inference.binary) for name in produced]
     described = []
     parts: list[Raw] = []
     for output in wanted:
-        tensor = told.get(output.name)
+        tensor = produced.get(output.name)
         if tensor is None:
             continue  # an optional output that this run had no value for
         dtype, shape = tensor["dtype"], tensor["shape"]
@@ -171,7 +171,7 @@ def answer(
     if b"null" in packed:
         # orjson's word for what JSON has no number for: NaN, Infinity. Strict parsers, KServe's client among them, read
         # these as strings; who sent them bare, as Triton writes them, is answered so.
-        packed = json.dumps(header).encode() if asked.bare else _with_words(header)
+        packed = json.dumps(header).encode() if inference.bare else _with_words(header)
     return [packed, *parts], len(packed) if parts else None
 
 

@@ -30,30 +30,30 @@ router = APIRouter(tags=["openai"])
 async def create_embeddings(request: Request, caller: Known) -> Response:
     """Embeds texts. A client that goes away cancels the job. Texts over the model's limit are cut, and listed."""
     body = await read_body(request)
-    asked = checked(EmbeddingsRequest, body)
+    parsed = checked(EmbeddingsRequest, body)
     gateway = of(request)
-    given = "texts" if isinstance(asked.input[0], str) else "tokens"
-    fields: JsonObject = {given: asked.input, "normalize": True}
-    if asked.dimensions is not None:
-        fields["dimensions"] = asked.dimensions
-    find = partial(find_that_makes, gateway, caller, asked.model, "embeddings")
-    async with run(request, caller, body, find, fields, asked.job) as job:
+    given = "texts" if isinstance(parsed.input[0], str) else "tokens"
+    fields: JsonObject = {given: parsed.input, "normalize": True}
+    if parsed.dimensions is not None:
+        fields["dimensions"] = parsed.dimensions
+    find = partial(find_that_makes, gateway, caller, parsed.model, "embeddings")
+    async with run(request, caller, body, find, fields, parsed.job) as job:
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
-        return await run_in_threadpool(_answer, gateway, asked, job)
+        return await run_in_threadpool(_answer, gateway, parsed, job)
 
 
-def _answer(gateway: Gateway, asked: EmbeddingsRequest, job: JsonObject) -> Response:
+def _answer(gateway: Gateway, parsed: EmbeddingsRequest, job: JsonObject) -> Response:
     result = job["result"]
     vectors = _vectors(gateway, result["outputs"]["embeddings"])
     used = result["tokens"]
     body = {
         "object": "list",
         "data": [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, asked.encoding_format)}
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, parsed.encoding_format)}
             for index, vector in enumerate(vectors)
         ],
-        "model": asked.model,
+        "model": parsed.model,
         "usage": {"prompt_tokens": used, "total_tokens": used},
         "job_id": job["job_id"],
         "truncated": result["truncated"],

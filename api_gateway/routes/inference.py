@@ -76,7 +76,7 @@ async def unload_model(
     if not force:
         return await submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body)
     submitting = asyncio.ensure_future(submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body))
-    # The runs are marked in the unload's own transaction; workers see it within a second, or at once when told.
+    # The runs are marked in the unload's own transaction; workers see it within a second, or at once when woken.
     await asyncio.wait((submitting,), timeout=0.05)
     await run_in_threadpool(_wake_cancelled, of(request), model_id)
     return await submitting
@@ -104,7 +104,7 @@ async def list_sessions(
     state: Literal["active", "closed", "expired", "lost"] | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Response:
-    """The caller's inference sessions, newest first; an admin sees everybody's."""
+    """The caller's inference sessions, newest first; an admin sees every owner's."""
     gateway = of(request)
     owner = None if caller.admin else caller.owner
 
@@ -203,7 +203,7 @@ def session_view(session: Row) -> JsonObject:
 
 
 def _wake_cancelled(gateway: Gateway, model_id: str) -> None:
-    """Tells workers of the runs that an unload has cancelled; they would see it themselves within a second."""
+    """Wakes workers for the runs that an unload has cancelled; they would see it themselves within a second."""
     with gateway.engine.connect() as connection:
         cancelled = job_store.to_be_cancelled(connection, model_id)
     for job in cancelled:

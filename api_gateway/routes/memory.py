@@ -47,7 +47,7 @@ MAX_OFFSET = 2**63 - 1
 
 @router.get("/api/memory/status")
 async def read_status(request: Request, caller: Known) -> Response:
-    """What every device has, and what is reserved on it. Reads records only: no device is asked.
+    """What every device has, and what is reserved on it. Reads records only: no device is queried.
 
     `by_owner` is the caller's own share, for an admin every owner's; `others_bytes` is what all other owners hold.
     """
@@ -67,7 +67,7 @@ async def read_device(
     device_id: str,
     map: bool = False,  # noqa: A002 - the API's name
 ) -> Response:
-    """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, of everybody's."""
+    """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, every owner's."""
     gateway = of(request)
 
     def read() -> JsonObject:
@@ -149,7 +149,7 @@ async def list_allocations(
 
 @router.get("/api/memory/allocations/{allocation_id}")
 async def read_allocation(request: Request, caller: Known, allocation_id: str) -> Response:
-    """One allocation, whatever became of it."""
+    """One allocation, in any state."""
     gateway = of(request)
     return json_response(view(await run_in_threadpool(_visible, gateway, caller, allocation_id)))
 
@@ -198,11 +198,11 @@ async def write_data(
         await run_in_threadpool(check)
     stored = await receive(request, caller, wanted, passing=True, what="body")
     body = {"allocation_id": allocation_id, "offset": offset, "blob_id": stored.blob_id}
-    # The same bytes again are the same request, whatever blob they came in as.
+    # The same bytes again are the same request, under any blob id.
     promise = promise_of(request, caller, {"sha256": stored.sha256, "size_bytes": stored.size_bytes})
     parsed = parse(Kind.MEMORY_WRITE, body)
     wait_seconds = preferred_wait(request)
-    # Once the bytes are on the device, nobody needs the blob any more.
+    # Once the bytes are on the device, the blob is not needed any more.
     also = {"passing": True}
     return await submit_parsed(gateway, caller, Kind.MEMORY_WRITE, parsed, promise, wait_seconds, also=also)
 

@@ -47,7 +47,7 @@ async def step(request: Request, caller: Known) -> Response:
 async def read_status(
     request: Request, caller: Known, session_id: str, history: Annotated[int, Query(ge=0, le=100_000)] = 0
 ) -> Response:
-    """How a session stands, with its last `history` steps. Reads records only: no device is asked."""
+    """How a session stands, with its last `history` steps. Reads records only: no device is queried."""
     gateway = of(request)
 
     def read() -> JsonObject:
@@ -56,8 +56,8 @@ async def read_status(
             stepping = session["state"] in ("ready", "restored") and store.is_stepping(connection, session)
             steps = store.history(connection, session_id, history) if history else []
             checkpoints = checkpoint_store.page(connection, session_id, None, CHECKPOINTS_TOLD)
-        told = view(session) | {"history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
-        return told | ({"state": "stepping"} if stepping else {})
+        shown = view(session) | {"history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
+        return shown | ({"state": "stepping"} if stepping else {})
 
     return json_response(await run_in_threadpool(read))
 
@@ -120,7 +120,7 @@ async def end_session(request: Request, caller: Known, session_id: str, checkpoi
 
 def view(session: Row) -> JsonObject:
     """The session as callers see it."""
-    told = {
+    shown = {
         name: session[name]
         for name in (
             "session_id", "device_id", "state", "step", "applied_sequence", "submitted_sequence", "loss",
@@ -129,7 +129,7 @@ def view(session: Row) -> JsonObject:
         )
     }  # fmt: skip
     operators = session["cpu_fallback_operators"]
-    return told | {
+    return shown | {
         "resident": session["epoch"] is not None,
         "cpu_fallback_ops": len(operators), "cpu_fallback_operators": operators,
     }  # fmt: skip
@@ -137,14 +137,14 @@ def view(session: Row) -> JsonObject:
 
 def view_checkpoint(checkpoint: Row) -> JsonObject:
     """The checkpoint as callers see it."""
-    told = {
+    shown = {
         name: checkpoint[name]
         for name in (
             "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id",
             "onnx_blob_id", "run_job_id", "created_at", "owner", "damage",
         )
     }  # fmt: skip
-    return told | {"automatic": checkpoint["job_id"] is None}
+    return shown | {"automatic": checkpoint["job_id"] is None}
 
 
 def _delete(gateway: Gateway, caller: Caller, checkpoint_id: str) -> None:

@@ -1,4 +1,4 @@
-"""From a request's body to a job's answer: read, check, plan, record, and wait if the caller asked for it."""
+"""From a request's body to a job's answer: read, check, plan, record, and wait if the request says so."""
 
 from __future__ import annotations
 
@@ -232,16 +232,16 @@ async def _read_rows(gateway: Gateway, job_ids: Collection[str]) -> dict[str, Ro
 
 
 def promise_of(request: Request, caller: Caller, body: object) -> Promise | None:
-    """What `Idempotency-Key` asks for."""
+    """The promise that `Idempotency-Key` makes."""
     key = _key_of(request)
     if key is None:
         return None
-    told = body_hash([body, sorted(request.query_params.multi_items())])
-    return Promise(caller.owner, _route_of(request), key, told)
+    digest = body_hash([body, sorted(request.query_params.multi_items())])
+    return Promise(caller.owner, _route_of(request), key, digest)
 
 
 def knows_key(request: Request, caller: Caller) -> bool:
-    """Whether the caller has used the request's key on this route before, with whatever body."""
+    """Whether the caller has used the request's key on this route before, with any body."""
     key = _key_of(request)
     if key is None:
         return False

@@ -47,7 +47,7 @@ class Bodies:
         return self._held
 
     async def take(self, size: int) -> None:
-        """Takes room, after those who asked before. `overloaded` where there is none in time."""
+        """Takes room, after the requests before it. `overloaded` where there is none in time."""
         if not self._waiting and self.grow(size):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

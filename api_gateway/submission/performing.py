@@ -1,7 +1,7 @@
 """Jobs that are submitted and awaited within one request, whose answer is the job's result and not the job.
 
 performed              while the client stays: its run is cancelled when it leaves
-performed_to_the_end   whatever the client does: loads, and what an Idempotency-Key may find again
+performed_to_the_end   also if the client leaves: loads, and what an Idempotency-Key may find again
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def _succeeded(job: JsonObject) -> JsonObject:
 
 
 async def _cancel(gateway: Gateway, job_id: str) -> None:
-    """Cancels a run that nobody waits for, once it is recorded: before, there is nothing to cancel."""
+    """Cancels a run that is not awaited any more, once it is recorded: before, there is nothing to cancel."""
     with suppress(OperationError):
         await gateway.submitter.recorded()
         await run_in_threadpool(cancel, gateway, job_id)
 
 
 class _GivenUpError(Exception):
-    """Nobody waits for the run's end any more: the client has left, or is given `answer`."""
+    """The wait for the run's end is over: the client has left, or is given `answer`."""
 
     def __init__(self, answer: OperationError | None = None) -> None:
         super().__init__()

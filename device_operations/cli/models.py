@@ -45,7 +45,7 @@ def upload(client: Client, file: Path, as_json: bool) -> None:
 @click.option("--version", default="1", show_default=True)
 @click.option("--type", "model_type", type=click.Choice(["onnx", *RUNS]), default="onnx", show_default=True)
 @click.option("--device", "device_id", metavar="ID")
-@click.option("--pin", is_flag=True, help="Keep it loaded, however long nobody runs it.")
+@click.option("--pin", is_flag=True, help="Keep it loaded, however long it is not run.")
 @click.option("--shared", is_flag=True, help="Let other owners run it.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="As in the request's `options`.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is loaded.")

@@ -57,7 +57,7 @@ def train(
         require_success(ended)
         return dict(ended.result or {})
 
-    told: JsonObject = {}
+    outcomes: JsonObject = {}
     with ExitStack() as leaving:
         if spec is not None:
             made = done(client.submit(Kind.TRAINING_INITIALIZE, _described(spec)))
@@ -65,29 +65,29 @@ def train(
             leaving.enter_context(_ended_if_untrained(client, session_id, made["step"], quiet=as_json))
             if not as_json:
                 click.echo(f"session {session_id} on {made['device_id']}", err=True)
-        told["session_id"] = session_id = str(session_id)
+        outcomes["session_id"] = session_id = str(session_id)
         plan = {"batch_size": batch_size, **({"steps": steps} if steps else {"epochs": epochs or 1})}
         if dataset is not None:
             given = plan | {"blob_id": _uploaded(client, dataset, quiet=as_json)}
-            told["trained"] = done(client.training.step(session_id, dataset=given))
+            outcomes["trained"] = done(client.training.step(session_id, dataset=given))
         if held_out is not None:
             given = {"batch_size": batch_size, "epochs": 1, "blob_id": _uploaded(client, held_out, quiet=as_json)}
-            told["evaluated"] = done(client.training.step(session_id, mode="evaluate", dataset=given))
+            outcomes["evaluated"] = done(client.training.step(session_id, mode="evaluate", dataset=given))
         if name is not None:
-            told["checkpoint"] = done(client.training.checkpoint(session_id, name=name))
+            outcomes["checkpoint"] = done(client.training.checkpoint(session_id, name=name))
         if end:
-            told["ended"] = done(client.training.end_session(session_id))
+            outcomes["ended"] = done(client.training.end_session(session_id))
     if as_json:
-        print_json(told)
+        print_json(outcomes)
     else:
-        print_object(_flat(told))
+        print_object(_flat(outcomes))
 
 
 @contextmanager
 def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bool) -> Iterator[None]:
     """Ends the session that this command made, where what follows fails before anything was trained into it.
 
-    A session that has learned something stays, whatever failed then: only its owner knows whether it can go.
+    A session that has learned something stays, also if something failed then: only its owner knows whether it can go.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bo
             elif not quiet:
                 click.echo(f"session {session_id} stays; go on with --session {session_id}", err=True)
         except OperationError as error:
-            # What failed first is what is told; the session ends with its lease, or by hand.
+            # The first failure is the one reported; the session ends with its lease, or by hand.
             click.echo(f"session {session_id} was not ended: {error.message}", err=True)
         raise
 
@@ -118,14 +118,16 @@ def _uploaded(client: Client, file: Path, *, quiet: bool) -> str:
         return client.blobs.upload(source).blob_id
 
 
-def _flat(told: JsonObject) -> JsonObject:
+def _flat(outcomes: JsonObject) -> JsonObject:
     """What a person wants to know of each job."""
-    shown: JsonObject = {"session_id": told["session_id"]}
+    shown: JsonObject = {"session_id": outcomes["session_id"]}
     for part, names in {
         "trained": ("steps", "samples", "last_loss", "step"),
         "evaluated": ("samples", "loss", "accuracy"),
         "checkpoint": ("checkpoint_id", "blob_id", "size_bytes"),
         "ended": ("freed_bytes",),
     }.items():
-        shown |= {f"{part} {name}": told[part][name] for name in names if told.get(part, {}).get(name) is not None}
+        shown |= {
+            f"{part} {name}": outcomes[part][name] for name in names if outcomes.get(part, {}).get(name) is not None
+        }
     return shown

@@ -68,13 +68,13 @@ def upload(source: Source) -> Flow[Blob]:
     """Sends a body to the blob store and compares hashes."""
     body = Body(source)
     response = yield from send(Call("POST", "/api/blobs", content=body))
-    told = response.json()
-    if told["sha256"] != body.sha256:
+    stored = response.json()
+    if stored["sha256"] != body.sha256:
         raise failure(
             "checksum_mismatch",
-            f"blob {told['blob_id']} has sha256 {told['sha256']}, but {body.sha256} was sent; upload it again",
+            f"blob {stored['blob_id']} has sha256 {stored['sha256']}, but {body.sha256} was sent; upload it again",
         )
-    return Blob(told["blob_id"], told["sha256"], told["size_bytes"])
+    return Blob(stored["blob_id"], stored["sha256"], stored["size_bytes"])
 
 
 class Body:
@@ -90,7 +90,7 @@ class Body:
             self._start = source.tell() if self.repeatable else 0
 
     def headers(self) -> dict[str, str]:
-        """Type and length; a file that cannot tell its length is sent in chunks."""
+        """Type and length; a file of unknown length is sent in chunks."""
         size = self._size()
         return {"Content-Type": "application/octet-stream"} | ({} if size is None else {"Content-Length": str(size)})
 
@@ -146,7 +146,7 @@ def checked(response: httpx.Response) -> bytes:
 
 
 def download(path: str, target: Path) -> Flow[Path]:
-    """Streams an address into a file beside the target, goes on where a connection broke, then renames it."""
+    """Streams an address into a temporary file, goes on where a connection broke, then renames it."""
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         file = yield from do(lambda: unfinished.open("wb"))

@@ -43,7 +43,7 @@ class Devices(Noun[Mode]):
     @operation
     def samples(self, device_id: str, since: datetime | None = None) -> Flow[Rows]:
         """The device's history after `since`, oldest first."""
-        asked = None if since is None else since.astimezone().isoformat()
-        answer = yield from get(at("/api/devices/{}/samples", device_id), since=asked)
+        after = None if since is None else since.astimezone().isoformat()
+        answer = yield from get(at("/api/devices/{}/samples", device_id), since=after)
         samples: Rows = answer["samples"]
         return samples

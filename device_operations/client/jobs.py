@@ -111,9 +111,9 @@ class Jobs(Noun[Mode]):
 
     @operation
     def request_of(self, job: Job | str) -> Flow[JsonObject]:
-        """What a job was asked to do, as its caller gave it; tensors above 64 KiB in it are blobs."""
-        told = yield from get(at("/api/jobs/{}", job_id_of(job)), include="request")
-        request: JsonObject = told["request"]
+        """A job's request, as its caller gave it; tensors above 64 KiB in it are blobs."""
+        answer = yield from get(at("/api/jobs/{}", job_id_of(job)), include="request")
+        request: JsonObject = answer["request"]
         return request
 
     @operation
@@ -195,10 +195,10 @@ class Jobs(Noun[Mode]):
                 pass  # The job goes on without us; the next connection begins with where it stands.
             failures += 1
             yield Sleep(min(2.0, 0.1 * 2**failures))
-        raise failure("gateway_unreachable", f"GET {path}: the stream broke off {failures} times and told nothing")
+        raise failure("gateway_unreachable", f"GET {path}: the stream broke off {failures} times without an event")
 
     @operation
     def ready(self) -> Flow[JsonObject]:
-        """What `/readyz` says: `status` is `ready` or `not ready`, with each part's state beside it."""
+        """What `/readyz` says: `status` is `ready` or `not ready`, with each part's state."""
         response = yield from send(Call("GET", "/readyz", accepts=frozenset({503})))
         return json_of(response)

@@ -167,7 +167,7 @@ class Memory(Noun[Mode]):
 
     @operation
     def status(self) -> Flow[list[JsonObject]]:
-        """The memory of each device; a figure that its backend cannot tell is None."""
+        """The memory of each device; a figure that its backend cannot measure is None."""
         answer = yield from get("/api/memory/status")
         devices: list[JsonObject] = answer["devices"]
         return devices

@@ -62,7 +62,7 @@ class Submission(TypedDict, total=False):
 
 
 def submission(kind: Kind | str, request: JobRequest | Mapping[str, object], given: Submission) -> Flow[Job]:
-    """Checks, sends, and waits where asked to. Raises what the gateway refuses with."""
+    """Checks, sends, and waits if the submission says so. Raises what the gateway refuses with."""
     kind = Kind(kind)
     checked = checked_request(kind, request, given.get("job"))
     wait = given.get("wait", 0)

@@ -48,7 +48,7 @@ class ModelOptions(Request):
     )
 
     def recorded(self) -> JsonObject:
-        """The options as they are recorded. What came later than records is left out where it was not asked for."""
+        """The options as they are recorded. What came later than records is left out if it is not set."""
         options = self.model_dump(mode="json")
         if not self.low_memory:
             del options["low_memory"]

@@ -66,7 +66,7 @@ class Weights(Request):
 
 
 class Lora(Request):
-    """Low-rank adapters on linear layers: the base weights stay, `rank` columns and rows beside them are trained.
+    """Low-rank adapters on linear layers: the base weights stay, `rank` columns and rows in addition are trained.
 
     `targets` are name patterns (`fc*`, `block.*.query`) of linear layers; all of them where not given.
     """

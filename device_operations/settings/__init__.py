@@ -195,7 +195,7 @@ class Settings(BaseSettings):
         return (init_settings, env_settings, *toml)
 
     def model_post_init(self, context: object) -> None:
-        """Makes paths absolute and fills in the blob folder, so that nobody else has a default of their own."""
+        """Makes paths absolute and fills in the blob folder, so that no other module has a default of its own."""
         for name in ("data_dir", "model_cache_path"):
             self.__dict__[name] = Path(getattr(self, name)).expanduser().absolute()
         self.training.__dict__["checkpoint_path"] = self.training.checkpoint_path.expanduser().absolute()

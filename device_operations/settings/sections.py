@@ -81,7 +81,7 @@ class BlobSettings(_Section):
 
 
 class WebhookSettings(_Section):
-    """How webhooks are signed, and whom they may reach."""
+    """How webhooks are signed, and which addresses they may reach."""
 
     secret: str | None = Field(
         None, min_length=8, description="8 characters or more", json_schema_extra=SECRET, repr=False

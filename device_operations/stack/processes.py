@@ -134,7 +134,7 @@ def await_end(ending: Sequence[psutil.Process], seconds: float) -> list[psutil.P
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; one that only waits to be reaped, by us (now) or by whoever adopted it, does not."""
+    """Whether it still runs; one that only waits to be reaped, by us (now) or by its new parent, does not."""
     if isinstance(process, psutil.Popen):
         return process.poll() is None
     try:
@@ -177,7 +177,7 @@ class Identity:
 def end_leftovers(
     identities: Sequence[Identity], patience_seconds: float, stop_signals: Mapping[str, int]
 ) -> list[str]:
-    """Ends what an earlier start left running: asks first, kills what stays. Answers the names of those found."""
+    """Ends what an earlier start left running, in good order first. Gives the names of those found."""
     found = [(identity, process) for identity in identities if (process := identity.find()) is not None]
     below = [child for _, process in found for child in descendants(process)]
     for identity, process in found:

@@ -94,12 +94,12 @@ class Remembered:
         return int(self._content[name])
 
 
-#: Ports that this process has given out: whoever got one may not listen on it yet.
+#: Ports that this process has given out: their receivers may not listen on them yet.
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now, outside the range of outgoing connections; another each time."""
+    """A port on loopback that is free now, outside the range of outgoing connections; another each time."""
     import random
 
     for port in random.sample(PORTS, 200):

@@ -1,4 +1,4 @@
-"""What flows ask for: a flow is a generator that says what to send and what to do with the answer, and does no I/O.
+"""The commands of flows: a flow is a generator that says what to send and what to do with the answer, and does no I/O.
 
     Call ─▶ httpx.Response       one request; with `stream`, the body is left to be read by `Next`
     Next ─▶ bytes | str | None   the next piece of a streamed body; None at its end
@@ -93,7 +93,7 @@ Flow: TypeAlias = Generator[Command, object, T]
 
 
 def at(template: str, *ids: str) -> str:
-    """A path with ids in it, whatever characters they have."""
+    """A path with ids in it, quoted."""
     return template.format(*(quote(str(given), safe="") for given in ids))
 
 

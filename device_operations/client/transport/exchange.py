@@ -17,7 +17,7 @@ from device_operations.json_text import JsonObject
 
 T = TypeVar("T")
 
-#: Failures before anything was sent: whatever it was, it did not happen.
+#: Failures before anything was sent: the call did not happen.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 #: Seconds of the first pause and the longest; each pause is twice the one before, less up to a quarter by chance.
