@@ -12,7 +12,7 @@ RIG ?= ../shared/directml-rig
 WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-training demo-image up check test test-unit lint format wheels bench streams soak test-directml lock peers kserve
+.PHONY: help install demo demo-training demo-image up check test test-unit test-plain-http lint format wheels bench streams soak test-directml lock peers kserve
 
 help:
 	@echo "make demo           install, start everything, run a real model, stop everything"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint, make test   linters, types, import rules; all tests; WORKERS=1 where memory is short"
 	@echo "make test-unit      the tests that need no server"
 	@echo "make wheels         both distributions, into dist/"
+	@echo "make test-plain-http  the tests over HTTP with HTTP__FAST_PATH=false"
 	@echo "make bench          each figure beside its yardstick"
 	@echo "make streams        4 GiB in and out, with the memory that each process takes"
 	@echo "make soak           an hour of mixed work, with faults; then the random tests at length"
@@ -61,6 +62,10 @@ test-unit: $(INSTALLED)
 test: $(INSTALLED) $(KSERVE)
 	$(BIN)/python -m pytest -m "not serial" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m serial
+
+# What is served without reaching into uvicorn's insides answers the same.
+test-plain-http: $(INSTALLED) $(KSERVE)
+	DEVICE_OPERATIONS_HTTP__FAST_PATH=false $(BIN)/python -m pytest tests/acceptance tests/inference tests/owners tests/openai
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import sys
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from api_gateway.app import create_app
-from api_gateway.fast_path.wire import Protocol
 from api_gateway.guard import Guard
 from api_gateway.oip.infer import InferMiddleware
 from device_operations.folders import keep_private
@@ -19,7 +20,7 @@ from tasks.logs import configure
 
 log = structlog.get_logger(__name__)
 
-#: Files that a gateway has open beside its callers' connections: the database's, Redis's, blobs on their way.
+#: Files that a gateway has open besides its callers' connections: the database's, Redis's, blobs on their way.
 OTHER_FILES = 500
 
 
@@ -45,11 +46,12 @@ def main() -> int:
         )
         return 3
     _allow_open_files(settings.http.max_connections)
+    served, protocol = _http_path(Guard(InferMiddleware(app), settings), settings)
     uvicorn.run(
-        Guard(InferMiddleware(app), settings),
+        served,
         host=settings.http.host,
         port=settings.http.port,
-        http=Protocol.limited_to(settings.http.max_connections),
+        http=protocol,
         ws="none",
         log_config=None,
         access_log=False,
@@ -62,8 +64,20 @@ def main() -> int:
     return 0
 
 
+def _http_path(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, type[asyncio.Protocol]]:
+    """The application and uvicorn's protocol for it, on the path that is set; only that one is imported."""
+    if settings.http.fast_path:
+        from api_gateway.fast_path.wire import Protocol
+
+        return app, Protocol.limited_to(settings.http.max_connections)
+    from api_gateway.plain_path.application import PlainPath
+    from api_gateway.plain_path.protocol import PlainProtocol
+
+    return PlainPath(app), PlainProtocol.limited_to(settings.http.max_connections)
+
+
 def _require_keys_beyond_loopback(settings: Settings) -> None:
-    """Without API keys everybody who reaches the port may do everything: so nobody else may reach it."""
+    """Refuses to listen beyond loopback without API keys: any caller who reaches the port could do anything."""
     if settings.api_keys:
         return
     if not _is_loopback(settings.http.host):
@@ -71,7 +85,7 @@ def _require_keys_beyond_loopback(settings: Settings) -> None:
             f"DEVICE_OPERATIONS_HTTP__HOST is {settings.http.host!r}, which others can reach, and no "
             "DEVICE_OPERATIONS_API_KEYS are set; set keys (owner:key, …), or listen on 127.0.0.1"
         )
-    log.warning("no API keys are set: whoever reaches this machine's loopback may submit and cancel jobs")
+    log.warning("no API keys are set: any process on this machine may submit and cancel jobs")
 
 
 def _allow_open_files(connections: int) -> None:
@@ -99,7 +113,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _port_taken(host: str, port: int) -> str | None:
-    """Why the port cannot be had; asked first, since uvicorn would only log it."""
+    """Why the port cannot be bound; checked first, since uvicorn would only log it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if sys.platform != "win32":

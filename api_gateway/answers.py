@@ -1,4 +1,4 @@
-"""What each route may answer, for `/openapi.json`: every status with its schema, and who may ask.
+"""What each route may answer, for `/openapi.json`: every status with its schema, and who may call it.
 
 A route that is not in `ANSWERS` fails when the document is made, so that none is forgotten.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any
 
-Schema = dict[str, Any]
+from device_operations.json_text import JsonObject
 
-#: Statuses that a submission may be refused with, beside those of every route.
+Schema = JsonObject
+
+#: Statuses that a submission may be refused with, in addition to those of every route.
 SUBMISSION = (404, 409, 410, 413, 422, 429, 507)
 
 #: The same below /v1, where what does not fit is a 400.
@@ -87,7 +88,7 @@ _INFERRED: Answer = (
     {200: ("application/json", _object("model_name", "outputs")), 499: None}, (*SUBMISSION, *RUN, 415)
 )  # fmt: skip
 
-#: For each route what it answers when all is well (None: no body), and the refusals beside those of every route.
+#: For each route what it answers when all is well (None: no body), and its refusals besides those of every route.
 ANSWERS: dict[str, Answer] = {
     "GET /healthz": _json(200, _object(status={"const": "ok"})),
     "GET /readyz": ({200: ("application/json", _READY), 503: ("application/json", _READY)}, ()),
@@ -167,7 +168,7 @@ _OPENAI_ERROR = _object(
     message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}
 )
 
-#: Routes that anybody may ask.
+#: Routes that need no API key.
 OPEN_TO_ALL = {"/healthz", "/readyz", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready"}
 
 PROBLEM_SCHEMA: Schema = {

@@ -1,4 +1,4 @@
-"""Who asks: an API key in `Authorization: Bearer …` or `X-API-Key` stands for an owner."""
+"""Authentication: an API key in `Authorization: Bearer …` or `X-API-Key` stands for an owner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from api_gateway.gateway import Caller, of
 from device_operations.errors import failure
 
-#: Whoever asks where no keys are set, which is allowed on loopback only.
+#: The caller if no keys are set, which is allowed on loopback only.
 ANYONE = Caller("default", admin=True)
 
 #: No name of a host, with its port and scheme, is longer.
@@ -29,7 +29,7 @@ def authenticate(request: Request) -> Caller:
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     given = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     found = None
-    # Every key is compared, so that the time taken does not tell which one came close.
+    # Every key is compared, so that the time taken does not show which one came close.
     for known in keys:
         if hmac.compare_digest(known.key.encode(), given.encode()):
             found = Caller(known.owner, known.admin)
@@ -80,7 +80,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def require_admin(caller: Caller) -> None:
-    """Refuses whoever is not an admin."""
+    """Refuses a caller who is not an admin."""
     if not caller.admin:
         raise failure("forbidden", f"this is for admins; the key stands for {caller.owner!r}")
 

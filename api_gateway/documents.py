@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from api_gateway import answers
 from api_gateway.openai import requests as openai
 from device_operations.jobs import Kind
+from device_operations.json_text import JsonObject
 from device_operations.requests import inference, memory, training
 from device_operations.requests.kinds import REQUESTS, requests_of
 
 _TENSOR = {"dtype": "float32", "shape": [1, 2], "data": [[1.0, 2.0]]}
 
 #: For each body: the request's model, and an example.
-BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+BODIES: dict[str, tuple[type[BaseModel], JsonObject]] = {
     "load_model": (
         inference.LoadModel,
         {"name": "minilm", "source": {"path": "minilm/model.onnx"}, "options": {"max_batch_size": 16}},
@@ -63,7 +62,7 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     ),
 }
 
-_BULK_SCHEMA: dict[str, Any] = {
+_BULK_SCHEMA: JsonObject = {
     "type": "object",
     "required": ["jobs"],
     "properties": {
@@ -99,10 +98,10 @@ _RETRY_SCHEMA = {
 }
 
 
-def body_schema(name: str, *, required: bool = True) -> dict[str, Any]:
+def body_schema(name: str, *, required: bool = True) -> JsonObject:
     """The `openapi_extra` of a route that takes the body `name`."""
-    schema: dict[str, Any]
-    example: dict[str, Any]
+    schema: JsonObject
+    example: JsonObject
     if name == "retry":
         schema, example = _RETRY_SCHEMA, {"inputs": {"x": _TENSOR}, "job": {"priority": 9}}
     elif name == "bulk":
@@ -117,7 +116,7 @@ def body_schema(name: str, *, required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": content}}
 
 
-def _reference(model: type[BaseModel]) -> dict[str, Any]:
+def _reference(model: type[BaseModel]) -> JsonObject:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
@@ -125,7 +124,7 @@ def install(app: FastAPI) -> None:
     """Adds the requests' schemas to the application's document."""
     made = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> JsonObject:
         if app.openapi_schema is None:
             document = made()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})

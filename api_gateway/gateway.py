@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import redis
 from fastapi import Request
@@ -25,7 +24,7 @@ from tasks.redis.publish import Publisher, connect
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whom an API key stands for. Without keys everybody is the owner `default`, and may act for any."""
+    """The owner that an API key stands for. Without keys every caller is the owner `default`, and may act for any."""
 
     owner: str
     admin: bool
@@ -78,6 +77,6 @@ def build(settings: Settings) -> Gateway:
 
 def of(request: Request) -> Gateway:
     """The gateway of a request's process."""
-    found: Any = request.app.state.gateway
+    found: object = request.app.state.gateway
     assert isinstance(found, Gateway)
     return found

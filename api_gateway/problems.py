@@ -1,8 +1,6 @@
-"""Errors as RFC 9457 problems: one shape for every refusal, whoever raised it."""
+"""Errors as RFC 9457 problems: one shape for every refusal, wherever it is raised."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import orjson
 import structlog
@@ -15,6 +13,7 @@ from starlette.responses import Response
 from api_gateway import answers
 from api_gateway.openai import errors as openai_errors
 from device_operations.errors import CODES, OperationError, failure
+from device_operations.json_text import JsonObject
 from tasks.database import unavailable
 
 log = structlog.get_logger(__name__)
@@ -29,7 +28,7 @@ _BY_STATUS = {
 
 def answer(error: OperationError, instance: str) -> Response:
     """The problem document of an error."""
-    body: dict[str, Any] = {
+    body: JsonObject = {
         "type": f"urn:device-operations:problem:{error.code}",
         "title": CODES[error.code].title,
         "status": error.status,
@@ -102,7 +101,7 @@ def install(app: FastAPI) -> None:
 
 
 def unexpected(request: Request, error: Exception) -> Response:
-    """The answer to a request that failed with what nobody named: the database that is away, or a fault of ours."""
+    """The answer to a request that failed with an error outside the table: the database is away, or a fault of ours."""
     known = unavailable(error)
     if isinstance(known, OperationError):
         return shape(request, known)

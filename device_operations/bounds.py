@@ -91,7 +91,7 @@ def parse_json(body: bytes | bytearray | memoryview, what: str = "the body") -> 
     return value, strict
 
 
-def refuse_unstorable(value: Any, what: str = "the body") -> None:
+def refuse_unstorable(value: object, what: str = "the body") -> None:
     """Raises where a decoded JSON value cannot be stored.
 
     `malformed_request` where it nests deeper than `MAX_DEPTH`; `validation_failed` where a text or a key at any depth
@@ -99,7 +99,7 @@ def refuse_unstorable(value: Any, what: str = "the body") -> None:
     """
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        below: list[Any] = []
+        below: list[object] = []
         for one in level:
             if isinstance(one, str):
                 if not is_storable(one):
@@ -117,7 +117,7 @@ def refuse_unstorable(value: Any, what: str = "the body") -> None:
     raise _too_deep(what)
 
 
-def is_too_deep(value: Any) -> bool:
+def is_too_deep(value: object) -> bool:
     """Whether lists and objects nest deeper than `MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -18,7 +18,8 @@ records with `failure(…).as_job_error()`: a test refuses an error that is writ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from device_operations.json_text import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ CODES: dict[str, Code] = {
 class OperationError(Exception):
     """A refusal or failure with a stable `code`.
 
-    `message` says what was asked, what is there, and the remedy. `detail` holds the same for programs (JSON values).
+    `message` says what was requested, what is there, and the remedy. `detail`: the same for programs (JSON values).
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class OperationError(Exception):
         code: str,
         message: str,
         *,
-        detail: dict[str, Any] | None = None,
+        detail: JsonObject | None = None,
         retryable: bool | None = None,
         retry_after_seconds: int | None = None,
-        errors: list[dict[str, Any]] | None = None,
+        errors: list[JsonObject] | None = None,
     ) -> None:
         # What Celery stores of an exception, and makes it of again on the other side.
         super().__init__(code, message)
@@ -131,11 +132,11 @@ class OperationError(Exception):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.code!r}, {self.message!r})"
 
-    def as_job_error(self) -> dict[str, Any]:
+    def as_job_error(self) -> JsonObject:
         """The error as a failed job carries it: `{"code", "message", "retryable", "detail"}`."""
         return {"code": self.code, "message": self.message, "retryable": self.retryable, "detail": self.detail}
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (self.code, self.message, self.detail, self.retryable, self.retry_after_seconds, self.errors))
 
 
@@ -177,20 +178,30 @@ _CLASSES: dict[int, type[OperationError]] = {
     413: Refused, 415: Refused, 416: Invalid, 422: Invalid, 429: Overloaded, 431: Refused, 503: Unavailable,
 }  # fmt: skip
 
-#: Codes that only a running job has, whatever status a waiting caller is shown.
+#: Codes that only a running job has, with the status that a waiting caller is shown.
 _OF_JOBS = {
     "worker_lost", "device_lost", "out_of_memory", "timeout", "cancelled", "expired", "poison", "internal_error",
     "checksum_mismatch", "nonfinite_loss", "predecessor_failed", "run_failed",
 }  # fmt: skip
 
 
-def failure(code: str, message: str, **more: Any) -> OperationError:
+def failure(
+    code: str,
+    message: str,
+    *,
+    detail: JsonObject | None = None,
+    retryable: bool | None = None,
+    retry_after_seconds: int | None = None,
+    errors: list[JsonObject] | None = None,
+) -> OperationError:
     """The exception for `code`, as the class that the tree above gives it."""
     kind = ExecutionFailed if code in _OF_JOBS else _CLASSES.get(CODES[code].status, ExecutionFailed)
-    return kind(code, message, **more)
+    return kind(
+        code, message, detail=detail, retryable=retryable, retry_after_seconds=retry_after_seconds, errors=errors
+    )
 
 
-def error_of(error: dict[str, Any] | None, state: str, what: str) -> dict[str, Any]:
+def error_of(error: JsonObject | None, state: str, what: str) -> JsonObject:
     """The error of a job that ended in `state` without success: `error` as recorded, else one that names `what`."""
     if error:
         return error
@@ -198,20 +209,21 @@ def error_of(error: dict[str, Any] | None, state: str, what: str) -> dict[str, A
     return failure(code, f"{what} was {state}, and no error was recorded.").as_job_error()
 
 
-def from_job_error(error: dict[str, Any]) -> OperationError:
+def from_job_error(error: JsonObject) -> OperationError:
     """The exception for the `error` field of a failed job, so that a client can raise what the worker recorded."""
-    code = error.get("code", "internal_error")
+    code: str = error.get("code", "internal_error")
+    message: str = error.get("message", code)
     known = code if code in CODES else "internal_error"
-    return failure(known, error.get("message", code), detail=error.get("detail"), retryable=error.get("retryable"))
+    return failure(known, message, detail=error.get("detail"), retryable=error.get("retryable"))
 
 
 def _rebuild(
     code: str,
     message: str,
-    detail: dict[str, Any] | None,
+    detail: JsonObject | None,
     retryable: bool,
     retry_after_seconds: int | None,
-    errors: list[dict[str, Any]] | None,
+    errors: list[JsonObject] | None,
 ) -> OperationError:
     return failure(
         code, message, detail=detail, retryable=retryable, retry_after_seconds=retry_after_seconds, errors=errors

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-#: What the service's files and folders keep from everybody else.
+#: What the service's files and folders keep from other accounts.
 PRIVATE_UMASK = 0o077
 
 

@@ -23,9 +23,10 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from device_operations.json_text import JsonObject
 
 
 class State(StrEnum):
@@ -85,7 +86,7 @@ FINISH = Transition(CLAIMED, TERMINAL)
 RETRY = Transition(CLAIMED, frozenset({State.RETRYING}))
 #: The worker that claimed the job is gone, and the job may run again.
 REQUEUE = Transition(CLAIMED, frozenset({State.QUEUED}))
-#: The job was ended by somebody other than the worker that claimed it: it never ran, or its worker is gone.
+#: The job was ended by another than the worker that claimed it: it never ran, or its worker is gone.
 WITHDRAW = Transition(OPEN, TERMINAL - {State.SUCCEEDED})
 #: An end is recorded again: PostgreSQL crashed and lost it, and perhaps the claim before it.
 RECOVER = Transition(OPEN, TERMINAL)
@@ -184,15 +185,15 @@ class Job(BaseModel):
     attempt: int
     max_attempts: int
     queue_position: int | None = None
-    progress: dict[str, Any] | None = None
+    progress: JsonObject | None = None
     resource: Resource | None = None
     submitted_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
     expires_at: datetime | None = None
     timings: Timings = Timings()
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
+    result: JsonObject | None = None
+    error: JsonObject | None = None
     owner: str
     labels: dict[str, str] = {}
     #: The ended job that this one tries again.
@@ -213,14 +214,14 @@ def new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-#: How many ids' random bits are asked of the system at once: asking lets go of the interpreter, each time.
+#: How many ids' random bits are read from the system at once: a read lets go of the interpreter, each time.
 _DRAWN_AT_ONCE = 256
 
 _drawn: list[int] = []
 
 
 def _random_bits() -> int:
-    """80 random bits that nobody else is given. Any thread may ask."""
+    """80 random bits, given out once. Any thread may call."""
     try:
         return _drawn.pop()
     except IndexError:

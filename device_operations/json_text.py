@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
+
+#: An object of JSON that is read by its keys; where it is made says which there are.
+JsonObject: TypeAlias = dict[str, Any]
 
 Text = bytes | bytearray | memoryview | str
 
@@ -72,7 +75,7 @@ def _whole(digits: str) -> int | float:
     return exact if exact and -(2**63) <= exact < 2**64 else value
 
 
-def _check_places(value: Any) -> None:
+def _check_places(value: object) -> None:
     """Raises ValueError where a `NonFinite` stands anywhere but below `data`."""
     below = [value]
     while below:

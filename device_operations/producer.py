@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from device_operations.jobs import Kind, new_id
+from device_operations.json_text import JsonObject
 from device_operations.queues import ANY_QUEUE, PRIORITY_STEPS, celery_priority, device_queue, short
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS, parse, requests_of
@@ -25,8 +24,8 @@ _KINDS: dict[type[JobRequest], Kind] = {request: kind for kind in REQUESTS for r
 class Producer:
     """Sends jobs to the workers' queues.
 
-    Without `redis_url`, the Redis of this machine's settings or of a running `up` is used. Whoever reaches Redis is
-    trusted fully: no API key is asked for, and `job.owner` may be anybody.
+    Without `redis_url`, the Redis of this machine's settings or of a running `up` is used. Who reaches Redis is
+    trusted fully: no API key is needed, and `job.owner` may be any owner.
     """
 
     def __init__(self, redis_url: str | None = None) -> None:
@@ -54,7 +53,7 @@ class Producer:
         device_id: str | None = None,
         task_id: str | None = None,
         ignore_result: bool = False,
-    ) -> AsyncResult[dict[str, Any]]:
+    ) -> AsyncResult[JsonObject]:
         """Enqueues a job; its kind is the request's type, its options are the request's `job`.
 
         It goes to the queue of `device_id`, else of the request's own, else to the one that any device reads; a job
@@ -66,7 +65,7 @@ class Producer:
         fields = checked.model_dump(mode="json", exclude_unset=True)
         options = fields.pop("job", {})
         device_id = device_id or fields.get("device_id")
-        sent: AsyncResult[dict[str, Any]] = self._app.send_task(
+        sent: AsyncResult[JsonObject] = self._app.send_task(
             kind.task,
             kwargs={"request": fields, "job": options} if options else {"request": fields},
             kwargsrepr=short(fields),
@@ -77,9 +76,9 @@ class Producer:
         )
         return sent
 
-    def result(self, task_id: str) -> AsyncResult[dict[str, Any]]:
+    def result(self, task_id: str) -> AsyncResult[JsonObject]:
         """The result of a job sent earlier, by its id."""
-        found: AsyncResult[dict[str, Any]] = AsyncResult(task_id, app=self._app)
+        found: AsyncResult[JsonObject] = AsyncResult(task_id, app=self._app)
         return found
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from device_operations.json_text import JsonObject
 
 #: The queue for work that any device may take: direct callers only, since the gateway places every job.
 ANY_QUEUE = "device.any"
@@ -26,7 +26,7 @@ def celery_priority(priority: int) -> int:
     return 9 - priority
 
 
-#: Fields of requests that say what a job is about; everything else may be long, or nobody's business in Flower.
+#: Fields of requests that say what a job is about; everything else may be long, or is not to show in Flower.
 _TELLING = (
     "model_name",
     "model_id",
@@ -40,7 +40,7 @@ _TELLING = (
 )
 
 
-def short(request: dict[str, Any]) -> str:
+def short(request: JsonObject) -> str:
     """A request in at most 120 characters, for Flower and logs: the ids it names, never its data."""
     said = ", ".join(f"{name}={request[name]!r}" for name in _TELLING if request.get(name) is not None)
     return "{" + (said if len(said) <= 118 else said[:117] + "…") + "}"

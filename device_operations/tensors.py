@@ -18,11 +18,15 @@ import orjson
 from pydantic import Field, model_validator
 
 from device_operations.errors import failure
-from device_operations.json_text import NON_FINITE
+from device_operations.json_text import NON_FINITE, JsonObject
 from device_operations.requests.base import Identifier, Offset, Request, Side
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    #: An array whose dtype is known at run time only.
+    Array = NDArray[Any]
 
 #: Bytes of one element of each dtype that NumPy has.
 NUMPY_DTYPES: dict[str, int] = {
@@ -48,7 +52,7 @@ Dtype = Literal[
 ]  # fmt: skip
 Form = Literal["data", "base64", "blob", "auto"]
 
-#: Above this many bytes a tensor given back is a blob unless another form was asked for, and a payload leaves its row.
+#: Above this many bytes a tensor given back is a blob unless the request names a form, and a payload leaves its row.
 INLINE_BYTES = 65_536
 
 
@@ -57,7 +61,7 @@ class Tensor(Request):
 
     dtype: Dtype
     shape: list[Side] = Field(max_length=32)
-    data: Any = None
+    data: object = None
     base64: str | None = None
     blob_id: Identifier | None = None
     allocation_id: Identifier | None = None
@@ -65,7 +69,7 @@ class Tensor(Request):
 
     @model_validator(mode="before")
     @classmethod
-    def _exactly_one_source(cls, value: Any) -> Any:
+    def _exactly_one_source(cls, value: object) -> object:
         if isinstance(value, dict):
             given = [name for name in ("data", "base64", "blob_id", "allocation_id") if value.get(name) is not None]
             if len(given) != 1:
@@ -116,7 +120,7 @@ class IntoAllocation(Request):
     offset: Offset = 0
 
 
-def decode(tensor: Tensor, name: str = "tensor") -> np.ndarray[Any, Any]:
+def decode(tensor: Tensor, name: str = "tensor") -> Array:
     """The NumPy array of a tensor given as `data` or `base64`.
 
     Raises `input_mismatch` when the elements do not fit shape or dtype.
@@ -130,7 +134,7 @@ def decode(tensor: Tensor, name: str = "tensor") -> np.ndarray[Any, Any]:
     return from_numbers(tensor.data, tensor.dtype, tensor.shape, name)
 
 
-def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray[Any, Any]:
+def from_bytes(raw: bytes | bytearray | memoryview, dtype: str, shape: list[int], name: str = "tensor") -> Array:
     """A read-only array over little-endian, row-major bytes; `input_mismatch` when their number does not fit."""
     import numpy as np
 
@@ -140,7 +144,8 @@ def from_bytes(raw: Any, dtype: str, shape: list[int], name: str = "tensor") -> 
         raise failure(
             "input_mismatch", f"{name}: shape {shape} of {dtype} takes {wanted} bytes, but {there} were given"
         )
-    return np.frombuffer(raw, dtype=numpy_dtype(dtype).newbyteorder("<")).reshape(shape)
+    array: Array = np.frombuffer(raw, dtype=numpy_dtype(dtype).newbyteorder("<"))
+    return array.reshape(shape)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -154,7 +159,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") -> np.ndarray[Any, Any]:
+def from_numbers(data: object, dtype: str, shape: list[int], name: str = "tensor") -> Array:
     """An array from nested or flat numbers, bools or strings; `input_mismatch` when they do not fit shape or dtype.
 
     Among floats, `NaN`, `Infinity` and `-Infinity` are taken as strings too. Of `json`, the texts of a list of values.
@@ -163,7 +168,7 @@ def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") 
 
     if dtype == "json":
         return _json_texts(data, shape, name)
-    flat = data if isinstance(data, list) else [data]
+    flat: list[Any] = data if isinstance(data, list) else [data]
     while flat and isinstance(flat[0], list):
         width = len(flat[0])
         if not all(isinstance(row, list) and len(row) == width for row in flat):
@@ -187,7 +192,7 @@ def from_numbers(data: Any, dtype: str, shape: list[int], name: str = "tensor") 
     return array.reshape(shape)
 
 
-def _shape_of(data: Any) -> list[int]:
+def _shape_of(data: object) -> list[int]:
     shape = []
     while isinstance(data, list):
         shape.append(len(data))
@@ -195,7 +200,7 @@ def _shape_of(data: Any) -> list[int]:
     return shape
 
 
-def _json_texts(data: Any, shape: list[int], name: str) -> np.ndarray[Any, Any]:
+def _json_texts(data: object, shape: list[int], name: str) -> Array:
     import numpy as np
 
     if not isinstance(data, list) or shape != [len(data)]:
@@ -236,12 +241,12 @@ def _checked(flat: list[Any], dtype: str, name: str) -> list[Any]:
     return flat
 
 
-def encode(array: np.ndarray[Any, Any], form: Literal["data", "base64"]) -> dict[str, Any]:
+def encode(array: Array, form: Literal["data", "base64"]) -> JsonObject:
     """The wire form of an array. Among `data`, NaN and infinities are strings: JSON has no numbers for them."""
     if array.dtype == object or array.dtype.kind in "US":
         flat = [e.decode("utf-8", "replace") if isinstance(e, bytes) else str(e) for e in array.reshape(-1)]
         return {"dtype": "string", "shape": list(array.shape), "data": flat}
-    described: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    described: JsonObject = {"dtype": array.dtype.name, "shape": list(array.shape)}
     if form == "data":
         described["data"] = numbers(array)
     else:
@@ -249,12 +254,12 @@ def encode(array: np.ndarray[Any, Any], form: Literal["data", "base64"]) -> dict
     return described
 
 
-def numbers(array: np.ndarray[Any, Any]) -> list[Any]:
+def numbers(array: Array) -> list[object]:
     """The elements in row-major order as JSON takes them: `NaN`, `Infinity` and `-Infinity` as strings."""
     import numpy as np
 
     plain = array.astype(np.float32) if array.dtype.name in ML_DTYPES else array
-    flat: list[Any] = plain.reshape(-1).tolist()
+    flat: list[object] = plain.reshape(-1).tolist()
     if plain.dtype.kind == "f":
         finite = np.isfinite(plain).reshape(-1)
         if not finite.all():
@@ -268,7 +273,7 @@ def word(number: float) -> str:
     return "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"  # noqa: PLR0124 - NaN differs from itself
 
 
-def to_bytes(array: np.ndarray[Any, Any]) -> bytes:
+def to_bytes(array: Array) -> bytes:
     """The elements as little-endian, row-major bytes."""
     import numpy as np
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any
 
 from device_operations.errors import failure
 
@@ -23,7 +22,7 @@ def pack_texts(texts: Iterable[str | bytes]) -> bytes:
     return b"".join(parts)
 
 
-def unpack_texts(raw: Any, count: int, name: str = "tensor") -> list[str]:
+def unpack_texts(raw: bytes | bytearray | memoryview, count: int, name: str = "tensor") -> list[str]:
     """The `count` strings in `raw`; `input_mismatch` where the lengths do not add up, or it is not UTF-8."""
     view = memoryview(raw)
     texts: list[str] = []

@@ -41,8 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-# What this user has set, or has running, is not what is tested.
-for _name in [name for name in os.environ if name.startswith(PREFIX)]:
+# What this user has set, or has running, is not what is tested; but for `make test-plain-http`.
+for _name in [name for name in os.environ if name.startswith(PREFIX) and name != f"{PREFIX}HTTP__FAST_PATH"]:
     del os.environ[_name]
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -91,10 +91,13 @@ def start_stack(databases: Databases, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def stack(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    """One gateway and one worker on the CPU, for tests that leave them as they were."""
+def stack(
+    request: pytest.FixtureRequest, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningStack]:
+    """One gateway and one worker on the CPU, for tests that leave them as they were; its parameter is its settings."""
+    settings: dict[str, object] = getattr(request, "param", {})
     with ExitStack() as stopping:
-        yield _start(stopping, databases, tmp_path_factory.mktemp("stack"), "cpu:1", 1, True, {})
+        yield _start(stopping, databases, tmp_path_factory.mktemp("stack"), "cpu:1", 1, True, settings)
 
 
 def _start(

@@ -1,1 +1,1 @@
-"""What a gateway does without being asked: the reaper, webhooks, queues that no device reads."""
+"""What a gateway does between requests: the reaper, webhooks, queues that no device reads."""

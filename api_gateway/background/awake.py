@@ -1,6 +1,6 @@
 """How long this process has been awake: since it started, or since it or its machine last stood still.
 
-A machine that slept wakes its processes in any order, each seeing leases that ran out while nobody could renew them.
+A machine that slept wakes its processes in any order, each seeing leases that ran out while they could not be renewed.
 """
 
 from __future__ import annotations

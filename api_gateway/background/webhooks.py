@@ -1,9 +1,9 @@
-"""Webhooks: each ended job that asked for it is posted to its caller, again with backoff until it is received.
+"""Webhooks: each ended job with a webhook is posted to its caller, again with backoff until it is received.
 
 It is signed if `WEBHOOK__SECRET` is set, and given up after `ATTEMPTS`, or at once if its address is refused.
 
 The row says what is due, so a webhook survives the gateway. An address is resolved once, checked, and connected to as
-checked: a private address is refused unless `WEBHOOK__ALLOW_PRIVATE`, so that nobody reaches the inner network by us.
+checked: a private address is refused unless `WEBHOOK__ALLOW_PRIVATE`, and so the inner network is out of reach.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Webhooks:
         attempt = job["webhook_attempt"]
         try:
             self._post(job)
-        except Exception as error:  # noqa: BLE001 - whatever a stranger's server does, the job is tried again or given up
+        except Exception as error:  # noqa: BLE001 - any failure of the caller's server: tried again, or given up
             # An address that may not be called stays so: calling again would only look for one that changes.
             refused = isinstance(error, OperationError) and not error.retryable
             given_up = refused or attempt >= ATTEMPTS

@@ -13,34 +13,14 @@ be reset, and the client would lose the answer.
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from api_gateway import problems
-from device_operations.errors import failure
+from api_gateway import limits
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as AutoHTTPProtocol
 else:
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
-#: A request's head, from its first byte to the empty line: bytes, header lines, and seconds until it is whole.
-HEAD_BYTES, HEAD_LINES, HEAD_SECONDS = 65_536, 100, 20.0
-
-#: In each window of so many seconds a body that is being read grows by at least so many bytes, or ends.
-BODY_SECONDS, BODY_BYTES = 20.0, 10_000
-
-#: What chunk sizes, extensions and trailers may take beside the content: bytes, and bytes for each byte of content.
-FRAMING_BYTES, FRAMING_SHARE = 65_536, 16
-
-#: Requests that may wait on one connection behind the one that is being answered.
-PIPELINED = 100
-
-#: A body of at most so many bytes that was not read is dropped as it comes, and the connection stays.
-DRAINED_BYTES = 65_536
-
-#: How long, and for how many bytes, a closed connection is read so that the client gets to read its answer.
-LINGER_SECONDS, LINGER_BYTES = 5.0, 64 << 20
 
 
 class Bounded(AutoHTTPProtocol):
@@ -112,18 +92,18 @@ class Bounded(AutoHTTPProtocol):
             else:
                 # Where in `data` a head behind other requests began is not known; its whole lines are counted.
                 self._head_received = len(data) if was_idle and self._begun == begun + 1 else 0
-            if self._head_received > HEAD_BYTES:
+            if self._head_received > limits.HEAD_BYTES:
                 self._refuse_head()
                 return
         if self._in_message and not self._in_head:
             if self._begun == begun:
                 self._framing += len(data) - (self._body_came - came)
-                if self._framing > FRAMING_BYTES + FRAMING_SHARE * self._body_came:
+                if self._framing > limits.FRAMING_BYTES + limits.FRAMING_SHARE * self._body_came:
                     self._refuse("malformed_request", "the body has more framing than content")
                     return
             if self._body_timer is None:
                 self._body_seen = self._body_came
-                self._body_timer = self.loop.call_later(BODY_SECONDS, self._look_at_body)
+                self._body_timer = self.loop.call_later(limits.BODY_SECONDS, self._look_at_body)
         elif self._in_head or self.cycle is None or self.cycle.response_complete:
             # A head that is not whole, or bytes that belong to none.
             self._time_head()
@@ -139,7 +119,7 @@ class Bounded(AutoHTTPProtocol):
     def on_url(self, url: bytes) -> None:
         """Some of the request's target has come."""
         self._head_parsed += len(url)
-        if self._head_parsed > HEAD_BYTES:
+        if self._head_parsed > limits.HEAD_BYTES:
             raise _RefusedError
         super().on_url(url)
 
@@ -147,14 +127,14 @@ class Bounded(AutoHTTPProtocol):
         """A header line has come, or one of a trailer, which is counted and not used."""
         self._head_parsed += len(name) + len(value) + 4
         self._head_lines += 1
-        if self._head_parsed > HEAD_BYTES or self._head_lines > HEAD_LINES:
+        if self._head_parsed > limits.HEAD_BYTES or self._head_lines > limits.HEAD_LINES:
             raise _RefusedError
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A request's head is whole, and its body may follow."""
-        if len(self.pipeline) >= PIPELINED:
+        if len(self.pipeline) >= limits.PIPELINED:
             raise _RefusedError
         super().on_headers_complete()
         self._in_head = False
@@ -183,21 +163,21 @@ class Bounded(AutoHTTPProtocol):
 
     def drains(self, size: int | None) -> None:
         """Notes the present request's size: a small body need not be read for the connection to stay."""
-        if size is not None and size <= DRAINED_BYTES and not self.cycle.response_started:
+        if size is not None and size <= limits.DRAINED_BYTES and not self.cycle.response_started:
             self.cycle.keep_alive = self._stays
 
     # ---- time
 
     def _time_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+            self._head_timer = self.loop.call_later(limits.HEAD_SECONDS, self._head_is_late)
 
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self._in_head:
-            self._refuse("request_timeout", f"the request's head did not come within {HEAD_SECONDS:g} s")
+            self._refuse("request_timeout", f"the request's head did not come within {limits.HEAD_SECONDS:g} s")
         elif self.cycle is None or self.cycle.response_complete:
-            # Nothing was asked: there is nothing to answer.
+            # No request has come: there is nothing to answer.
             self.transport.close()
 
     def _look_at_body(self) -> None:
@@ -205,41 +185,45 @@ class Bounded(AutoHTTPProtocol):
         self._body_timer = None
         if not self._in_message or self._in_head or self.transport.is_closing():
             return
-        if not self.flow.read_paused and self._body_came - self._body_seen < BODY_BYTES:
+        if not self.flow.read_paused and self._body_came - self._body_seen < limits.BODY_BYTES:
             self._refuse(
-                "request_timeout", f"the body came too slowly: fewer than {BODY_BYTES} bytes in {BODY_SECONDS:g} s"
+                "request_timeout",
+                f"the body came too slowly: fewer than {limits.BODY_BYTES} bytes in {limits.BODY_SECONDS:g} s",
             )
             return
         self._body_seen = self._body_came
-        self._body_timer = self.loop.call_later(BODY_SECONDS, self._look_at_body)
+        self._body_timer = self.loop.call_later(limits.BODY_SECONDS, self._look_at_body)
 
     # ---- refusing
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what the parser, or one of the callbacks above, did not take."""
-        if self._head_parsed > HEAD_BYTES or self._head_lines > HEAD_LINES:
+        if self._head_parsed > limits.HEAD_BYTES or self._head_lines > limits.HEAD_LINES:
             self._refuse_head()
-        elif len(self.pipeline) >= PIPELINED:
-            self._refuse("malformed_request", f"more than {PIPELINED} requests wait on this connection")
+        elif len(self.pipeline) >= limits.PIPELINED:
+            self._refuse("malformed_request", f"more than {limits.PIPELINED} requests wait on this connection")
         else:
             self._refuse("malformed_request", "this is not HTTP/1.1")
 
     def _refuse_head(self) -> None:
-        self._refuse("header_too_large", f"a request's head may have {HEAD_BYTES} bytes and {HEAD_LINES} header lines")
+        self._refuse(
+            "header_too_large",
+            f"a request's head may have {limits.HEAD_BYTES} bytes and {limits.HEAD_LINES} header lines",
+        )
 
     def _refuse(self, code: str, message: str) -> None:
         """Answers the request that is being received and closes, once the requests before it are answered."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        words = _answer(code, message)
+        words = limits.refusal(code, message)
         own = self._in_message and not self._in_head
         if own and self.pipeline and self.pipeline[0][0] is self.cycle:
             # It waits behind others, and is not to be begun.
             self.pipeline.popleft()
             self._last_words = words
         elif own and not self.pipeline and not self.cycle.response_started:
-            # Whoever reads the body is told that the client has gone, and cannot answer any more.
+            # The body's reader sees a client that has left, and cannot answer any more.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             self._close_with(words)
@@ -275,7 +259,7 @@ class Bounded(AutoHTTPProtocol):
         transport.set_protocol(self)
         transport.write_eof()
         self.flow.resume_reading()
-        self._linger_timer = self.loop.call_later(LINGER_SECONDS, transport.abort)
+        self._linger_timer = self.loop.call_later(limits.LINGER_SECONDS, transport.abort)
         return True
 
     def is_lingering(self) -> bool:
@@ -284,17 +268,9 @@ class Bounded(AutoHTTPProtocol):
 
     def _drop(self, size: int) -> None:
         self._dropped += size
-        if self._dropped > LINGER_BYTES:
+        if self._dropped > limits.LINGER_BYTES:
             self.transport.abort()
 
 
 class _RefusedError(Exception):
     """Raised out of the parser's callbacks, so that it stops; what is answered is decided after it has."""
-
-
-def _answer(code: str, message: str) -> bytes:
-    """A whole response that says that it closes the connection."""
-    response = problems.answer(failure(code, message), "")
-    lines = [f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}".encode()]
-    lines += [name + b": " + value for name, value in response.raw_headers]
-    return b"\r\n".join([*lines, b"connection: close", b"", bytes(response.body)])

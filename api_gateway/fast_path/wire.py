@@ -8,98 +8,24 @@ where it stays: uvicorn copies it three times, and pauses the connection after e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httptools
 import numpy as np
 
+from api_gateway.connection import BufferedConnection
 from api_gateway.fast_path.bounded import Bounded
+from api_gateway.fast_path.whole_body import TAKE_WHOLE, WHOLE_BODY
 from device_operations.bounds import whole_number
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-#: What is held back for the rest of a turn has fewer bytes than this.
-HELD_BYTES = 65_536
-
 #: Requests to addresses that end so want their body whole. It is read past uvicorn if so many bytes are still to come
-#: and it has no more than those: more than that takes its pace from whoever reads it.
+#: and it has no more than those: a larger body takes its pace from its reader.
 WHOLE_ADDRESS = "/infer"
 WHOLE_REST_BYTES, WHOLE_BYTES = 65_536, 16 << 20
-
-#: The key of such a body in the request's scope, a memoryview; there once `receive` has told of the end.
-WHOLE_BODY = "device_operations.whole_body"
-
-#: The key of what `take_whole` calls.
-_TAKE_WHOLE = "device_operations.take_whole"
-
-
-def take_whole(scope: Any) -> None:
-    """Lets the rest of a request's body be read past uvicorn, where it is large and wanted whole.
-
-    For a request whose caller is known: the memory for all of it is taken at once.
-    """
-    take = scope.pop(_TAKE_WHOLE, None)
-    if take is not None:
-        take()
-
-
-class BufferedConnection:
-    """A connection whose small writes wait for the end of the event loop's turn; all else is the transport's own."""
-
-    def __init__(
-        self, transport: asyncio.Transport, lingers: Callable[[asyncio.Transport], bool] | None = None
-    ) -> None:
-        self._transport = transport
-        #: Asked before the connection closes: whether it is to be read for a while yet.
-        self._lingers = lingers
-        self._is_lingering = False
-        self._loop = asyncio.get_running_loop()
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Sends `data` at the end of this turn; now where it is much, or memory that may change meanwhile."""
-        self._size += len(data)
-        if self._size >= HELD_BYTES or type(data) is not bytes:
-            self._send(data)
-            return
-        if not self._parts:
-            self._loop.call_soon(self._send)
-        self._parts.append(data)
-
-    def writelines(self, parts: Iterable[bytes | bytearray | memoryview]) -> None:
-        """The same for several, in order."""
-        for part in parts:
-            self.write(part)
-
-    def write_eof(self) -> None:
-        """Sends what is held, then the end of what this side sends."""
-        self._send()
-        self._transport.write_eof()
-
-    def close(self) -> None:
-        """Sends what is held, then closes; for writing only, where the client is still sending."""
-        self._send()
-        self._is_lingering = self._lingers is not None and self._lingers(self._transport)
-        if not self._is_lingering:
-            self._transport.close()
-
-    def is_closing(self) -> bool:
-        """Whether nothing more can be sent."""
-        return self._is_lingering or self._transport.is_closing()
-
-    def _send(self, *more: bytes | bytearray | memoryview) -> None:
-        parts, self._parts, self._size = self._parts, [], 0
-        if more:
-            self._transport.writelines([*parts, *more])
-        elif parts and not self._transport.is_closing():
-            self._transport.write(b"".join(parts))
 
 
 class Protocol(Bounded):
@@ -110,7 +36,7 @@ class Protocol(Bounded):
         """The same for a gateway that takes so many connections at once."""
         return type("Protocol", (cls,), {"max_connections": max_connections})
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         super().connection_made(BufferedConnection(transport, self.linger))  # type: ignore[arg-type]
 
@@ -119,11 +45,11 @@ class Protocol(Bounded):
         super().data_received(data)
         if self._begins:
             self._begins = False
-            # Asked for by whoever reads the body, and before anything of the request is carried out.
+            # Used by the reader of the body, before anything of the request is carried out.
             size = next((whole_number(value) for name, value in self.headers if name == b"content-length"), None)
             self.drains(size)
             if size is not None and not self.pipeline and self.scope["path"].endswith(WHOLE_ADDRESS):
-                self.scope[_TAKE_WHOLE] = partial(self._take_whole, self.cycle, size)  # type: ignore[literal-required]
+                self.scope[TAKE_WHOLE] = partial(self._take_whole, self.cycle, size)  # type: ignore[literal-required]
 
     def _take_whole(self, cycle: RequestResponseCycle, size: int) -> None:
         """Reads what is missing of a body past uvicorn and its parser, where it is large and wanted whole."""

@@ -8,14 +8,11 @@ a message.
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import re
 import zlib
-from contextlib import suppress
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -24,16 +21,16 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway import problems
 from api_gateway.auth import authenticate
-from api_gateway.fast_path.wire import WHOLE_BODY, take_whole
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip.raw import only_input
-from api_gateway.oip.tensors import InferRequest, Raw, answer, read, stash, stashed
-from api_gateway.routes import jobs
-from api_gateway.submission.bodies import room_of
+from api_gateway.oip.tensors import InferRequest, answer, read, stash, stashed
+from api_gateway.submission.bodies import Raw, read_whole
 from api_gateway.submission.compression import ENCODINGS, decompressed, too_large
-from device_operations.bounds import is_number_above, whole_number
-from device_operations.errors import OperationError, failure, from_job_error
-from device_operations.jobs import State, new_id
+from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST, performed
+from device_operations.bounds import whole_number
+from device_operations.errors import OperationError, failure
+from device_operations.jobs import new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import JobOptions
 from tasks.blobs.transients import TRANSIENT_BYTES
 from tasks.database import unavailable
@@ -50,12 +47,6 @@ RAW_ON_THE_LOOP_BYTES = 2 << 20
 
 #: The longest time limit of a job, in the protocol's unit.
 MAX_TIMEOUT_MICROSECONDS = 30 * 86400 * 10**6
-
-#: Seconds for which nobody looks whether the client is still there.
-UNWATCHED_SECONDS = 0.05
-
-#: The status for a client that has left; it is never read.
-CLIENT_CLOSED_REQUEST = 499
 
 
 class InferMiddleware:
@@ -82,7 +73,7 @@ class InferMiddleware:
             response = await infer(request)
         except OperationError as error:
             response = problems.shape(request, error)
-        except Exception as error:  # noqa: BLE001 - whatever a request fails with is its answer
+        except Exception as error:  # noqa: BLE001 - every failure of a request is its answer
             response = problems.unexpected(request, error)
         await response(scope, receive, send)
 
@@ -91,7 +82,7 @@ def _usual(scope: Scope) -> Scope:
     """A request below /v2 as it is routed: without a slash at its end, and HEAD as GET, whose body is not sent then."""
     if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v2/"):
         return scope
-    changed: dict[str, Any] = {}
+    changed: JsonObject = {}
     if scope["path"].endswith("/"):
         changed = {"path": scope["path"].rstrip("/"), "raw_path": (scope.get("raw_path") or b"").rstrip(b"/")}
     if scope["method"] == "HEAD":
@@ -100,7 +91,7 @@ def _usual(scope: Scope) -> Scope:
 
 
 class _Request(Request):
-    """A request whose headers are looked up: Starlette's reads all of them for each that is asked for."""
+    """A request whose headers are looked up: Starlette's reads all of them for each look-up."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         super().__init__(scope, receive)
@@ -135,42 +126,42 @@ async def infer(request: Request) -> Response:
     body = await _body(request, gateway.settings.http.max_body_bytes)
     length = _header_length(request)
     long_json = (len(body) if length is None else length) > ON_THE_LOOP_BYTES
-    asked = await run_in_threadpool(read, body, length) if long_json else read(body, length)
+    inference = await run_in_threadpool(read, body, length) if long_json else read(body, length)
     name, version = request.path_params["model_name"], request.path_params.get("model_version")
     job_id = new_id()
     heavy = len(body) > RAW_ON_THE_LOOP_BYTES or (len(body) > TRANSIENT_BYTES and not gateway.transients.is_local)
-    made, model = await _planned(gateway, caller, asked, name, version, job_id, heavy=heavy)
+    made, model = await _planned(gateway, caller, inference, name, version, job_id, heavy=heavy)
     left_behind = stashed(made.job.request["inputs"])
-    told: dict[str, dict[str, Any]] = {}
+    produced: dict[str, JsonObject] = {}
     read_by_all = False
     try:
-        job = await performed(request, gateway, made, _patience(asked))
+        job = await performed(request, gateway, made, _patience(inference))
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
-        told = job["result"]["outputs"]
+        produced = job["result"]["outputs"]
         header = {"model_name": name, "model_version": model["version"], "parameters": {"job_id": job_id}}
-        if asked.request_id is not None:
-            header["id"] = asked.request_id
-        if _is_quick(asked, told, gateway):
-            response = _answered(request, asked, told, gateway, header)
+        if inference.request_id is not None:
+            header["id"] = inference.request_id
+        if _is_quick(inference, produced, gateway):
+            response = _answered(request, inference, produced, gateway, header)
         else:
-            response = await run_in_threadpool(_answered, request, asked, told, gateway, header)
+            response = await run_in_threadpool(_answered, request, inference, produced, gateway, header)
         read_by_all = True
         return response
     finally:
-        left_behind += stashed(told)
+        left_behind += stashed(produced)
         if left_behind and gateway.transients.is_local:
             gateway.transients.drop(left_behind, read=read_by_all)
         elif left_behind:
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-def _is_quick(asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway) -> bool:
+def _is_quick(inference: InferRequest, produced: dict[str, JsonObject], gateway: Gateway) -> bool:
     """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
-    apart = sum(tensor.get("size_bytes", 0) for tensor in told.values())
+    apart = sum(tensor.get("size_bytes", 0) for tensor in produced.values())
     if not apart:
         return True
-    raw = all(output.binary for output in asked.outputs) if asked.outputs else asked.binary
+    raw = all(output.binary for output in inference.outputs) if inference.outputs else inference.binary
     return raw and gateway.transients.is_local and apart <= RAW_ON_THE_LOOP_BYTES
 
 
@@ -178,46 +169,53 @@ def _is_quick(asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gat
 
 
 async def _planned(
-    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str, *, heavy: bool
+    gateway: Gateway,
+    caller: Caller,
+    inference: InferRequest,
+    name: str,
+    version: str | None,
+    job_id: str,
+    *,
+    heavy: bool,
 ) -> tuple[Plan, Row]:
     """The run's plan and its model: on the event loop where nothing is read, written or long."""
     gateway.rates.spend(caller.owner)
     light = (
         not heavy
-        and "sequence_id" not in asked.parameters
+        and "sequence_id" not in inference.parameters
         and gateway.directory.is_fresh()
         and gateway.directory.snapshot().named(caller, name, version)
     )
     try:
         if light:
-            return _plan(gateway, caller, asked, name, version, job_id)
-        return await run_in_threadpool(_plan, gateway, caller, asked, name, version, job_id)
+            return _plan(gateway, caller, inference, name, version, job_id)
+        return await run_in_threadpool(_plan, gateway, caller, inference, name, version, job_id)
     except Exception as error:
         raise unavailable(error) from error
 
 
 def _plan(
-    gateway: Gateway, caller: Caller, asked: InferRequest, name: str, version: str | None, job_id: str
+    gateway: Gateway, caller: Caller, inference: InferRequest, name: str, version: str | None, job_id: str
 ) -> tuple[Plan, Row]:
     context = gateway.context(caller)
-    session_id = asked.parameters.get("sequence_id")
+    session_id = inference.parameters.get("sequence_id")
     if session_id and not isinstance(session_id, str):
         raise failure("validation_failed", "sequence_id is the id of a session opened at /api/inference/sessions")
     session = find_session(context, session_id) if session_id else None
     model = find_model(context, session["model_id"] if session else None, name, version, in_session=bool(session))
     require_graph(model, "runs with inputs")
-    if asked.raw is not None:
-        asked.inputs = only_input(model, asked.raw)
-    outputs = [output.name for output in asked.outputs]
-    check_against_model(model, asked.inputs, outputs, state_inputs(session))
-    inputs, _ = stash(asked, gateway.transients)
-    payload: dict[str, Any] = {"model_name": name, "inputs": inputs, "form": "transient"}
+    if inference.raw is not None:
+        inference.inputs = only_input(model, inference.raw)
+    outputs = [output.name for output in inference.outputs]
+    check_against_model(model, inference.inputs, outputs, state_inputs(session))
+    inputs, _ = stash(inference, gateway.transients)
+    payload: JsonObject = {"model_name": name, "inputs": inputs, "form": "transient"}
     if outputs:
         payload["outputs"] = outputs
     if session:
         payload["session_id"] = session_id
     try:
-        return plan_stored_run(context, _options(asked), job_id, model, payload, session=session), model
+        return plan_stored_run(context, _options(inference), job_id, model, payload, session=session), model
     except BaseException:
         gateway.transients.drop(stashed(inputs))
         raise
@@ -226,25 +224,25 @@ def _plan(
 _USUAL = JobOptions()
 
 
-def _options(asked: InferRequest) -> JobOptions:
+def _options(inference: InferRequest) -> JobOptions:
     """Priority and time limit as Triton has them: 1 is the highest priority, 0 the usual one; microseconds."""
-    if not asked.parameters.keys() & {"priority", "timeout"}:
+    if not inference.parameters.keys() & {"priority", "timeout"}:
         return _USUAL
     options = JobOptions()
-    priority = asked.parameters.get("priority", 0)
+    priority = inference.parameters.get("priority", 0)
     if not isinstance(priority, int) or priority < 0:
         raise failure("validation_failed", "priority is a whole number: 0 for the usual one, 1 for the highest, then 2")
     if priority:
         options.priority = max(0, 10 - priority)
-    patience = _patience(asked)
+    patience = _patience(inference)
     if patience is not None:
         options.timeout_seconds = options.expires_in_seconds = patience
     return options
 
 
-def _patience(asked: InferRequest) -> float | None:
+def _patience(inference: InferRequest) -> float | None:
     """The seconds after which the client does not want the answer any more."""
-    timeout = asked.parameters.get("timeout")
+    timeout = inference.parameters.get("timeout")
     if timeout is None or timeout == 0:
         return None
     if not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT_MICROSECONDS:
@@ -254,117 +252,12 @@ def _patience(asked: InferRequest) -> float | None:
     return timeout / 1e6
 
 
-# ---- waiting
-
-
-async def performed(
-    request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
-) -> dict[str, Any] | None:
-    """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""
-    job_id = made.job.id
-    ended = gateway.waiters.expect(job_id)
-    try:
-        await gateway.submitter.submit_awaited(made, ended)
-        try:
-            text = await _ended(request, ended, patience_seconds)
-        except _GivenUpError as given_up:
-            if given_up.answer is None:
-                return None
-            raise given_up.answer from None
-        finally:
-            if not ended.done() or ended.cancelled() or isinstance(ended.exception(), _GivenUpError):
-                await asyncio.shield(_cancel(gateway, job_id))
-    finally:
-        gateway.waiters.forget(job_id, ended)
-    job: dict[str, Any] = ended.job or orjson.loads(text)
-    if job["state"] == State.SUCCEEDED:
-        return job
-    if job["state"] == State.EXPIRED:
-        raise failure("timeout", f"the run had not started after {patience_seconds} s (parameters.timeout)")
-    raise from_job_error(job["error"])
-
-
-async def _cancel(gateway: Gateway, job_id: str) -> None:
-    """Cancels a run that nobody waits for, once it is recorded: before, there is nothing to cancel."""
-    with suppress(OperationError):
-        await gateway.submitter.recorded()
-        await run_in_threadpool(jobs.cancel, gateway, job_id)
-
-
-class _GivenUpError(Exception):
-    """Nobody waits for the run's end any more: the client has left, or is given `answer`."""
-
-    def __init__(self, answer: OperationError | None = None) -> None:
-        super().__init__()
-        self.answer = answer
-
-
-async def _ended(request: Request, ended: asyncio.Future[bytes], patience_seconds: float | None) -> bytes:
-    """Waits for the run's end, for the client to leave, or as long as it has patience.
-
-    Most runs end so soon that looking out for a client that leaves would cost more than it could save.
-    """
-    loop = ended.get_loop()
-    watch: list[asyncio.Task[None]] = []
-    timers = [loop.call_later(UNWATCHED_SECONDS, _begin_to_watch, request, ended, watch)]
-    if patience_seconds is not None:
-        waited = f"{patience_seconds} s (parameters.timeout)"
-        late = failure("timeout", f"the run had not ended after {waited}, and was cancelled")
-        timers.append(loop.call_later(patience_seconds, _give_up, ended, late))
-    try:
-        return await ended
-    finally:
-        for timer in timers:
-            timer.cancel()
-        for task in watch:
-            task.cancel()
-
-
-def _begin_to_watch(request: Request, ended: asyncio.Future[bytes], watch: list[asyncio.Task[None]]) -> None:
-    watch.append(ended.get_loop().create_task(_look_out(request, ended)))
-
-
-async def _look_out(request: Request, ended: asyncio.Future[bytes]) -> None:
-    """Gives up when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-    _give_up(ended)
-
-
-def _give_up(ended: asyncio.Future[bytes], answer: OperationError | None = None) -> None:
-    if not ended.done():
-        ended.set_exception(_GivenUpError(answer))
-
-
 # ---- bytes in and out
 
 
 async def _body(request: Request, limit: int) -> Raw:
     """The body, decompressed. `payload_too_large` over the limit, which holds for what it is decompressed to."""
-    announced = request.headers.get("content-length")
-    room = None
-    # Of four digits and fewer, as nearly all are, it needs no room.
-    if announced is None or len(announced) > 4:
-        room = room_of(request)
-        if is_number_above(announced or "", limit):
-            raise too_large(limit)
-        await room.announced(announced, limit)
-        take_whole(request.scope)
-    chunks: list[bytes] = []
-    size = 0
-    more = True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise failure("malformed_request", "the body was cut off")
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > limit:
-            raise too_large(limit)
-        if room is not None:
-            room.came(size)
-        more = message.get("more_body", False)
-    body: Raw = request.scope.pop(WHOLE_BODY, None) or (chunks[0] if len(chunks) == 1 else b"".join(chunks))
+    body = await read_whole(request, limit, too_large)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return body
@@ -375,16 +268,16 @@ async def _body(request: Request, limit: int) -> Raw:
 
 
 def _answered(
-    request: Request, asked: InferRequest, told: dict[str, dict[str, Any]], gateway: Gateway, header: dict[str, Any]
+    request: Request, inference: InferRequest, produced: dict[str, JsonObject], gateway: Gateway, header: JsonObject
 ) -> Response:
-    parts, header_length = answer(asked, told, gateway.transients, header)
+    parts, header_length = answer(inference, produced, gateway.transients, header)
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     headers = {}
     media_type = "application/json"
     if header_length is not None:
         headers["Inference-Header-Content-Length"] = str(header_length)
         media_type = "application/octet-stream"
-    # Only for who asks for one of them by name: most HTTP libraries accept both without being asked.
+    # Only for a client that names one of them: most HTTP libraries accept both by default.
     accepted = request.headers.get("accept-encoding", "").strip().lower()
     if accepted in ("gzip", "deflate"):
         headers["Content-Encoding"] = accepted

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from api_gateway.oip.tensors import NAMES, Given, Raw
+from api_gateway.oip.tensors import NAMES, Given
+from api_gateway.submission.bodies import Raw
 from device_operations.errors import failure
 from device_operations.tensors import FIXED_DTYPES, TEXT_DTYPES
 from device_operations.texts import pack_texts, unpack_texts

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from pathlib import Path
-from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -17,9 +15,11 @@ from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.routes.inference import until_recorded
 from api_gateway.submission.answer import json_response, make_plan, read_body
+from api_gateway.submission.performing import performed_to_the_end
 from device_operations.bounds import load_json, whole_number
-from device_operations.errors import error_of, failure, from_job_error
-from device_operations.jobs import Kind, State, new_id
+from device_operations.errors import failure
+from device_operations.jobs import Kind, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import JobRequest, invalid
 from device_operations.requests.inference import LoadModel, UnloadModel
 from tasks.inference.content import MAX_NAME_BYTES
@@ -82,30 +82,22 @@ async def unload(request: Request, caller: Known, model_name: str) -> Response:
     return json_response({})
 
 
-async def _perform(gateway: Gateway, caller: Caller, kind: Kind, request: JobRequest) -> dict[str, Any]:
+async def _perform(gateway: Gateway, caller: Caller, kind: Kind, request: JobRequest) -> None:
     """One job from submission to its end. Raises what it failed with."""
-    job_id = new_id()
-    made = await make_plan(gateway, caller, kind, request, job_id)
-    async with gateway.waiters.awaiting(job_id) as ended:
-        await gateway.submitter.submit([made], None, awaited=True)
-        ended.recorded = True
-        job: dict[str, Any] = orjson.loads(await ended)
-    if job["state"] != State.SUCCEEDED:
-        raise from_job_error(error_of(job["error"], job["state"], "the job"))
-    return job
+    await performed_to_the_end(gateway, await make_plan(gateway, caller, kind, request, new_id()))
 
 
-def _load_request(gateway: Gateway, caller: Caller, name: str, parameters: dict[str, Any]) -> LoadModel:
+def _load_request(gateway: Gateway, caller: Caller, name: str, parameters: JsonObject) -> LoadModel:
     config = _config(parameters.get("config"))
     files = {path.removeprefix("file:"): content for path, content in parameters.items() if path.startswith("file:")}
     if files:
         blobs = {path: _stored(gateway, caller, path, content) for path, content in files.items()}
-        source: dict[str, Any] = {"blobs": blobs}
+        source: JsonObject = {"blobs": blobs}
         version = next(iter(sorted(path.split("/")[0] for path in files if whole_number(path.split("/")[0]))), "1")
     else:
         path, version = _found(gateway.settings.model_cache_path, name)
         source = {"path": path}
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
     if isinstance(config.get("max_batch_size"), int):
         options["max_batch_size"] = max(1, config["max_batch_size"])
     batching = config.get("dynamic_batching")
@@ -118,7 +110,7 @@ def _load_request(gateway: Gateway, caller: Caller, name: str, parameters: dict[
         raise invalid(error, "The model cannot be loaded") from error
 
 
-def _stored(gateway: Gateway, caller: Caller, path: str, content: Any) -> str:
+def _stored(gateway: Gateway, caller: Caller, path: str, content: str) -> str:
     try:
         raw = base64.b64decode(content, validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
@@ -132,7 +124,7 @@ def _found(folder: Path, name: str) -> tuple[str, str]:
     `name/3/model.onnx` (the highest number), `name/model.onnx` or any one graph in `name/`, `name.onnx`.
     """
     base = folder / name
-    # What leaves the folder is refused by whoever loads it; here it only is not looked at.
+    # What leaves the folder is refused by the worker that loads it; here it is only skipped.
     inside = name not in ("", ".", "..") and "/" not in name and "\\" not in name
     inside = inside and len(f"{name}.onnx".encode()) <= MAX_NAME_BYTES
     if inside and base.is_dir():
@@ -172,14 +164,14 @@ def _entry(models: list[Row]) -> dict[str, str]:
     }
 
 
-def _parameters(body: dict[str, Any]) -> dict[str, Any]:
+def _parameters(body: JsonObject) -> JsonObject:
     parameters = body.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise failure("malformed_request", "parameters is not a JSON object")
     return parameters
 
 
-def _config(text: Any) -> dict[str, Any]:
+def _config(text: object) -> JsonObject:
     if text is None:
         return {}
     if not isinstance(text, str):

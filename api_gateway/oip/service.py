@@ -6,7 +6,6 @@ Errors are `{"error": …}` below /v2, FastAPI's own among them (`problems`).
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +17,7 @@ from api_gateway.oip import repository as oip_repository
 from api_gateway.oip.infer import infer
 from api_gateway.oip.tensors import DATATYPES, NAMES
 from api_gateway.submission.answer import json_response
+from device_operations.json_text import JsonObject
 from tasks.inference import models as store
 from tasks.inference.residents import nothing_named
 from tasks.statements import Row
@@ -25,7 +25,7 @@ from tasks.statements import Row
 router = APIRouter(tags=["open inference protocol"])
 router.include_router(oip_repository.router)
 
-_INFER: dict[str, Any] = {
+_INFER: JsonObject = {
     "requestBody": {
         "required": True,
         "content": {
@@ -144,7 +144,7 @@ def _find(gateway: Gateway, caller: Caller, name: str, version: str | None) -> l
     return sorted(models, key=lambda model: model["state"] != "loaded")
 
 
-def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str | None) -> list[dict[str, Any]]:
+def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str | None) -> list[JsonObject]:
     """The statistics of each name and version: what its models on all devices have counted."""
     if name is not None:
         _find(gateway, caller, name, version)
@@ -159,7 +159,7 @@ def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str
     return [_counted([rows[model["model_id"]] for model in models]) for models in wanted]
 
 
-def _counted(models: list[Row]) -> dict[str, Any]:
+def _counted(models: list[Row]) -> JsonObject:
     counts: Counter[str] = Counter()
     for model in models:
         counts.update(model["statistics"])
@@ -195,21 +195,25 @@ def _counted(models: list[Row]) -> dict[str, Any]:
     }
 
 
-def _specification(spec: dict[str, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
-    parameters = {}
+def _specification(spec: JsonObject) -> JsonObject:
+    described: JsonObject = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
+    parameters: JsonObject = {}
     if spec.get("optional"):
         parameters["optional"] = True
-    if DATATYPES.get(told["datatype"]) != spec["dtype"]:
+    if DATATYPES.get(described["datatype"]) != spec["dtype"]:
         parameters["dtype"] = spec.get("type", spec["dtype"])
-    return told | {"parameters": parameters} if parameters else told
+    return described | {"parameters": parameters} if parameters else described
 
 
-def _configuration(spec: dict[str, Any]) -> dict[str, Any]:
+def _configuration(spec: JsonObject) -> JsonObject:
     name = NAMES[spec["dtype"]]
-    told = {"name": spec["name"], "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}", "dims": _sides(spec)}
-    return told | {"optional": True} if spec.get("optional") else told
+    described = {
+        "name": spec["name"],
+        "data_type": f"TYPE_{'STRING' if name == 'BYTES' else name}",
+        "dims": _sides(spec),
+    }
+    return described | {"optional": True} if spec.get("optional") else described
 
 
-def _sides(spec: dict[str, Any]) -> list[int]:
+def _sides(spec: JsonObject) -> list[int]:
     return [side if isinstance(side, int) else -1 for side in spec["shape"]]

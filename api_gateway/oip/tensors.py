@@ -9,13 +9,14 @@ import base64
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import orjson
 
+from api_gateway.submission.bodies import Raw
 from device_operations.bounds import parse_json
 from device_operations.errors import failure
+from device_operations.json_text import JsonObject
 from device_operations.tensors import (
     EIGHT_BIT_FLOATS,
     FIXED_DTYPES,
@@ -45,8 +46,6 @@ _WORDED = ("FP16", "FP32", "FP64")
 _WIRE_DTYPES = {dtype: numpy_dtype(dtype).newbyteorder("<") for dtype in FIXED_DTYPES if dtype not in EIGHT_BIT_FLOATS}
 _WIRE_DTYPES |= dict.fromkeys(EIGHT_BIT_FLOATS, np.dtype("uint8"))
 
-Raw = bytes | bytearray | memoryview
-
 
 @dataclass(slots=True)
 class Given:
@@ -59,7 +58,7 @@ class Given:
 
 @dataclass(slots=True)
 class RequestedOutput:
-    """One output that was asked for, and whether as raw bytes behind the JSON."""
+    """One output that the request names, and whether as raw bytes behind the JSON."""
 
     name: str
     binary: bool
@@ -70,7 +69,7 @@ class InferRequest:
     """One inference request."""
 
     request_id: str | None
-    parameters: dict[str, Any]
+    parameters: JsonObject
     inputs: dict[str, Given]
     outputs: list[RequestedOutput]
     #: Whether outputs that were not named come as raw bytes.
@@ -113,14 +112,14 @@ def read(body: Raw, header_length: int | None) -> InferRequest:
     return InferRequest(request_id, parameters, inputs, outputs, binary, bare=bare)
 
 
-def stash(asked: InferRequest, transients: Transients) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def stash(inference: InferRequest, transients: Transients) -> tuple[dict[str, JsonObject], list[str]]:
     """The inputs as a job's request holds them, and the transients made: what is small stays in the request."""
-    told: dict[str, dict[str, Any]] = {}
+    described: dict[str, JsonObject] = {}
     parts: list[Raw] = []
-    apart: list[dict[str, Any]] = []
+    apart: list[JsonObject] = []
     offset = 0
-    for name, given in asked.inputs.items():
-        tensor: dict[str, Any] = {"dtype": given.dtype, "shape": given.shape}
+    for name, given in inference.inputs.items():
+        tensor: JsonObject = {"dtype": given.dtype, "shape": given.shape}
         size = len(given.raw)
         if size <= TRANSIENT_BYTES:
             tensor["base64"] = base64.b64encode(given.raw).decode("ascii")
@@ -129,34 +128,34 @@ def stash(asked: InferRequest, transients: Transients) -> tuple[dict[str, dict[s
             parts.append(given.raw)
             apart.append(tensor)
             offset += size
-        told[name] = tensor
+        described[name] = tensor
     if not parts:
-        return told, []
+        return described, []
     transient_id = transients.put(parts)
     for tensor in apart:
         tensor["transient_id"] = transient_id
-    return told, [transient_id]
+    return described, [transient_id]
 
 
-def stashed(tensors: dict[str, dict[str, Any]]) -> list[str]:
+def stashed(tensors: dict[str, JsonObject]) -> list[str]:
     """The transients that a job's tensors name."""
     return list({tensor["transient_id"] for tensor in tensors.values() if "transient_id" in tensor})
 
 
 def answer(
-    asked: InferRequest, told: dict[str, dict[str, Any]], transients: Transients, header: dict[str, Any]
+    inference: InferRequest, produced: dict[str, JsonObject], transients: Transients, header: JsonObject
 ) -> tuple[list[Raw], int | None]:
     """The body of the answer in parts, and the length of its JSON where raw bytes follow."""
-    wanted = asked.outputs or [RequestedOutput(name, asked.binary) for name in told]
+    wanted = inference.outputs or [RequestedOutput(name, inference.binary) for name in produced]
     described = []
     parts: list[Raw] = []
     for output in wanted:
-        tensor = told.get(output.name)
+        tensor = produced.get(output.name)
         if tensor is None:
             continue  # an optional output that this run had no value for
         dtype, shape = tensor["dtype"], tensor["shape"]
         raw = _elements(tensor, transients)
-        entry: dict[str, Any] = {"name": output.name, "datatype": NAMES[dtype], "shape": shape}
+        entry: JsonObject = {"name": output.name, "datatype": NAMES[dtype], "shape": shape}
         if output.binary:
             entry["parameters"] = {"binary_data_size": len(raw)}
             parts.append(raw)
@@ -172,18 +171,18 @@ def answer(
     if b"null" in packed:
         # orjson's word for what JSON has no number for: NaN, Infinity. Strict parsers, KServe's client among them, read
         # these as strings; who sent them bare, as Triton writes them, is answered so.
-        packed = json.dumps(header).encode() if asked.bare else _with_words(header)
+        packed = json.dumps(header).encode() if inference.bare else _with_words(header)
     return [packed, *parts], len(packed) if parts else None
 
 
-def _with_words(header: dict[str, Any]) -> bytes:
+def _with_words(header: JsonObject) -> bytes:
     for entry in header["outputs"]:
         if entry["datatype"] in _WORDED and "data" in entry:
             entry["data"] = [number if math.isfinite(number) else word(number) for number in entry["data"]]
     return json.dumps(header).encode()
 
 
-def _elements(tensor: dict[str, Any], transients: Transients) -> Raw:
+def _elements(tensor: JsonObject, transients: Transients) -> Raw:
     if "base64" in tensor:
         return base64.b64decode(tensor["base64"])
     raw = transients.read(tensor["transient_id"], tensor["offset"], tensor["size_bytes"])
@@ -191,7 +190,7 @@ def _elements(tensor: dict[str, Any], transients: Transients) -> Raw:
     return raw if isinstance(raw.obj, bytes) else bytes(raw)
 
 
-def _given(entry: dict[str, Any], view: memoryview, at: int) -> tuple[str, Given, int]:
+def _given(entry: JsonObject, view: memoryview, at: int) -> tuple[str, Given, int]:
     """One input, and where the next one's bytes begin."""
     name, shape = entry.get("name"), entry.get("shape")
     if not isinstance(name, str):
@@ -228,12 +227,12 @@ def _given(entry: dict[str, Any], view: memoryview, at: int) -> tuple[str, Given
     return name, Given(dtype, shape, raw), at + size
 
 
-def _from_json(data: Any, dtype: str, shape: list[int], what: str) -> bytes:
+def _from_json(data: object, dtype: str, shape: list[int], what: str) -> bytes:
     array = from_numbers(data, dtype, shape, what)
     return pack_texts(array.reshape(-1)) if dtype == "string" else to_bytes(array)
 
 
-def _dtype(datatype: Any, what: str) -> str:
+def _dtype(datatype: object, what: str) -> str:
     dtype = DATATYPES.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
         known = ", ".join(DATATYPES)
@@ -241,7 +240,7 @@ def _dtype(datatype: Any, what: str) -> str:
     return dtype
 
 
-def _wanted(entry: dict[str, Any], binary: bool) -> RequestedOutput:
+def _wanted(entry: JsonObject, binary: bool) -> RequestedOutput:
     name = entry.get("name")
     if not isinstance(name, str):
         raise failure("malformed_request", "an output has no name")
@@ -252,25 +251,25 @@ def _wanted(entry: dict[str, Any], binary: bool) -> RequestedOutput:
     return RequestedOutput(name, bool(parameters.get("binary_data", binary)))
 
 
-def _json(text: memoryview) -> tuple[dict[str, Any], bool]:
+def _json(text: memoryview) -> tuple[JsonObject, bool]:
     """The object, and whether it is JSON but for NaN or an infinity."""
     value, strict = parse_json(text, "the request")
     return _object(value, "the body"), not strict
 
 
-def _parameters(holder: dict[str, Any], what: str) -> dict[str, Any]:
+def _parameters(holder: JsonObject, what: str) -> JsonObject:
     """The parameters in the request, an input or an output; none where there are none, or null."""
     parameters = holder.get("parameters")
     return {} if parameters is None else _object(parameters, what)
 
 
-def _object(value: Any, what: str) -> dict[str, Any]:
+def _object(value: object, what: str) -> JsonObject:
     if not isinstance(value, dict):
         raise failure("malformed_request", f"{what} is not a JSON object")
     return value
 
 
-def _list(value: Any, what: str) -> list[Any]:
+def _list(value: object, what: str) -> list[object]:
     if not isinstance(value, list):
         raise failure("malformed_request", f"{what} is not a JSON list")
     return value

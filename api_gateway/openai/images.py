@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import time
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
@@ -15,12 +14,13 @@ from api_gateway import links
 from api_gateway.auth import Known
 from api_gateway.documents import body_schema
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.oip.infer import CLIENT_CLOSED_REQUEST
 from api_gateway.openai.models import MAKES, find_that_makes
 from api_gateway.openai.requests import ImagesRequest, checked
 from api_gateway.openai.runs import run
 from api_gateway.submission.answer import json_response, read_body
+from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST
 from device_operations.errors import failure
+from device_operations.json_text import JsonObject
 from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
@@ -30,13 +30,13 @@ router = APIRouter(tags=["openai"])
 async def create_images(request: Request, caller: Known) -> Response:
     """Makes images of a prompt. A client that goes away cancels the job. A `url` is good for an hour, without a key."""
     body = await read_body(request)
-    asked = checked(ImagesRequest, body)
+    parsed = checked(ImagesRequest, body)
     gateway = of(request)
-    find = partial(_model, gateway, caller, asked.model)
-    async with run(request, caller, body, find, _fields(asked), asked.job) as job:
+    find = partial(_model, gateway, caller, parsed.model)
+    async with run(request, caller, body, find, _fields(parsed), parsed.job) as job:
         if job is None:
             return Response(None, CLIENT_CLOSED_REQUEST)
-        answer = await run_in_threadpool(_answer, gateway, asked, job, str(request.base_url).rstrip("/"))
+        answer = await run_in_threadpool(_answer, gateway, parsed, job, str(request.base_url).rstrip("/"))
     return json_response(answer)
 
 
@@ -56,30 +56,30 @@ def _makes_images(models: list[Row]) -> bool:
     return bool(models) and MAKES.get(models[0]["model_type"]) == "images"
 
 
-def _fields(asked: ImagesRequest) -> dict[str, Any]:
+def _fields(parsed: ImagesRequest) -> JsonObject:
     """The run's own fields: what was not given is the model's to choose."""
-    width, height = asked.sides or (None, None)
-    guidance = asked.guidance if asked.guidance_scale is None else asked.guidance_scale
+    width, height = parsed.sides or (None, None)
+    guidance = parsed.guidance if parsed.guidance_scale is None else parsed.guidance_scale
     fields = {
-        "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
+        "prompt": parsed.prompt,
+        "negative_prompt": parsed.negative_prompt,
         "width": width,
         "height": height,
-        "steps": asked.steps,
+        "steps": parsed.steps,
         "guidance_scale": guidance,
-        "seed": asked.seed,
-        "scheduler": asked.scheduler,
-        "images": asked.n,
+        "seed": parsed.seed,
+        "scheduler": parsed.scheduler,
+        "images": parsed.n,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _answer(gateway: Gateway, asked: ImagesRequest, job: dict[str, Any], service: str) -> dict[str, Any]:
+def _answer(gateway: Gateway, parsed: ImagesRequest, job: JsonObject, service: str) -> JsonObject:
     images = job["result"]["images"]
     made = []
     for image in images:
-        entry: dict[str, Any] = {"seed": image["seed"]}
-        if asked.response_format == "b64_json":
+        entry: JsonObject = {"seed": image["seed"]}
+        if parsed.response_format == "b64_json":
             entry["b64_json"] = base64.b64encode(gateway.blobs.read(image["blob_id"])).decode()
         else:
             entry["url"] = service + links.path_of(gateway.settings, image["blob_id"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -12,6 +10,7 @@ from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.answer import json_response
 from device_operations.errors import OperationError, failure
+from device_operations.json_text import JsonObject
 from tasks.devices.directory import DirectorySnapshot
 from tasks.statements import Row
 
@@ -77,6 +76,6 @@ def _entries(snapshot: DirectorySnapshot, caller: Caller) -> list[tuple[str, Row
     return found
 
 
-def _view(model_id: str, model: Row) -> dict[str, Any]:
+def _view(model_id: str, model: Row) -> JsonObject:
     created = int(model["named_at"].timestamp())
     return {"id": model_id, "object": "model", "created": created, "owned_by": model["owner"]}

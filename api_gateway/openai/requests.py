@@ -29,7 +29,7 @@ Body = TypeVar("Body", bound=Request)
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})", re.ASCII)
 
 
-def checked(kind: type[Body], body: Any) -> Body:
+def checked(kind: type[Body], body: object) -> Body:
     """The request in a JSON body; `validation_failed` names every field that does not fit."""
     try:
         return kind.model_validate(body)
@@ -41,7 +41,7 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
-def _texts(value: Any) -> list[str] | list[list[int]]:
+def _texts(value: object) -> list[str] | list[list[int]]:
     """The texts, or lists of tokens, that `input` gives: one or several of one kind."""
     given = [value] if isinstance(value, str) or _is_ids(value) else value
     if not isinstance(given, list) or not given:

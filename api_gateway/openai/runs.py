@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
-import orjson
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.oip.infer import performed
 from api_gateway.oip.tensors import stashed
 from api_gateway.openai.requests import Options
-from api_gateway.submission.answer import make_plan, promise_of, read_row
-from device_operations.errors import from_job_error
-from device_operations.jobs import TERMINAL, Kind, State, new_id
+from api_gateway.submission.answer import make_plan, promise_of
+from api_gateway.submission.performing import ended_job, performed, performed_to_the_end
+from device_operations.jobs import Kind, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.kinds import parse
-from tasks.jobs import store
 from tasks.jobs.submit import Plan, Promise, recall_jobs
 from tasks.statements import Row
 
@@ -32,8 +29,8 @@ FindModel = Callable[[], Row]
 
 @asynccontextmanager
 async def run(
-    request: Request, caller: Caller, body: Any, find: FindModel, fields: dict[str, Any], options: Options
-) -> AsyncIterator[dict[str, Any] | None]:
+    request: Request, caller: Caller, body: object, find: FindModel, fields: JsonObject, options: Options
+) -> AsyncIterator[JsonObject | None]:
     """The ended job of a pipeline's run with `fields`; None where the client has left, whose job is cancelled.
 
     `body` is what the client sent. While inside, what the job gives in transient files can be read. Raises what the job
@@ -55,24 +52,18 @@ async def run(
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-async def _plan(gateway: Gateway, caller: Caller, find: FindModel, fields: dict[str, Any]) -> Plan:
+async def _plan(gateway: Gateway, caller: Caller, find: FindModel, fields: JsonObject) -> Plan:
     model = await run_in_threadpool(find)
     parsed = await run_in_threadpool(parse, Kind.INFERENCE_RUN, {"model_id": model["model_id"], **fields})
     return await make_plan(gateway, caller, Kind.INFERENCE_RUN, parsed, new_id())
 
 
 async def _promised(
-    gateway: Gateway, caller: Caller, promise: Promise, find: FindModel, fields: dict[str, Any]
-) -> dict[str, Any]:
+    gateway: Gateway, caller: Caller, promise: Promise, find: FindModel, fields: JsonObject
+) -> JsonObject:
     """The succeeded job that the key was used for before, or that is recorded under it now."""
     # Before anything is looked up: the model of the first request may be gone by now.
     rows = await run_in_threadpool(recall_jobs, gateway.engine, promise)
-    if not rows:
-        rows = await gateway.submitter.submit([await _plan(gateway, caller, find, fields)], promise)
-    job_id = rows[0]["id"]
-    async with gateway.waiters.awaiting(job_id) as ended:
-        row = await read_row(gateway, job_id)
-        job: dict[str, Any] = store.view(row) if row["state"] in TERMINAL else orjson.loads(await ended)
-    if job["state"] != State.SUCCEEDED:
-        raise from_job_error(job["error"])
-    return job
+    if rows:
+        return await ended_job(gateway, rows[0]["id"])
+    return await performed_to_the_end(gateway, await _plan(gateway, caller, find, fields), promise)

@@ -35,8 +35,8 @@ PASSING_SECONDS = 60.0
 async def upload(request: Request, caller: Known, sha256: str | None = None) -> Response:
     """Stores the raw body as a new blob. `?sha256=` refuses a body with another hash."""
     stored = await receive(request, caller, sha256)
-    told = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
-    return json_response(told, 201, {"Location": f"/api/blobs/{stored.blob_id}"})
+    described = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
+    return json_response(described, 201, {"Location": f"/api/blobs/{stored.blob_id}"})
 
 
 async def receive(
@@ -51,7 +51,7 @@ async def receive(
     announced = request.headers.get("content-length")
     if is_number_above(announced or "", limit):
         raise failure("payload_too_large", f"a {what} may have {limit} bytes (BLOBS__MAX_BYTES)")
-    # Only what nobody reads as a blob is written over an old file: after a power cut, that might show instead.
+    # Only what is not read as a blob is written over an old file: after a power cut, that might show instead.
     expected = (whole_number(announced) or 0) if passing else 0
     wanted = wanted_hash(request, sha256)
     # Blocks are written as they come: no more than these are held at once.
@@ -63,9 +63,9 @@ async def receive(
     seconds = PASSING_SECONDS if passing else gateway.settings.blobs.ttl_hours * 3600
 
     def record() -> None:
-        told = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
+        described = {"blob_id": stored.blob_id, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
         with gateway.engine.connect() as connection:
-            store.insert(connection, {**told, "owner": caller.owner}, seconds)
+            store.insert(connection, {**described, "owner": caller.owner}, seconds)
 
     await run_in_threadpool(record)
     return stored
@@ -73,18 +73,18 @@ async def receive(
 
 def wanted_hash(request: Request, sha256: str | None = None) -> str | None:
     """The sha256 in hexadecimal that the caller says the body has: `?sha256=`, or a digest header (RFC 9530, 3230)."""
-    told = {sha256.lower()} if sha256 else set()
+    digests = {sha256.lower()} if sha256 else set()
     header = request.headers.get("x-content-sha256")
     if header:
-        told.add(header.strip().lower())
+        digests.add(header.strip().lower())
     for name in ("content-digest", "repr-digest", "digest"):
         for entry in request.headers.get(name, "").split(","):
             algorithm, _, value = entry.strip().partition("=")
             if algorithm.lower() == "sha-256":
-                told.add(_hexadecimal(value.strip().strip(":")))
-    if len(told) > 1:
-        raise failure("malformed_request", f"the request names different hashes: {', '.join(sorted(told))}")
-    wanted = next(iter(told), None)
+                digests.add(_hexadecimal(value.strip().strip(":")))
+    if len(digests) > 1:
+        raise failure("malformed_request", f"the request names different hashes: {', '.join(sorted(digests))}")
+    wanted = next(iter(digests), None)
     if wanted is not None and not re.fullmatch(r"[0-9a-f]{64}", wanted):
         raise failure("malformed_request", "sha256 is not 64 hexadecimal digits")
     return wanted
@@ -154,13 +154,13 @@ def _headers(blob: Row) -> dict[str, str]:
 
 
 def _range(header: str | None, size: int) -> tuple[int, int]:
-    """The half-open byte range that one `Range` header asks for; the whole blob without one."""
-    asked = re.fullmatch(r"\s*bytes=([0-9]*)-([0-9]*)\s*", header or "")
-    if asked is None or asked.groups() == ("", ""):
+    """The half-open byte range that one `Range` header names; the whole blob without one."""
+    requested = re.fullmatch(r"\s*bytes=([0-9]*)-([0-9]*)\s*", header or "")
+    if requested is None or requested.groups() == ("", ""):
         return 0, size
     # A number of too many digits lies beyond the end, as any other that does.
-    first, last = ((whole_number(text, most=size) if text else None) for text in asked.groups())
-    if not asked[1]:
+    first, last = ((whole_number(text, most=size) if text else None) for text in requested.groups())
+    if not requested[1]:
         start, end = (size - last if last is not None else 0), size
     else:
         start, end = (size if first is None else first), (size if last is None else last + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator
@@ -15,6 +15,7 @@ from api_gateway.auth import Known, require_admin
 from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response
 from device_operations.errors import failure
+from device_operations.json_text import JsonObject
 from tasks.devices import store
 from tasks.statements import Row
 
@@ -76,7 +77,7 @@ async def read_samples(request: Request, caller: Known, device_id: str, since: S
     return json_response({"device_id": device_id, "samples": await run_in_threadpool(read)})
 
 
-def view(device: Row, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
+def view(device: Row, counts: dict[str, dict[str, int]]) -> JsonObject:
     """The device as callers see it."""
     at_work = counts.get(device["device_id"], {})
     return {
@@ -92,7 +93,7 @@ def view(device: Row, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read(gateway: Gateway, device_id: str) -> dict[str, Any]:
+def _read(gateway: Gateway, device_id: str) -> JsonObject:
     snapshot = gateway.directory.refresh()
     device = snapshot.devices.get(device_id)
     if device is None:
@@ -100,7 +101,7 @@ def _read(gateway: Gateway, device_id: str) -> dict[str, Any]:
     return view(device, snapshot.counts)
 
 
-def _set_draining(gateway: Gateway, device_id: str, draining: bool) -> dict[str, Any]:
+def _set_draining(gateway: Gateway, device_id: str, draining: bool) -> JsonObject:
     with gateway.engine.connect() as connection:
         if not store.set_draining(connection, device_id, draining):
             raise _no_device(device_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import psutil
 import structlog
@@ -19,6 +18,7 @@ from starlette.responses import Response
 
 from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response
+from device_operations.json_text import JsonObject
 from tasks.jobs import store
 from tasks.statements import row
 
@@ -48,8 +48,8 @@ async def metrics(request: Request) -> Response:
     return Response(await run_in_threadpool(generate_latest, registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _parts(gateway: Gateway) -> dict[str, dict[str, Any]]:
-    parts: dict[str, dict[str, Any]] = {}
+def _parts(gateway: Gateway) -> dict[str, JsonObject]:
+    parts: dict[str, JsonObject] = {}
     try:
         with gateway.engine.connect() as connection:
             row(connection, "SELECT 1")
@@ -85,7 +85,7 @@ class _Figures(Collector):
         for entry in totals:
             jobs.add_metric([entry["kind"], entry["state"]], entry["jobs"])
         yield jobs
-        told = {
+        gauges = {
             "online": GaugeMetricFamily("device_operations_device_online", "1 where it takes jobs.", labels=["device"]),
             "queued": GaugeMetricFamily("device_operations_device_queued", "Jobs that wait.", labels=["device"]),
             "running": GaugeMetricFamily("device_operations_device_running", "Jobs that run.", labels=["device"]),
@@ -95,13 +95,13 @@ class _Figures(Collector):
         }
         for device_id, device in snapshot.devices.items():
             counts = snapshot.counts.get(device_id, {})
-            told["online"].add_metric([device_id], float(device["state"] == "online"))
-            told["queued"].add_metric([device_id], counts.get("queued", 0))
-            told["running"].add_metric([device_id], counts.get("running", 0))
+            gauges["online"].add_metric([device_id], float(device["state"] == "online"))
+            gauges["queued"].add_metric([device_id], counts.get("queued", 0))
+            gauges["running"].add_metric([device_id], counts.get("running", 0))
             for name in ("free", "reserved", "budget"):
                 if device[f"{name}_bytes"] is not None:
-                    told[name].add_metric([device_id], device[f"{name}_bytes"])
-        yield from told.values()
+                    gauges[name].add_metric([device_id], device[f"{name}_bytes"])
+        yield from gauges.values()
         resident = GaugeMetricFamily("device_operations_gateway_resident_bytes", "Memory of this process.")
         resident.add_metric([], psutil.Process(os.getpid()).memory_info().rss)
         yield resident

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response, promise_of, read_body, submit_job
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Job, Kind, State
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.inference import OpenSession
 from tasks.database import unavailable
@@ -75,7 +76,7 @@ async def unload_model(
     if not force:
         return await submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body)
     submitting = asyncio.ensure_future(submit_job(request, caller, Kind.INFERENCE_UNLOAD_MODEL, body))
-    # The runs are marked in the unload's own transaction; workers see it within a second, or at once when told.
+    # The runs are marked in the unload's own transaction; workers see it within a second, or at once when woken.
     await asyncio.wait((submitting,), timeout=0.05)
     await run_in_threadpool(_wake_cancelled, of(request), model_id)
     return await submitting
@@ -103,7 +104,7 @@ async def list_sessions(
     state: Literal["active", "closed", "expired", "lost"] | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Response:
-    """The caller's inference sessions, newest first; an admin sees everybody's."""
+    """The caller's inference sessions, newest first; an admin sees every owner's."""
     gateway = of(request)
     owner = None if caller.admin else caller.owner
 
@@ -119,7 +120,7 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
     """A session and what became of its runs. A run without a session has one of its own, whose id is the job's."""
     gateway = of(request)
 
-    def read() -> dict[str, Any]:
+    def read() -> JsonObject:
         with gateway.engine.connect() as connection:
             row = store.get_session(connection, session_id)
             if row is not None and may_see(caller, row):
@@ -169,7 +170,7 @@ async def read_model(request: Request, caller: Known, model_id: str) -> Response
     return json_response(view(await run_in_threadpool(read)))
 
 
-def view(model: Row) -> dict[str, Any]:
+def view(model: Row) -> JsonObject:
     """The model as callers see it."""
     return {
         name: model[name]
@@ -182,7 +183,7 @@ def view(model: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def session_view(session: Row) -> dict[str, Any]:
+def session_view(session: Row) -> JsonObject:
     """The session as callers see it; `idle` is one that is open and has no run under way."""
     state = session["state"]
     return {
@@ -202,14 +203,14 @@ def session_view(session: Row) -> dict[str, Any]:
 
 
 def _wake_cancelled(gateway: Gateway, model_id: str) -> None:
-    """Tells workers of the runs that an unload has cancelled; they would see it themselves within a second."""
+    """Wakes workers for the runs that an unload has cancelled; they would see it themselves within a second."""
     with gateway.engine.connect() as connection:
         cancelled = job_store.to_be_cancelled(connection, model_id)
     for job in cancelled:
         gateway.publisher.wake(job["device_id"], {"cancel": job["id"]})
 
 
-def _session_of_a_job(job: Row) -> dict[str, Any]:
+def _session_of_a_job(job: Row) -> JsonObject:
     over = job["state"] in TERMINAL
     won = job["state"] == State.SUCCEEDED
     return {
@@ -228,7 +229,7 @@ def _session_of_a_job(job: Row) -> dict[str, Any]:
     }
 
 
-def _parse_session(body: dict[str, Any]) -> OpenSession:
+def _parse_session(body: JsonObject) -> OpenSession:
     try:
         return OpenSession.model_validate(body)
     except ValidationError as error:

@@ -28,11 +28,13 @@ from api_gateway.submission.answer import (
     submit_parsed,
     wait_for,
 )
+from api_gateway.submission.performing import cancel
 from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.kinds import parse
-from tasks.jobs import lifecycle, store
+from tasks.jobs import store
 from tasks.jobs.options import as_asked, to_retry
 from tasks.jobs.submit import Plan, recall_jobs
 from tasks.kinds import KINDS
@@ -60,11 +62,11 @@ async def read_job(
     caller: Known,
     job_id: str,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="seconds to wait for the job's end")] = 0,
-    include: Annotated[Literal["request"] | None, Query(description="request: also what was asked")] = None,
+    include: Annotated[Literal["request"] | None, Query(description="request: also the job's request")] = None,
 ) -> Response:
     """One job; with `wait`, as soon as it has ended, or as it stands when the time is up.
 
-    `include=request` adds what was asked, as `request`; tensors above 64 KiB in it are blobs.
+    `include=request` adds the job's request, as `request`; tensors above 64 KiB in it are blobs.
     """
     gateway = of(request)
     row = await _visible(gateway, caller, job_id)
@@ -74,11 +76,11 @@ async def read_job(
             return waited
         row = await read_row(gateway, job_id)
 
-    def more() -> dict[str, Any]:
+    def more() -> JsonObject:
         with gateway.engine.connect() as connection:
-            told = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
-            asked = store.asked_of(connection, job_id) if include else None
-        return told if asked is None else told | {"request": as_asked(asked)}
+            shown = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
+            recorded = store.asked_of(connection, job_id) if include else None
+        return shown if recorded is None else shown | {"request": as_asked(recorded)}
 
     if include is None and row["state"] not in CLAIMABLE:
         return json_response(store.view(row))
@@ -157,7 +159,7 @@ async def submit_many(request: Request, caller: Known) -> Response:
     return await accepted_all(gateway, rows, preferred_wait(request))
 
 
-def _planned(context: Context, index: int, entry: Any, earlier: Earlier) -> Plan:
+def _planned(context: Context, index: int, entry: object, earlier: Earlier) -> Plan:
     if not isinstance(entry, dict) or not isinstance(entry.get("request"), dict) or set(entry) - {"kind", "request"}:
         raise failure("validation_failed", f"jobs.{index} is not {{'kind': …, 'request': {{…}}}}")
     try:
@@ -191,20 +193,20 @@ async def retry_job(request: Request, caller: Known, job_id: str) -> Response:
     if not isinstance(changes.get("job", {}), dict):
         raise failure("validation_failed", "job is an object of options")
 
-    def asked_again() -> dict[str, Any]:
+    def request_again() -> JsonObject:
         with gateway.engine.connect() as connection:
-            asked = store.asked_of(connection, job_id)
-        if asked is None:
+            recorded = store.asked_of(connection, job_id)
+        if recorded is None:
             raise failure("job_not_found", f"there is no job {job_id!r}")
-        if asked["owner"] != caller.owner:
-            # Whoever tries it again, it stays its owner's.
-            changes["job"] = {"owner": asked["owner"], **changes.get("job", {})}
-        return to_retry(asked, changes, gateway.blobs.read)
+        if recorded["owner"] != caller.owner:
+            # A retry by another caller (an admin) stays its owner's.
+            changes["job"] = {"owner": recorded["owner"], **changes.get("job", {})}
+        return to_retry(recorded, changes, gateway.blobs.read)
 
     kind, wait_seconds = Kind(row["kind"]), preferred_wait(request)
     promise = promise_of(request, caller, changes)
     try:
-        parsed = parse(kind, await run_in_threadpool(asked_again))
+        parsed = parse(kind, await run_in_threadpool(request_again))
     except OperationError:
         earlier = await earlier_job(gateway, promise, wait_seconds)
         if earlier is None:
@@ -236,21 +238,9 @@ async def cancel_job(request: Request, caller: Known, job_id: str) -> Response:
     return json_response(store.view(row), 202, {"Location": f"/api/jobs/{job_id}"})
 
 
-def cancel(gateway: Gateway, job_id: str) -> Row:
-    """Cancels a job that waits, or tells the worker of one that runs; `job_finished` once it has ended."""
-    rows = lifecycle.cancel(gateway.engine, gateway.publisher, [job_id])
-    gateway.outbox.cancelled(rows)
-    for row in rows:
-        if row["id"] == job_id:
-            return row
-    with gateway.engine.connect() as connection:
-        ended = store.get(connection, job_id)
-    raise failure("job_finished", f"job {job_id} has ended: it is {ended['state'] if ended else 'gone'}")
-
-
 async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
 
-    async with gateway.waiters.following(job_id) as told, gateway.waiters.awaiting(job_id) as ended:
+    async with gateway.waiters.following(job_id) as events, gateway.waiters.awaiting(job_id) as ended:
         row = await read_row(gateway, job_id)
         await run_in_threadpool(_follow, gateway, row)
         view = store.view(row)
@@ -259,7 +249,7 @@ async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
             yield _event("done", view)
             return
         while True:
-            heard = asyncio.ensure_future(told.get())
+            heard = asyncio.ensure_future(events.get())
             both: set[asyncio.Future[Any]] = {heard, ended}
             await asyncio.wait(both, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if heard.done():
@@ -274,12 +264,12 @@ async def _events(gateway: Gateway, job_id: str) -> AsyncIterator[bytes]:
 
 
 def _follow(gateway: Gateway, row: Row) -> None:
-    """Tells the job's worker that somebody follows it; said again while that is so."""
+    """Wakes the job's worker because the job is followed; repeated while it is."""
     if row["device_id"] and row["state"] not in TERMINAL:
         gateway.publisher.wake(row["device_id"], {"follow": row["id"]})
 
 
-def _event(name: str, data: Any) -> bytes:
+def _event(name: str, data: object) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data, option=orjson.OPT_UTC_Z) + b"\n\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -30,6 +30,7 @@ from api_gateway.submission.answer import (
 from device_operations.bounds import is_storable, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
@@ -46,13 +47,13 @@ MAX_OFFSET = 2**63 - 1
 
 @router.get("/api/memory/status")
 async def read_status(request: Request, caller: Known) -> Response:
-    """What every device has, and what is reserved on it. Reads records only: no device is asked.
+    """What every device has, and what is reserved on it. Reads records only: no device is queried.
 
     `by_owner` is the caller's own share, for an admin every owner's; `others_bytes` is what all other owners hold.
     """
     gateway = of(request)
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[JsonObject]:
         with gateway.engine.connect() as connection:
             return standing_store.standing(connection)
 
@@ -66,10 +67,10 @@ async def read_device(
     device_id: str,
     map: bool = False,  # noqa: A002 - the API's name
 ) -> Response:
-    """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, of everybody's."""
+    """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, every owner's."""
     gateway = of(request)
 
-    def read() -> dict[str, Any]:
+    def read() -> JsonObject:
         with gateway.engine.connect() as connection:
             standing = standing_store.standing(connection, device_id)
             if not standing:
@@ -148,7 +149,7 @@ async def list_allocations(
 
 @router.get("/api/memory/allocations/{allocation_id}")
 async def read_allocation(request: Request, caller: Known, allocation_id: str) -> Response:
-    """One allocation, whatever became of it."""
+    """One allocation, in any state."""
     gateway = of(request)
     return json_response(view(await run_in_threadpool(_visible, gateway, caller, allocation_id)))
 
@@ -197,11 +198,11 @@ async def write_data(
         await run_in_threadpool(check)
     stored = await receive(request, caller, wanted, passing=True, what="body")
     body = {"allocation_id": allocation_id, "offset": offset, "blob_id": stored.blob_id}
-    # The same bytes again are the same request, whatever blob they came in as.
+    # The same bytes again are the same request, under any blob id.
     promise = promise_of(request, caller, {"sha256": stored.sha256, "size_bytes": stored.size_bytes})
     parsed = parse(Kind.MEMORY_WRITE, body)
     wait_seconds = preferred_wait(request)
-    # Once the bytes are on the device, nobody needs the blob any more.
+    # Once the bytes are on the device, the blob is not needed any more.
     also = {"passing": True}
     return await submit_parsed(gateway, caller, Kind.MEMORY_WRITE, parsed, promise, wait_seconds, also=also)
 
@@ -220,14 +221,14 @@ async def read_data(
     a blob that holds the bytes.
     """
     gateway = of(request)
-    body: dict[str, Any] = {"allocation_id": allocation_id, "offset": offset}
+    body: JsonObject = {"allocation_id": allocation_id, "offset": offset}
     if size_bytes is not None:
         body["size_bytes"] = size_bytes
     made = await make_plan(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), new_id())
     return await passing.answer(gateway, made, preferred_wait(request) or MAX_WAIT_SECONDS)
 
 
-def view(allocation: Row) -> dict[str, Any]:
+def view(allocation: Row) -> JsonObject:
     """The allocation as callers see it."""
     return {
         name: allocation[name]
@@ -238,7 +239,7 @@ def view(allocation: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _seen_by(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
+def _seen_by(caller: Caller, standing: JsonObject) -> JsonObject:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}
@@ -253,7 +254,7 @@ def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
     return found(caller, row, "allocation", allocation_id)
 
 
-def _named(body: dict[str, Any], allocation_id: str) -> dict[str, Any]:
+def _named(body: JsonObject, allocation_id: str) -> JsonObject:
     """The body with the allocation that the address names; another in the body is a mistake."""
     if body.get("allocation_id", allocation_id) != allocation_id:
         raise failure("validation_failed", "the body names another allocation than the address")

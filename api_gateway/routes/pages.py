@@ -1,4 +1,4 @@
-"""The dashboard at `/`: a page and its files, which ask the API like any other caller; nothing here knows a job."""
+"""The dashboard at `/`: a page and its files, which call the API like any other client; nothing here knows a job."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def dashboard(request: Request) -> Response:
 
 @router.get("/static/{name}")
 async def static_file(request: Request, name: str) -> Response:
-    """One of the page's files, by a name that is known: no path is made of what was asked."""
+    """One of the page's files, by a name that is known: no path is made from the request."""
     if name not in _FILES:
         raise failure("not_found", f"GET {request.url.path}: the dashboard has no such file")
     return _answer(request, name)
@@ -79,7 +79,7 @@ async def static_file(request: Request, name: str) -> Response:
 
 @router.get("/favicon.ico")
 async def favicon(request: Request) -> Response:
-    """What browsers ask for by themselves."""
+    """What browsers request by themselves."""
     return _answer(request, "icon.svg")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -14,6 +14,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.answer import json_response, read_body, submit_job
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 from tasks.owners import found
 from tasks.statements import Row, transaction
 from tasks.training import checkpoints as checkpoint_store
@@ -46,17 +47,17 @@ async def step(request: Request, caller: Known) -> Response:
 async def read_status(
     request: Request, caller: Known, session_id: str, history: Annotated[int, Query(ge=0, le=100_000)] = 0
 ) -> Response:
-    """How a session stands, with its last `history` steps. Reads records only: no device is asked."""
+    """How a session stands, with its last `history` steps. Reads records only: no device is queried."""
     gateway = of(request)
 
-    def read() -> dict[str, Any]:
+    def read() -> JsonObject:
         with gateway.engine.connect() as connection:
             session = found(caller, store.get(connection, session_id), "training session", session_id)
             stepping = session["state"] in ("ready", "restored") and store.is_stepping(connection, session)
             steps = store.history(connection, session_id, history) if history else []
             checkpoints = checkpoint_store.page(connection, session_id, None, CHECKPOINTS_TOLD)
-        told = view(session) | {"history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
-        return told | ({"state": "stepping"} if stepping else {})
+        shown = view(session) | {"history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
+        return shown | ({"state": "stepping"} if stepping else {})
 
     return json_response(await run_in_threadpool(read))
 
@@ -117,9 +118,9 @@ async def end_session(request: Request, caller: Known, session_id: str, checkpoi
     return await submit_job(request, caller, Kind.TRAINING_END_SESSION, named)
 
 
-def view(session: Row) -> dict[str, Any]:
+def view(session: Row) -> JsonObject:
     """The session as callers see it."""
-    told = {
+    shown = {
         name: session[name]
         for name in (
             "session_id", "device_id", "state", "step", "applied_sequence", "submitted_sequence", "loss",
@@ -128,22 +129,22 @@ def view(session: Row) -> dict[str, Any]:
         )
     }  # fmt: skip
     operators = session["cpu_fallback_operators"]
-    return told | {
+    return shown | {
         "resident": session["epoch"] is not None,
         "cpu_fallback_ops": len(operators), "cpu_fallback_operators": operators,
     }  # fmt: skip
 
 
-def view_checkpoint(checkpoint: Row) -> dict[str, Any]:
+def view_checkpoint(checkpoint: Row) -> JsonObject:
     """The checkpoint as callers see it."""
-    told = {
+    shown = {
         name: checkpoint[name]
         for name in (
             "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id",
             "onnx_blob_id", "run_job_id", "created_at", "owner", "damage",
         )
     }  # fmt: skip
-    return told | {"automatic": checkpoint["job_id"] is None}
+    return shown | {"automatic": checkpoint["job_id"] is None}
 
 
 def _delete(gateway: Gateway, caller: Caller, checkpoint_id: str) -> None:

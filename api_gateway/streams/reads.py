@@ -13,7 +13,6 @@ import base64
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
 
 import orjson
 import structlog
@@ -24,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.gateway import Gateway
 from api_gateway.submission.answer import accepted, promised_row
 from device_operations.errors import OperationError, error_of, from_job_error
+from device_operations.json_text import JsonObject
 from tasks.blobs import records as blob_store
 from tasks.blobs.ring import Ring
 from tasks.blobs.store import CHUNK_BYTES
@@ -67,7 +67,7 @@ async def answer(gateway: Gateway, plan: Plan, wait_seconds: float) -> Response:
 
 
 class Passing(StreamingResponse):
-    """A read's bytes. Whatever becomes of the connection, nothing of them is left behind."""
+    """A read's bytes. However the connection ends, nothing of them is left behind."""
 
     def __init__(
         self, gateway: Gateway, plan: Plan, ring: Ring | None, ended: asyncio.Future[bytes], sha256: str,
@@ -99,9 +99,9 @@ class Passing(StreamingResponse):
         finally:
             await self._held.aclose()
             if self._ended.done() and self._ended.exception() is None:
-                told = orjson.loads(self._ended.result())["result"] or {}
-                if told.get("blob_id"):
-                    asyncio.get_running_loop().run_in_executor(None, _drop, self._gateway, told["blob_id"])
+                job_result = orjson.loads(self._ended.result())["result"] or {}
+                if job_result.get("blob_id"):
+                    asyncio.get_running_loop().run_in_executor(None, _drop, self._gateway, job_result["blob_id"])
 
     async def _bytes(self) -> AsyncIterator[bytes | memoryview]:
         done = 0
@@ -110,8 +110,8 @@ class Passing(StreamingResponse):
                 done += len(piece)
                 yield piece
         if done < self._size:
-            told = _result(self._ended)
-            async for block in self._gateway.blobs.stream(told["blob_id"], 0, self._size - done):
+            job_result = _result(self._ended)
+            async for block in self._gateway.blobs.stream(job_result["blob_id"], 0, self._size - done):
                 yield block
 
     async def _pieces(self, ring: Ring) -> AsyncIterator[memoryview]:
@@ -151,13 +151,13 @@ async def _came(ring: Ring | None, ended: asyncio.Future[bytes], seconds: float 
     return True
 
 
-def _result(ended: asyncio.Future[bytes]) -> dict[str, Any]:
+def _result(ended: asyncio.Future[bytes]) -> JsonObject:
     """The ended job's result, or what it failed with."""
     job = orjson.loads(ended.result())
     if job["state"] != "succeeded":
         raise from_job_error(error_of(job["error"], job["state"], "the read"))
-    told: dict[str, Any] = job["result"]
-    return told
+    job_result: JsonObject = job["result"]
+    return job_result
 
 
 def _drop(gateway: Gateway, blob_id: str) -> None:

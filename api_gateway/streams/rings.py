@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 RINGS = 4
 SLOTS = 8
 
-#: Seconds after which nobody waits for a ring's first piece any more: longer than a request waits for its job.
+#: Seconds after which a ring's first piece is not awaited any more: longer than a request waits for its job.
 FORGOTTEN_SECONDS = 600
 
 

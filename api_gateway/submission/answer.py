@@ -1,4 +1,4 @@
-"""From a request's body to a job's answer: read, check, plan, record, and wait if the caller asked for it."""
+"""From a request's body to a job's answer: read, check, plan, record, and wait if the request says so."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 from urllib.parse import quote
 
 import orjson
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from api_gateway.gateway import Caller, Gateway, of
-from api_gateway.submission.bodies import room_of
+from api_gateway.submission.bodies import read_whole
 from api_gateway.submission.waiting import lost
-from device_operations.bounds import is_number_above, load_json, whole_number
+from device_operations.bounds import load_json, whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
@@ -43,27 +42,14 @@ LIKELY_ENDED_SECONDS = 1.0
 JSON = "application/json"
 
 
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer in JSON; times are RFC 3339 in UTC."""
     return Response(orjson.dumps(value, option=orjson.OPT_UTC_Z, default=str), status, headers, media_type=JSON)
 
 
-async def read_body(request: Request, *, empty_is: Any = None) -> Any:
+async def read_body(request: Request, *, empty_is: JsonObject | None = None) -> JsonObject:
     """The JSON body; `payload_too_large` over the limit, `malformed_request` for what is not JSON."""
-    limit = of(request).settings.http.max_body_bytes
-    if is_number_above(request.headers.get("content-length", ""), limit):
-        raise _too_large(limit)
-    room = room_of(request)
-    await room.announced(request.headers.get("content-length"), limit)
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise _too_large(limit)
-            room.came(len(body))
-    except ClientDisconnect:
-        raise failure("malformed_request", "the body was cut off") from None
+    body = await read_whole(request, of(request).settings.http.max_body_bytes, _too_large)
     if not body:
         if empty_is is not None:
             return empty_is
@@ -74,7 +60,7 @@ async def read_body(request: Request, *, empty_is: Any = None) -> Any:
     return value
 
 
-async def submit_job(request: Request, caller: Caller, kind: Kind, body: dict[str, Any]) -> Response:
+async def submit_job(request: Request, caller: Caller, kind: Kind, body: JsonObject) -> Response:
     """Takes one job: 202 with the job, or 200 with the finished job where `Prefer: wait=S` saw its end."""
     gateway = of(request)
     heavy = is_heavy(request)
@@ -99,7 +85,7 @@ async def submit_parsed(
     wait_seconds: float,
     *,
     heavy: bool = True,
-    also: Mapping[str, Any] | None = None,
+    also: Mapping[str, object] | None = None,
     retried_from: str | None = None,
 ) -> Response:
     """The same for a request that is checked already.
@@ -245,17 +231,17 @@ async def _read_rows(gateway: Gateway, job_ids: Collection[str]) -> dict[str, Ro
     return await run_in_threadpool(read)
 
 
-def promise_of(request: Request, caller: Caller, body: Any) -> Promise | None:
-    """What `Idempotency-Key` asks for."""
+def promise_of(request: Request, caller: Caller, body: object) -> Promise | None:
+    """The promise that `Idempotency-Key` makes."""
     key = _key_of(request)
     if key is None:
         return None
-    told = body_hash([body, sorted(request.query_params.multi_items())])
-    return Promise(caller.owner, _route_of(request), key, told)
+    digest = body_hash([body, sorted(request.query_params.multi_items())])
+    return Promise(caller.owner, _route_of(request), key, digest)
 
 
 def knows_key(request: Request, caller: Caller) -> bool:
-    """Whether the caller has used the request's key on this route before, with whatever body."""
+    """Whether the caller has used the request's key on this route before, with any body."""
     key = _key_of(request)
     if key is None:
         return False
@@ -292,7 +278,7 @@ def _location(row: Row) -> dict[str, str]:
     return {"Location": f"/api/jobs/{quote(row['id'], safe='')}"}
 
 
-def _too_large(limit: int) -> Exception:
+def _too_large(limit: int) -> OperationError:
     return failure(
         "payload_too_large",
         f"a JSON body may have {limit} bytes (HTTP__MAX_BODY_BYTES); send big tensors as blobs: POST /api/blobs",

@@ -1,4 +1,4 @@
-"""How many bytes of request bodies a gateway holds at once, and who waits for room.
+"""Reads the bodies of requests, and bounds how many bytes of them a gateway holds at once.
 
 A body of known length waits for room before it is read (the client is held back by its connection); one of unknown
 length takes room as it comes, and is refused where there is none. Small bodies are not counted: the connection has
@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from fastapi import Request
 
-from device_operations.bounds import whole_number
-from device_operations.errors import failure
+from api_gateway.fast_path.whole_body import WHOLE_BODY, take_whole
+from device_operations.bounds import is_number_above, whole_number
+from device_operations.errors import OperationError, failure
+
+#: Bytes of a body.
+Raw = bytes | bytearray | memoryview
 
 #: Bodies of at most so many bytes are not counted.
 SMALL_BYTES = 65_536
@@ -42,7 +47,7 @@ class Bodies:
         return self._held
 
     async def take(self, size: int) -> None:
-        """Takes room, after those who asked before. `overloaded` where there is none in time."""
+        """Takes room, after the requests before it. `overloaded` where there is none in time."""
         if not self._waiting and self.grow(size):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -129,3 +134,35 @@ def room_of(request: Request) -> Room:
     room = request.scope[ROOM]
     assert isinstance(room, Room)
     return room
+
+
+async def read_whole(request: Request, limit: int, too_large: Callable[[int], OperationError]) -> Raw:
+    """The body as it was sent, at most `limit` bytes: the one reader of bodies that are wanted whole.
+
+    Raises `too_large(limit)`, `overloaded` where there is no room, `malformed_request` where the client leaves.
+    """
+    announced = request.headers.get("content-length")
+    room = None
+    # Of four digits and fewer, as nearly all are, it needs no room.
+    if announced is None or len(announced) > 4:
+        room = room_of(request)
+        if is_number_above(announced or "", limit):
+            raise too_large(limit)
+        await room.announced(announced, limit)
+        take_whole(request.scope)
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise failure("malformed_request", "the body was cut off")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise too_large(limit)
+        if room is not None:
+            room.came(size)
+        more = message.get("more_body", False)
+    whole: Raw | None = request.scope.pop(WHOLE_BODY, None)
+    return whole or (chunks[0] if len(chunks) == 1 else b"".join(chunks))

@@ -1,4 +1,4 @@
-"""Bodies that come compressed: decompressed to no more than a body may have, whatever they would grow to."""
+"""Bodies that come compressed: decompressed to no more than a body may have, however large they would grow."""
 
 from __future__ import annotations
 

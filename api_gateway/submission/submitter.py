@@ -85,7 +85,7 @@ class Submitter:
     async def submit_awaited(self, plan: Plan, ended: Awaited) -> None:
         """The same for one whose caller waits for the job's end in this very request.
 
-        May come back before the job is recorded: `ended` is told if it cannot be. `recorded` waits for that.
+        May come back before the job is recorded: `ended` is given the error if it cannot be. `recorded` waits for that.
         """
         if _is_simple(plan):
             self._arrive(_Waiting([plan], True, ended.get_loop(), ended, wants_rows=False))
@@ -197,15 +197,15 @@ def _is_simple(plan: Plan) -> bool:
 
 
 def _answer(together: list[_Waiting], answers: Sequence[list[Row] | Exception]) -> None:
-    """Hands each request its rows or its error, with one wake-up of the event loop; none where nobody wants one."""
-    told = [
+    """Hands each request its rows or its error, with one wake-up of the event loop; none if no request waits."""
+    handed = [
         (waiting, answer)
         for waiting, answer in zip(together, answers, strict=True)
         if waiting.wants_rows or isinstance(answer, BaseException)
     ]
 
     def hand_over() -> None:
-        for waiting, answer in told:
+        for waiting, answer in handed:
             if waiting.future.done():
                 continue
             if isinstance(answer, BaseException):
@@ -213,5 +213,5 @@ def _answer(together: list[_Waiting], answers: Sequence[list[Row] | Exception]) 
             else:
                 waiting.future.set_result(answer)
 
-    if told:
+    if handed:
         together[0].loop.call_soon_threadsafe(hand_over)

@@ -1,10 +1,10 @@
 """Waiting for jobs: one Redis subscription for the whole process wakes every request that waits.
 
-The same announcements tell when models were loaded or unloaded, by whichever gateway.
+The same announcements say that models were loaded or unloaded, through any gateway.
 
 First register, then read the record: an end between the two is not missed. After a broken connection, and every
 `LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement costs seconds, not for ever. A job
-that was recorded without waiting for the disk and is not there any more was lost with PostgreSQL: its waiters are told.
+that was recorded without waiting for the disk and is gone was lost with PostgreSQL: its waiters get an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import orjson
 import structlog
@@ -26,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from api_gateway.submission.subscription import Subscription, subscribed
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL
+from device_operations.json_text import JsonObject
 from tasks.jobs import store
 from tasks.kinds import KINDS
 from tasks.redis.queues import DONE_CHANNEL, job_channel
@@ -36,24 +36,24 @@ LOOK_SECONDS = 2.0
 
 _DONE = DONE_CHANNEL.encode()
 
-#: How the announcement of a load or an unload begins; reading those as JSON that nobody awaits here would cost more
+#: How the announcement of a load or an unload begins; reading those as JSON that is not awaited here would cost more
 #: than the rest.
 _CHANGING = frozenset(kind for kind, spec in KINDS.items() if spec.changes_models)
 _CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, sorted(_CHANGING)))})"'.encode())
 
 
-def _is_end(job_id: bytes, told: dict[str, Any]) -> bool:
-    """Whether `told` is the job with this id as it has ended."""
-    state = told.get("state")
-    return told.get("job_id") == job_id.decode(errors="replace") and type(state) is str and state in TERMINAL
+def _is_end(job_id: bytes, announced: JsonObject) -> bool:
+    """Whether `announced` is the job with this id as it has ended."""
+    state = announced.get("state")
+    return announced.get("job_id") == job_id.decode(errors="replace") and type(state) is str and state in TERMINAL
 
 
-def _event(data: bytes) -> dict[str, Any] | None:
+def _event(data: bytes) -> JsonObject | None:
     """What is announced of a followed job: `{"event": "state" | "progress", "data"}`; None if it is not that."""
-    told = _object(data)
+    announced = _object(data)
     # A tuple, since what is no text may have no hash.
-    if told.get("event") in ("state", "progress") and type(told.get("data")) is dict:
-        return told
+    if announced.get("event") in ("state", "progress") and type(announced.get("data")) is dict:
+        return announced
     log.warning("announcement refused", size_bytes=len(data))
     return None
 
@@ -63,10 +63,10 @@ class Awaited(asyncio.Future[bytes]):
 
     recorded = False
     #: The same as an object, where it has been read on the way; not to be changed.
-    job: dict[str, Any] | None = None
+    job: JsonObject | None = None
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _object(text: bytes) -> JsonObject:
     """The JSON object in `text`, empty where it is none."""
     try:
         value = orjson.loads(text)
@@ -76,18 +76,18 @@ def _object(text: bytes) -> dict[str, Any]:
 
 
 class Waiters:
-    """Everybody in this process who waits for a job or follows one."""
+    """The requests of this process that wait for a job or follow one."""
 
     def __init__(self, redis_url: str, engine: Engine, on_models_changed: Callable[[], None]) -> None:
         self._connections = ConnectionPool.from_url(
             redis_url, protocol=2, socket_keepalive=True, socket_connect_timeout=5
         )
         self._engine = engine
-        #: Called when a model was loaded or unloaded, before whoever waited for that hears of it.
+        #: Called when a model was loaded or unloaded, before the requests that waited for it are woken.
         self._on_models_changed = on_models_changed
         self._subscription: Subscription | None = None
         self._awaited: dict[bytes, set[Awaited]] = {}
-        self._followers: dict[bytes, set[asyncio.Queue[dict[str, Any]]]] = {}
+        self._followers: dict[bytes, set[asyncio.Queue[JsonObject]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -118,7 +118,7 @@ class Waiters:
         return future
 
     def forget(self, job_id: str, future: Awaited) -> None:
-        """Nobody waits for `future` any more."""
+        """Ends the wait for `future`."""
         key = job_id.encode()
         waiting = self._awaited.get(key)
         if waiting is not None:
@@ -127,18 +127,18 @@ class Waiters:
                 del self._awaited[key]
 
     @asynccontextmanager
-    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
+    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[JsonObject]]:
         """A queue of `{"event", "data"}` while the job goes on, on the same subscription."""
         channel = job_channel(job_id).encode()
-        told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        announced: asyncio.Queue[JsonObject] = asyncio.Queue()
         followers = self._followers.setdefault(channel, set())
-        followers.add(told)
+        followers.add(announced)
         if len(followers) == 1 and self._subscription is not None:
             self._subscription.add(channel)
         try:
-            yield told
+            yield announced
         finally:
-            followers.discard(told)
+            followers.discard(announced)
             if not followers:
                 self._followers.pop(channel, None)
                 if self._subscription is not None:
@@ -151,7 +151,7 @@ class Waiters:
                 async with subscribed(self._connections, self._hand_over) as subscription:
                     self._subscription = subscription
                     subscription.add(_DONE, *self._followers)
-                    self._on_models_changed()  # what was announced meanwhile nobody heard
+                    self._on_models_changed()  # announcements in between were lost
                     await self._read_awaited()
                     wait_seconds = 0.05
                     raise await subscription.ended
@@ -163,12 +163,12 @@ class Waiters:
             wait_seconds = min(2.0, wait_seconds * 2)
 
     def _hand_over(self, channel: bytes, data: bytes) -> None:
-        """Wakes whom an announcement concerns. One that is none wakes nobody: the record is read all the same."""
+        """Wakes the requests that an announcement is for. Anything else is dropped: the record is read all the same."""
         if channel != _DONE:
-            told = _event(data)
-            if told is not None:
+            announced = _event(data)
+            if announced is not None:
                 for follower in self._followers.get(channel, ()):
-                    follower.put_nowait(told)
+                    follower.put_nowait(announced)
             return
         for line in data.split(b"\n"):
             job_id, _, text = line.partition(b" ")
@@ -203,7 +203,7 @@ class Waiters:
             if future.recorded
         ]
 
-        def read() -> dict[str, Any]:
+        def read() -> JsonObject:
             with self._engine.connect() as connection:
                 return store.get_many(connection, ids)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,7 +37,7 @@ def image(
     size: str | None,
     image: Path | None,
     as_json: bool,
-    **asked: Any,
+    **more: object,
 ) -> None:
     """Make an image from PROMPT with a loaded model, and write it to a file."""
     if not output.absolute().parent.is_dir():
@@ -47,7 +46,7 @@ def image(
     if form is None:
         raise click.BadParameter("a file's name ends in .png or .webp", param_hint="--output")
     width, height = _size(size)
-    options = {"width": width, "height": height, "output_format": form, **asked}
+    options = {"width": width, "height": height, "output_format": form, **more}
     options = {name: value for name, value in options.items() if value is not None}
     job = client.images.submit(prompt, model_id=_model(client, model), image=image, options=options)
     require_success(follow(client, job, quiet=as_json))

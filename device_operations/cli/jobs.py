@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,6 +14,7 @@ from device_operations.cli.output import json_option, print_json, print_object, 
 from device_operations.cli.progress import follow, require_success
 from device_operations.client import Client
 from device_operations.jobs import Job, Kind, State
+from device_operations.json_text import JsonObject
 
 #: Seconds between two looks of `--watch`.
 WATCH_SECONDS = 1.0
@@ -36,7 +36,7 @@ def jobs(client: Client, job_id: str | None, limit: int, watch: bool, as_json: b
     if job_id is not None:
         _show(client.job(job_id), as_json)
         return
-    shown: dict[str, Any] = {}
+    shown: JsonObject = {}
     while True:
         found = [job.model_dump(mode="json") for job in client.jobs(limit=limit, **filters)]
         if as_json and watch:
@@ -95,7 +95,7 @@ def retry(
         require_success(job)
 
 
-def _read_request(text: str) -> dict[str, Any]:
+def _read_request(text: str) -> JsonObject:
     try:
         if text == "@-":
             text = sys.stdin.read()
@@ -116,7 +116,7 @@ def _show(job: Job, as_json: bool) -> None:
         print_object(job.model_dump(mode="json", exclude_none=True))
 
 
-def _print_jobs(found: list[dict[str, Any]]) -> None:
+def _print_jobs(found: list[JsonObject]) -> None:
     heads = ["job", "kind", "state", "device", "priority", "attempt", "submitted", "queued ms", "device ms", "error"]
     rows = [
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +12,11 @@ from device_operations.cli.gateway_options import with_client
 from device_operations.cli.output import json_option, print_json, print_object
 from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
+from device_operations.json_text import JsonObject
 from device_operations.requests.pipelines import RUNS
+
+if TYPE_CHECKING:
+    from device_operations.tensors import Array
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _EXISTING = click.Path(exists=True, path_type=Path)
@@ -41,7 +45,7 @@ def upload(client: Client, file: Path, as_json: bool) -> None:
 @click.option("--version", default="1", show_default=True)
 @click.option("--type", "model_type", type=click.Choice(["onnx", *RUNS]), default="onnx", show_default=True)
 @click.option("--device", "device_id", metavar="ID")
-@click.option("--pin", is_flag=True, help="Keep it loaded, however long nobody runs it.")
+@click.option("--pin", is_flag=True, help="Keep it loaded, however long it is not run.")
 @click.option("--shared", is_flag=True, help="Let other owners run it.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="As in the request's `options`.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is loaded.")
@@ -82,7 +86,7 @@ def load_model(
         require_success(job)
 
 
-def _upload_source(client: Client, path: Path, *, quiet: bool) -> dict[str, Any]:
+def _upload_source(client: Client, path: Path, *, quiet: bool) -> JsonObject:
     """The model's source: one blob for a file, or each file of a folder under its place in it."""
     if path.is_file():
         with opened(path, quiet=quiet) as source:
@@ -154,7 +158,7 @@ def _split(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     """The text as JSON where it is that, else as it stands."""
     try:
         return json.loads(text)
@@ -162,21 +166,22 @@ def _value(text: str) -> Any:
         return text
 
 
-def _read_array(name: str, value: str) -> Any:
+def _read_array(name: str, value: str) -> Array:
     """An array from a `.npy` file, or from JSON (numbers with a point are float32, whole ones int64, texts strings)."""
     import numpy as np
 
     try:
         if value.startswith("@"):
-            return np.load(value[1:], allow_pickle=False)
+            loaded: Array = np.load(value[1:], allow_pickle=False)
+            return loaded
         array = np.asarray(json.loads(value))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{name}: neither a .npy file nor JSON: {error}", param_hint="--input") from None
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _printable(array: Any, *, whole: bool) -> Any:
-    if not hasattr(array, "dtype"):
+def _printable(array: Array | JsonObject | list[object] | None, *, whole: bool) -> object:
+    if array is None or isinstance(array, (dict, list)):
         return array
     about = {"dtype": array.dtype.name, "shape": list(array.shape)}
     if whole or array.size <= PRINTED_ELEMENTS:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from device_operations.json_text import JsonObject
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def json_option(command: _Function) -> _Function:
@@ -17,7 +19,7 @@ def json_option(command: _Function) -> _Function:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")(command)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """One JSON value on a line of its own, at once: a reader may be waiting for it."""
     click.echo(json.dumps(value, default=str, ensure_ascii=False))
     sys.stdout.flush()
@@ -31,7 +33,7 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_object(value: dict[str, Any]) -> None:
+def print_object(value: JsonObject) -> None:
     """One line for each field; what is nested as JSON."""
     width = max((len(name) for name in value), default=0)
     for name, field in value.items():

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import click
 
 from device_operations.client import Client
 from device_operations.errors import error_of, from_job_error
 from device_operations.jobs import Job, State
+
+if TYPE_CHECKING:
+    from click._termui_impl import ProgressBar
 
 
 def follow(client: Client, job: Job, *, quiet: bool = False) -> Job:
@@ -41,7 +44,7 @@ def require_success(job: Job) -> None:
         raise from_job_error(error_of(job.error, job.state, f"job {job.job_id}"))
 
 
-def done_share(progress: Mapping[str, Any]) -> float | None:
+def done_share(progress: Mapping[str, object]) -> float | None:
     """How much is done, 0 to 1, from a pair such as `done_bytes` and `total_bytes`; None where there is none."""
     for name, done in progress.items():
         total = progress.get("total" + name.removeprefix("done")) if name.startswith("done") else None
@@ -64,7 +67,7 @@ def opened(path: Path, *, quiet: bool = False) -> Iterator[BinaryIO]:
 class _Watched:
     """A file that moves a bar as it is read, back to the start too, when an upload is sent again."""
 
-    def __init__(self, file: BinaryIO, bar: Any) -> None:
+    def __init__(self, file: BinaryIO, bar: ProgressBar[int]) -> None:
         self._file = file
         self._bar = bar
 
@@ -87,5 +90,5 @@ def _label(job: Job, state: str) -> str:
     return f"{job.kind} {job.job_id} {state:<9}"
 
 
-def _bar(label: str, length: int) -> Any:
+def _bar(label: str, length: int) -> ProgressBar[int]:
     return click.progressbar(length=length, label=label, file=sys.stderr, show_eta=False)

@@ -42,7 +42,7 @@ def worker(device_id: str) -> None:
 @click.argument("action", type=click.Choice(["upgrade", "downgrade", "current", "check"]), default="upgrade")
 @click.argument("revision", required=False)
 def migrate(action: str, revision: str | None) -> None:
-    """Bring the database to the newest revision (or another, or only tell)."""
+    """Bring the database to the newest revision (or another, or only show it)."""
     load()
     require_servers()
     _become("-m", "migrations", action, *([revision] if revision else []))

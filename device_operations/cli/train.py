@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import click
 
@@ -16,6 +16,7 @@ from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
 from device_operations.errors import OperationError
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -51,12 +52,12 @@ def train(
     if epochs and steps:
         raise click.UsageError("give either --epochs or --steps")
 
-    def done(job: Job) -> dict[str, Any]:
+    def done(job: Job) -> JsonObject:
         ended = follow(client, job, quiet=as_json)
         require_success(ended)
         return dict(ended.result or {})
 
-    told: dict[str, Any] = {}
+    outcomes: JsonObject = {}
     with ExitStack() as leaving:
         if spec is not None:
             made = done(client.submit(Kind.TRAINING_INITIALIZE, _described(spec)))
@@ -64,29 +65,29 @@ def train(
             leaving.enter_context(_ended_if_untrained(client, session_id, made["step"], quiet=as_json))
             if not as_json:
                 click.echo(f"session {session_id} on {made['device_id']}", err=True)
-        told["session_id"] = session_id = str(session_id)
+        outcomes["session_id"] = session_id = str(session_id)
         plan = {"batch_size": batch_size, **({"steps": steps} if steps else {"epochs": epochs or 1})}
         if dataset is not None:
             given = plan | {"blob_id": _uploaded(client, dataset, quiet=as_json)}
-            told["trained"] = done(client.training.step(session_id, dataset=given))
+            outcomes["trained"] = done(client.training.step(session_id, dataset=given))
         if held_out is not None:
             given = {"batch_size": batch_size, "epochs": 1, "blob_id": _uploaded(client, held_out, quiet=as_json)}
-            told["evaluated"] = done(client.training.step(session_id, mode="evaluate", dataset=given))
+            outcomes["evaluated"] = done(client.training.step(session_id, mode="evaluate", dataset=given))
         if name is not None:
-            told["checkpoint"] = done(client.training.checkpoint(session_id, name=name))
+            outcomes["checkpoint"] = done(client.training.checkpoint(session_id, name=name))
         if end:
-            told["ended"] = done(client.training.end_session(session_id))
+            outcomes["ended"] = done(client.training.end_session(session_id))
     if as_json:
-        print_json(told)
+        print_json(outcomes)
     else:
-        print_object(_flat(told))
+        print_object(_flat(outcomes))
 
 
 @contextmanager
 def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bool) -> Iterator[None]:
     """Ends the session that this command made, where what follows fails before anything was trained into it.
 
-    A session that has learned something stays, whatever failed then: only its owner knows whether it can go.
+    A session that has learned something stays, also if something failed then: only its owner knows whether it can go.
     """
     try:
         yield
@@ -97,12 +98,12 @@ def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bo
             elif not quiet:
                 click.echo(f"session {session_id} stays; go on with --session {session_id}", err=True)
         except OperationError as error:
-            # What failed first is what is told; the session ends with its lease, or by hand.
+            # The first failure is the one reported; the session ends with its lease, or by hand.
             click.echo(f"session {session_id} was not ended: {error.message}", err=True)
         raise
 
 
-def _described(spec: TextIO) -> dict[str, Any]:
+def _described(spec: TextIO) -> JsonObject:
     try:
         described = json.load(spec)
     except ValueError as error:
@@ -117,14 +118,16 @@ def _uploaded(client: Client, file: Path, *, quiet: bool) -> str:
         return client.blobs.upload(source).blob_id
 
 
-def _flat(told: dict[str, Any]) -> dict[str, Any]:
+def _flat(outcomes: JsonObject) -> JsonObject:
     """What a person wants to know of each job."""
-    shown: dict[str, Any] = {"session_id": told["session_id"]}
+    shown: JsonObject = {"session_id": outcomes["session_id"]}
     for part, names in {
         "trained": ("steps", "samples", "last_loss", "step"),
         "evaluated": ("samples", "loss", "accuracy"),
         "checkpoint": ("checkpoint_id", "blob_id", "size_bytes"),
         "ended": ("freed_bytes",),
     }.items():
-        shown |= {f"{part} {name}": told[part][name] for name in names if told.get(part, {}).get(name) is not None}
+        shown |= {
+            f"{part} {name}": outcomes[part][name] for name in names if outcomes.get(part, {}).get(name) is not None
+        }
     return shown

@@ -4,7 +4,7 @@ with Client() as client:
     job = client.inference.load_model("minilm", {"path": "minilm/model.onnx"})
     outputs = client.inference.run({"input_ids": ids}, model_id=job.resource.id).outputs
 
-calls.py          what one request to the gateway is made of, and what flows may ask for
+calls.py          what one request to the gateway is made of, and the commands of flows
 exchange.py       one call until it is answered: retries, and errors by their code
 operations.py     how a method that is written once serves both clients
 jobs.py           jobs: submit, wait, list, follow, cancel

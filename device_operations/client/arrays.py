@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from device_operations.client import blobs
 from device_operations.client.transport.calls import Flow, at
 from device_operations.errors import failure
-from device_operations.json_text import loads
+from device_operations.json_text import JsonObject, loads
 from device_operations.tensors import (
     FIXED_DTYPES,
     INLINE_BYTES,
@@ -26,13 +26,16 @@ from device_operations.tensors import (
 from device_operations.texts import unpack_texts
 
 if TYPE_CHECKING:
-    import numpy as np
+    from device_operations.tensors import Array
 
 #: What a method takes as a tensor: an array, or the tensor in its form on the wire (`device_operations.tensors`).
-TensorLike: TypeAlias = "np.ndarray[Any, Any] | Tensor | Mapping[str, Any]"
+TensorLike: TypeAlias = "Array | Tensor | Mapping[str, object]"
+
+#: What a job gave back: an array; where it was left on the device; JSON values; None for an optional output left out.
+Received: TypeAlias = "Array | JsonObject | list[JsonObject] | None"
 
 
-def sent(value: TensorLike, name: str) -> Flow[dict[str, Any]]:
+def sent(value: TensorLike, name: str) -> Flow[JsonObject]:
     """The wire form of a tensor; a big array is uploaded first."""
     if isinstance(value, Tensor):
         return value.model_dump(mode="json", exclude_unset=True)
@@ -45,7 +48,7 @@ def sent(value: TensorLike, name: str) -> Flow[dict[str, Any]]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "blob_id": blob.blob_id}
 
 
-def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, Any]]]:
+def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, JsonObject]]:
     """The wire forms of named tensors."""
     made = {}
     for name, value in values.items():
@@ -53,7 +56,7 @@ def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, Any]]
     return made
 
 
-def received(tensor: Mapping[str, Any] | None, name: str) -> Flow[Any]:
+def received(tensor: JsonObject | None, name: str) -> Flow[Received]:
     """The array of a tensor that a job gave back, downloaded where it is a blob.
 
     What stayed on the device (`into`) is given as the object that says where, which is a tensor for the next run. What
@@ -74,13 +77,13 @@ def received(tensor: Mapping[str, Any] | None, name: str) -> Flow[Any]:
     return decode(Tensor.model_validate(known), name)
 
 
-def _from_texts(texts: list[str], tensor: Mapping[str, Any]) -> Any:
+def _from_texts(texts: list[str], tensor: JsonObject) -> Received:
     if tensor["dtype"] == "json":
         return [loads(text, anywhere=True) for text in texts]
     return from_numbers(texts, "string", list(tensor["shape"]))
 
 
-def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
+def raw_bytes(array: Array) -> memoryview:
     """The elements as little-endian, row-major bytes; not copied where they lie so already."""
     import numpy as np
 
@@ -88,7 +91,12 @@ def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
     return ordered.reshape(-1).view(np.uint8).data
 
 
-def _array(value: Any, name: str) -> np.ndarray[Any, Any]:
+def received_array(tensor: JsonObject, name: str) -> Flow[Array]:
+    """The array of a tensor that is neither left on the device nor one of JSON values."""
+    return cast("Array", (yield from received(tensor, name)))
+
+
+def _array(value: object, name: str) -> Array:
     import numpy as np
 
     array = np.asarray(value)

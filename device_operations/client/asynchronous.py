@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TypeVar
 
 import httpx
 
@@ -21,6 +21,8 @@ from device_operations.client.transport import connection
 from device_operations.client.transport.calls import Call, Command, Content, Do, Emit, Flow, Next, Sleep
 from device_operations.client.transport.exchange import FlowRun, Policy
 from device_operations.client.transport.operations import Async
+
+T = TypeVar("T")
 
 
 class AsyncClient(Jobs[Async], Embedding[Async]):
@@ -76,13 +78,13 @@ class _Driver:
         if self._http is not None:
             await self._http.aclose()
 
-    async def run(self, flow: Flow[Any]) -> Any:
+    async def run(self, flow: Flow[T]) -> T:
         async with AsyncExitStack() as opened:
             flow_run = self._set_out(flow, opened)
             await self._advance(flow_run, opened)
             return flow_run.result
 
-    async def iterate(self, flow: Flow[None]) -> AsyncIterator[Any]:
+    async def iterate(self, flow: Flow[None]) -> AsyncIterator[object]:
         async with AsyncExitStack() as opened:
             flow_run = self._set_out(flow, opened)
             while True:
@@ -92,12 +94,12 @@ class _Driver:
                 yield flow_run.wants.value
                 flow_run.go_on(None)
 
-    def _set_out(self, flow: Flow[Any], opened: AsyncExitStack) -> FlowRun:
+    def _set_out(self, flow: Flow[T], opened: AsyncExitStack) -> FlowRun[T]:
         flow_run = FlowRun(flow, self._policy)
         opened.callback(flow_run.close)
         return flow_run
 
-    async def _advance(self, flow_run: FlowRun, opened: AsyncExitStack) -> None:
+    async def _advance(self, flow_run: FlowRun[T], opened: AsyncExitStack) -> None:
         """Carries the flow on until it emits a value or is over."""
         while flow_run.wants is not None and not isinstance(flow_run.wants, Emit):
             try:
@@ -107,7 +109,7 @@ class _Driver:
             else:
                 flow_run.go_on(answer)
 
-    async def _carry_out(self, command: Command, opened: AsyncExitStack) -> Any:
+    async def _carry_out(self, command: Command, opened: AsyncExitStack) -> object:
         if isinstance(command, Call):
             return await self._send(command, opened)
         if isinstance(command, Next):

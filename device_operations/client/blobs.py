@@ -11,7 +11,7 @@ from typing import BinaryIO, TypeAlias
 
 import httpx
 
-from device_operations.client.transport.calls import Call, Do, Flow, Next, Sleep, at
+from device_operations.client.transport.calls import Call, Flow, Sleep, at, do, next_bytes, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.errors import failure
 
@@ -55,26 +55,26 @@ class Blobs(Noun[Mode]):
     @operation
     def describe(self, blob_id: str) -> Flow[Blob]:
         """The blob's size and hash."""
-        response = yield Call("HEAD", at("/api/blobs/{}", blob_id), missing="blob_not_found")
+        response = yield from send(Call("HEAD", at("/api/blobs/{}", blob_id), missing="blob_not_found"))
         return Blob(blob_id, response.headers.get("x-content-sha256"), int(response.headers["content-length"]))
 
     @operation
     def delete(self, blob_id: str) -> Flow[None]:
         """Deletes a blob that nothing open refers to; `blob_in_use` otherwise."""
-        yield Call("DELETE", at("/api/blobs/{}", blob_id))
+        yield from send(Call("DELETE", at("/api/blobs/{}", blob_id)))
 
 
 def upload(source: Source) -> Flow[Blob]:
     """Sends a body to the blob store and compares hashes."""
     body = Body(source)
-    response = yield Call("POST", "/api/blobs", content=body)
-    told = response.json()
-    if told["sha256"] != body.sha256:
+    response = yield from send(Call("POST", "/api/blobs", content=body))
+    stored = response.json()
+    if stored["sha256"] != body.sha256:
         raise failure(
             "checksum_mismatch",
-            f"blob {told['blob_id']} has sha256 {told['sha256']}, but {body.sha256} was sent; upload it again",
+            f"blob {stored['blob_id']} has sha256 {stored['sha256']}, but {body.sha256} was sent; upload it again",
         )
-    return Blob(told["blob_id"], told["sha256"], told["size_bytes"])
+    return Blob(stored["blob_id"], stored["sha256"], stored["size_bytes"])
 
 
 class Body:
@@ -90,7 +90,7 @@ class Body:
             self._start = source.tell() if self.repeatable else 0
 
     def headers(self) -> dict[str, str]:
-        """Type and length; a file that cannot tell its length is sent in chunks."""
+        """Type and length; a file of unknown length is sent in chunks."""
         size = self._size()
         return {"Content-Type": "application/octet-stream"} | ({} if size is None else {"Content-Length": str(size)})
 
@@ -131,7 +131,7 @@ def read(path: str, start: int = 0, end: int | None = None) -> Flow[bytes]:
     if end is not None and end <= start:
         return b""
     headers = {} if (start, end) == (0, None) else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-    response = yield Call("GET", path, headers=headers)
+    response = yield from send(Call("GET", path, headers=headers))
     partial: bytes = response.content
     return partial if response.status_code == 206 else checked(response)
 
@@ -146,18 +146,18 @@ def checked(response: httpx.Response) -> bytes:
 
 
 def download(path: str, target: Path) -> Flow[Path]:
-    """Streams an address into a file beside the target, goes on where a connection broke, then renames it."""
+    """Streams an address into a temporary file, goes on where a connection broke, then renames it."""
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        file = yield Do(lambda: unfinished.open("wb"))
+        file = yield from do(lambda: unfinished.open("wb"))
         try:
             expected = yield from _pour(path, file)
         finally:
             file.close()
         if expected:
-            found = yield Do(lambda: _sha256_of(unfinished))
+            found = yield from do(lambda: _sha256_of(unfinished))
             _require_hash(path, found, expected)
-        yield Do(lambda: os.replace(unfinished, target))
+        yield from do(lambda: os.replace(unfinished, target))
     finally:
         unfinished.unlink(missing_ok=True)
     return target
@@ -170,13 +170,13 @@ def _pour(path: str, file: BinaryIO) -> Flow[str | None]:
         before = done
         try:
             headers = {"Range": f"bytes={done}-"} if done else {}
-            response = yield Call("GET", path, headers=headers, stream=bytes)
+            response = yield from send(Call("GET", path, headers=headers, stream=bytes))
             if done and response.status_code != 206:
                 done = 0
                 file.seek(0)
                 file.truncate()
-            while (chunk := (yield Next(response))) is not None:
-                yield Do(lambda chunk=chunk: file.write(chunk))  # type: ignore[misc]
+            while (chunk := (yield from next_bytes(response))) is not None:
+                yield from do(lambda chunk=chunk: file.write(chunk))  # type: ignore[misc]
                 done += len(chunk)
         except httpx.TransportError as error:
             fruitless = 0 if done > before else fruitless + 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from device_operations.client.transport.calls import Call, Flow, at, get
+from device_operations.client.transport.calls import Call, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, operation
+from device_operations.json_text import JsonObject
 
 #: Objects as the API gives them; a name of its own, since `list` is a method below.
-Rows: TypeAlias = list[dict[str, Any]]
+Rows: TypeAlias = list[JsonObject]
 
 
 class Devices(Noun[Mode]):
@@ -23,29 +24,26 @@ class Devices(Noun[Mode]):
         return devices
 
     @operation
-    def get(self, device_id: str) -> Flow[dict[str, Any]]:
+    def get(self, device_id: str) -> Flow[JsonObject]:
         """One device; `device_not_found` where there is none."""
-        device: dict[str, Any] = yield from get(at("/api/devices/{}", device_id))
-        return device
+        return (yield from get(at("/api/devices/{}", device_id)))
 
     @operation
-    def drain(self, device_id: str) -> Flow[dict[str, Any]]:
+    def drain(self, device_id: str) -> Flow[JsonObject]:
         """The device takes no new jobs; for admins."""
-        response = yield Call("POST", at("/api/devices/{}/drain", device_id))
-        device: dict[str, Any] = response.json()
-        return device
+        response = yield from send(Call("POST", at("/api/devices/{}/drain", device_id)))
+        return json_of(response)
 
     @operation
-    def resume(self, device_id: str) -> Flow[dict[str, Any]]:
+    def resume(self, device_id: str) -> Flow[JsonObject]:
         """The device takes jobs again; for admins."""
-        response = yield Call("POST", at("/api/devices/{}/resume", device_id))
-        device: dict[str, Any] = response.json()
-        return device
+        response = yield from send(Call("POST", at("/api/devices/{}/resume", device_id)))
+        return json_of(response)
 
     @operation
     def samples(self, device_id: str, since: datetime | None = None) -> Flow[Rows]:
         """The device's history after `since`, oldest first."""
-        asked = None if since is None else since.astimezone().isoformat()
-        answer = yield from get(at("/api/devices/{}/samples", device_id), since=asked)
+        after = None if since is None else since.astimezone().isoformat()
+        answer = yield from get(at("/api/devices/{}/samples", device_id), since=after)
         samples: Rows = answer["samples"]
         return samples

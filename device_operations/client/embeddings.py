@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from device_operations.client.arrays import received
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
+from device_operations.client.arrays import received_array
+from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
 from device_operations.client.transport.calls import Flow
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 
 if TYPE_CHECKING:
-    import numpy as np
+    from device_operations.tensors import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Embedded:
     `truncated` lists the places of texts that had more tokens than the model takes, and were cut.
     """
 
-    vectors: np.ndarray[Any, Any]
+    vectors: Array
     tokens: int
     truncated: list[int]
     job_id: str
@@ -80,7 +81,7 @@ class Embedding(Noun[Mode]):
 
 def _fields(
     texts: str | Sequence[str], model: str | None, model_id: str | None, normalize: bool | None, dimensions: int | None
-) -> dict[str, Any]:
+) -> JsonObject:
     return said(
         model_name=model,
         model_id=model_id,
@@ -92,6 +93,6 @@ def _fields(
 
 def _result(job: Job | str, timeout_seconds: float | None) -> Flow[Embedded]:
     result = yield from succeeded(job, timeout_seconds)
-    vectors = yield from received(result["outputs"]["embeddings"], "embeddings")
+    vectors = yield from received_array(result["outputs"]["embeddings"], "embeddings")
     job_id = job.job_id if isinstance(job, Job) else job
     return Embedded(vectors, result["tokens"], result["truncated"], job_id)

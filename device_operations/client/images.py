@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack, runtime_checkable
 
 from device_operations.client import blobs
-from device_operations.client.arrays import TensorLike, received, sent
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
+from device_operations.client.arrays import TensorLike, received_array, sent
+from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
 from device_operations.client.transport.calls import Flow, at
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
+
+    from device_operations.tensors import Array
 
 
 @runtime_checkable
@@ -33,7 +35,7 @@ class Savable(Protocol):
 
 
 #: A picture's file by its path or its bytes, an image of Pillow's, or `{"blob_id": …}` of one that is there.
-PictureLike: TypeAlias = "str | os.PathLike[str] | bytes | Savable | Mapping[str, Any]"
+PictureLike: TypeAlias = "str | os.PathLike[str] | bytes | Savable | Mapping[str, object]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class MadeImage:
 
         return Image.open(io.BytesIO(self.data))
 
-    def array(self) -> np.ndarray[Any, Any]:
+    def array(self) -> Array:
         """The pixels, `[height, width, 3]` of uint8."""
         import numpy as np
 
@@ -71,7 +73,7 @@ class ImagesResult:
     """What a run made. `facts` is the rest of the job's result: seed, steps, scheduler, what was cut off prompts."""
 
     images: list[MadeImage]
-    facts: dict[str, Any]
+    facts: JsonObject
     job_id: str
 
 
@@ -87,7 +89,7 @@ class Images(Noun[Mode]):
         model_name: str | None = None,
         image: PictureLike | None = None,
         timeout: float | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         **given: Unpack[Submission],
     ) -> Flow[ImagesResult]:
         """Makes images from a prompt and waits for them.
@@ -108,7 +110,7 @@ class Images(Noun[Mode]):
         model_id: str | None = None,
         model_name: str | None = None,
         image: PictureLike | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
         """Submits the same and does not wait; `result(job)` gives the images."""
@@ -146,7 +148,7 @@ class Images(Noun[Mode]):
         seed: int | None = None,
         timeout: float | None = None,
         **given: Unpack[Submission],
-    ) -> Flow[np.ndarray[Any, Any]]:
+    ) -> Flow[Array]:
         """The latents `[n, c, h, w]` of images of one size, by a model of type vae."""
         pictures = []
         for image in images:
@@ -154,8 +156,7 @@ class Images(Noun[Mode]):
         fields = said(model_id=model_id, model_name=model_name, images=pictures, seed=seed)
         job = yield from submission(Kind.INFERENCE_RUN, fields, given)
         result = yield from succeeded(job, timeout)
-        latents: np.ndarray[Any, Any] = yield from received(result["outputs"]["latents"], "latents")
-        return latents
+        return (yield from received_array(result["outputs"]["latents"], "latents"))
 
 
 def _run(
@@ -163,13 +164,13 @@ def _run(
     model_id: str | None,
     model_name: str | None,
     image: PictureLike | None,
-    options: Mapping[str, Any] | None,
-) -> Flow[dict[str, Any]]:
+    options: Mapping[str, object] | None,
+) -> Flow[JsonObject]:
     picture = None if image is None else (yield from _picture(image))
     return said(prompt=prompt, model_id=model_id, model_name=model_name, image=picture, **(options or {}))
 
 
-def _picture(image: PictureLike) -> Flow[dict[str, Any]]:
+def _picture(image: PictureLike) -> Flow[JsonObject]:
     """The picture as the contract writes it; a file is uploaded first."""
     if isinstance(image, Mapping):
         return dict(image)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 from device_operations.client.arrays import TensorLike, all_sent, received
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
-from device_operations.client.transport.calls import Call, Flow, at, get
+from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
+from device_operations.client.transport.calls import Call, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class RunResult:
     `batch_size` is how many runs went together; `device_ms` is the time that they took.
     """
 
-    outputs: dict[str, Any]
+    outputs: JsonObject
     session_id: str
     batch_size: int
     device_ms: float
@@ -34,7 +35,7 @@ class Inference(Noun[Mode]):
     def load_model(
         self,
         name: str,
-        source: str | Mapping[str, Any],
+        source: str | Mapping[str, object],
         *,
         version: str = "1",
         model_type: str = "onnx",
@@ -42,7 +43,7 @@ class Inference(Noun[Mode]):
         pin: bool | None = None,
         shared: bool | None = None,
         sha256: str | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
         """Makes a model resident. `source` is a path below the model folder, or `{"blob_id"}`, or `{"blobs"}`.
@@ -73,7 +74,7 @@ class Inference(Noun[Mode]):
         session_id: str | None = None,
         outputs: Sequence[str] | None = None,
         form: str = "auto",
-        into: Mapping[str, Mapping[str, Any]] | None = None,
+        into: Mapping[str, Mapping[str, object]] | None = None,
         timeout: float | None = None,
         **given: Unpack[Submission],
     ) -> Flow[RunResult]:
@@ -93,7 +94,7 @@ class Inference(Noun[Mode]):
         session_id: str | None = None,
         outputs: Sequence[str] | None = None,
         form: str = "auto",
-        into: Mapping[str, Mapping[str, Any]] | None = None,
+        into: Mapping[str, Mapping[str, object]] | None = None,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
         """Submits a run and does not wait for it; `run_result(job)` gives the outputs."""
@@ -114,17 +115,16 @@ class Inference(Noun[Mode]):
         return (yield from submission(Kind.INFERENCE_UNLOAD_MODEL, fields, given))
 
     @operation
-    def models(self, *, device_id: str | None = None, state: str | None = None) -> Flow[list[dict[str, Any]]]:
+    def models(self, *, device_id: str | None = None, state: str | None = None) -> Flow[list[JsonObject]]:
         """Models, newest first."""
         answer = yield from get("/api/inference/models", device_id=device_id, state=state)
-        models: list[dict[str, Any]] = answer["models"]
+        models: list[JsonObject] = answer["models"]
         return models
 
     @operation
-    def model(self, model_id: str) -> Flow[dict[str, Any]]:
+    def model(self, model_id: str) -> Flow[JsonObject]:
         """One model."""
-        model: dict[str, Any] = yield from get(at("/api/inference/models/{}", model_id))
-        return model
+        return (yield from get(at("/api/inference/models/{}", model_id)))
 
     @operation
     def open_session(
@@ -135,25 +135,23 @@ class Inference(Noun[Mode]):
         state: Mapping[str, str] | None = None,
         initial: Mapping[str, TensorLike] | None = None,
         owner: str | None = None,
-    ) -> Flow[dict[str, Any]]:
+    ) -> Flow[JsonObject]:
         """Opens a session. `state` names, for each output kept on the device, the input that it feeds next."""
         tensors = (yield from all_sent(initial)) if initial else None
         body = said(model_id=model_id, model_name=model_name, state=state and dict(state), initial=tensors, owner=owner)
-        response = yield Call("POST", "/api/inference/sessions", json=body, keyed=True)
-        session: dict[str, Any] = response.json()
-        return session
+        response = yield from send(Call("POST", "/api/inference/sessions", json=body, keyed=True))
+        return json_of(response)
 
     @operation
-    def session(self, session_id: str) -> Flow[dict[str, Any]]:
+    def session(self, session_id: str) -> Flow[JsonObject]:
         """How a session stands; the id of a run without a session is its job's."""
-        session: dict[str, Any] = yield from get(at("/api/inference/status/{}", session_id))
-        return session
+        return (yield from get(at("/api/inference/status/{}", session_id)))
 
     @operation
-    def sessions(self, *, state: str | None = None) -> Flow[list[dict[str, Any]]]:
+    def sessions(self, *, state: str | None = None) -> Flow[list[JsonObject]]:
         """The newest sessions, at most 100; `state` is active, closed, expired or lost."""
         answer = yield from get("/api/inference/sessions", state=state)
-        sessions: list[dict[str, Any]] = answer["sessions"]
+        sessions: list[JsonObject] = answer["sessions"]
         return sessions
 
     @operation
@@ -169,8 +167,8 @@ def _run(
     session_id: str | None,
     outputs: Sequence[str] | None,
     form: str,
-    into: Mapping[str, Mapping[str, Any]] | None,
-) -> Flow[dict[str, Any]]:
+    into: Mapping[str, Mapping[str, object]] | None,
+) -> Flow[JsonObject]:
     tensors = yield from all_sent(inputs)
     return said(
         model_id=model_id,

@@ -6,18 +6,26 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 from device_operations.client import arrays, blobs
 from device_operations.client.blobs import Body, Source
-from device_operations.client.jobs import MAX_WAIT_SECONDS, Submission, said, submission, submission_of_bytes, succeeded
-from device_operations.client.transport.calls import Call, Emit, Flow, at, get
+from device_operations.client.submission import (
+    MAX_WAIT_SECONDS,
+    Submission,
+    said,
+    submission,
+    submission_of_bytes,
+    succeeded,
+)
+from device_operations.client.transport.calls import Call, Emit, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 from device_operations.tensors import from_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
+    from device_operations.tensors import Array
 
 
 class Memory(Noun[Mode]):
@@ -58,8 +66,8 @@ class Memory(Noun[Mode]):
     @operation
     def copy(
         self,
-        source: str | Mapping[str, Any],
-        destination: str | Mapping[str, Any],
+        source: str | Mapping[str, object],
+        destination: str | Mapping[str, object],
         size_bytes: int | None = None,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
@@ -85,15 +93,13 @@ class Memory(Noun[Mode]):
     def write(
         self,
         allocation_id: str,
-        data: Source | np.ndarray[Any, Any],
+        data: Source | Array,
         *,
         offset: int = 0,
         **given: Unpack[Submission],
     ) -> Flow[Job]:
         """Writes bytes, a file, or an array's elements into an allocation."""
-        source: Any = data
-        if hasattr(source, "__array__"):
-            source = arrays.raw_bytes(source)
+        source = arrays.raw_bytes(cast("Array", data)) if hasattr(data, "__array__") else data
         if "job" not in given:
             return (yield from submission_of_bytes(_data(allocation_id), {"offset": offset}, Body(source), given))
         blob = yield from blobs.upload(source)
@@ -108,7 +114,7 @@ class Memory(Noun[Mode]):
     @operation
     def read_array(
         self, allocation_id: str, dtype: str, shape: list[int] | tuple[int, ...], *, offset: int = 0
-    ) -> Flow[np.ndarray[Any, Any]]:
+    ) -> Flow[Array]:
         """The elements that lie in an allocation, as a read-only array."""
         import numpy as np
 
@@ -122,23 +128,23 @@ class Memory(Noun[Mode]):
         job = yield from submission(Kind.MEMORY_READ, {"allocation_id": allocation_id}, {})
         result = yield from succeeded(job, None)
         target = yield from blobs.download(at("/api/blobs/{}", result["blob_id"]), Path(path))
-        yield Call("DELETE", at("/api/blobs/{}", result["blob_id"]))
+        yield from send(Call("DELETE", at("/api/blobs/{}", result["blob_id"])))
         return target
 
     @operation
-    def renew(self, allocation_id: str, ttl_seconds: float) -> Flow[dict[str, Any]]:
+    def renew(self, allocation_id: str, ttl_seconds: float) -> Flow[JsonObject]:
         """Gives an allocation a new time to live, counted from now."""
-        response = yield Call("POST", at("/api/memory/renew/{}", allocation_id), json={"ttl_seconds": ttl_seconds})
-        allocation: dict[str, Any] = response.json()
-        return allocation
+        response = yield from send(
+            Call("POST", at("/api/memory/renew/{}", allocation_id), json={"ttl_seconds": ttl_seconds})
+        )
+        return json_of(response)
 
     @operation
-    def allocation(self, allocation_id: str) -> Flow[dict[str, Any]]:
+    def allocation(self, allocation_id: str) -> Flow[JsonObject]:
         """One allocation."""
-        allocation: dict[str, Any] = yield from get(at("/api/memory/allocations/{}", allocation_id))
-        return allocation
+        return (yield from get(at("/api/memory/allocations/{}", allocation_id)))
 
-    @emits(dict[str, Any])
+    @emits(JsonObject)
     def allocations(
         self,
         *,
@@ -160,23 +166,22 @@ class Memory(Noun[Mode]):
                 return
 
     @operation
-    def status(self) -> Flow[list[dict[str, Any]]]:
-        """The memory of each device; a figure that its backend cannot tell is None."""
+    def status(self) -> Flow[list[JsonObject]]:
+        """The memory of each device; a figure that its backend cannot measure is None."""
         answer = yield from get("/api/memory/status")
-        devices: list[dict[str, Any]] = answer["devices"]
+        devices: list[JsonObject] = answer["devices"]
         return devices
 
     @operation
-    def device(self, device_id: str, *, map: bool = False) -> Flow[dict[str, Any]]:  # noqa: A002 - the API's name
+    def device(self, device_id: str, *, map: bool = False) -> Flow[JsonObject]:  # noqa: A002 - the API's name
         """The memory of one device, and with `map` what lies on it."""
-        device: dict[str, Any] = yield from get(at("/api/memory/device/{}", device_id), map=map or None)
-        return device
+        return (yield from get(at("/api/memory/device/{}", device_id), map=map or None))
 
 
 def _read(allocation_id: str, offset: int, size_bytes: int | None) -> Flow[bytes]:
     """In one request where the device gets to it within a minute, else by the job's blob."""
-    response = yield Call(
-        "GET", _data(allocation_id), {"offset": offset, "size_bytes": size_bytes}, waits_seconds=MAX_WAIT_SECONDS
+    response = yield from send(
+        Call("GET", _data(allocation_id), {"offset": offset, "size_bytes": size_bytes}, waits_seconds=MAX_WAIT_SECONDS)
     )
     if response.status_code == 202:
         result = yield from succeeded(Job.model_validate_json(response.content), None)
@@ -188,5 +193,5 @@ def _data(allocation_id: str) -> str:
     return at("/api/memory/data/{}", allocation_id)
 
 
-def _place(given: str | Mapping[str, Any]) -> dict[str, Any]:
+def _place(given: str | Mapping[str, object]) -> JsonObject:
     return {"allocation_id": given} if isinstance(given, str) else dict(given)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import TypeVar
 
 import httpx
 
@@ -22,6 +22,8 @@ from device_operations.client.transport import connection
 from device_operations.client.transport.calls import Call, Command, Do, Emit, Flow, Next, Sleep
 from device_operations.client.transport.exchange import FlowRun, Policy
 from device_operations.client.transport.operations import Sync
+
+T = TypeVar("T")
 
 
 class Client(Jobs[Sync], Embedding[Sync]):
@@ -85,13 +87,13 @@ class _Driver:
         if self._http is not None:
             self._http.close()
 
-    def run(self, flow: Flow[Any]) -> Any:
+    def run(self, flow: Flow[T]) -> T:
         with ExitStack() as opened:
             flow_run = self._set_out(flow, opened)
             self._advance(flow_run, opened)
             return flow_run.result
 
-    def iterate(self, flow: Flow[None]) -> Iterator[Any]:
+    def iterate(self, flow: Flow[None]) -> Iterator[object]:
         with ExitStack() as opened:
             flow_run = self._set_out(flow, opened)
             while True:
@@ -101,12 +103,12 @@ class _Driver:
                 yield flow_run.wants.value
                 flow_run.go_on(None)
 
-    def _set_out(self, flow: Flow[Any], opened: ExitStack) -> FlowRun:
+    def _set_out(self, flow: Flow[T], opened: ExitStack) -> FlowRun[T]:
         flow_run = FlowRun(flow, self._policy)
         opened.callback(flow_run.close)
         return flow_run
 
-    def _advance(self, flow_run: FlowRun, opened: ExitStack) -> None:
+    def _advance(self, flow_run: FlowRun[T], opened: ExitStack) -> None:
         """Carries the flow on until it emits a value or is over."""
         while flow_run.wants is not None and not isinstance(flow_run.wants, Emit):
             try:
@@ -116,7 +118,7 @@ class _Driver:
             else:
                 flow_run.go_on(answer)
 
-    def _carry_out(self, command: Command, opened: ExitStack) -> Any:
+    def _carry_out(self, command: Command, opened: ExitStack) -> object:
         if isinstance(command, Call):
             return self._send(command, opened)
         if isinstance(command, Next):

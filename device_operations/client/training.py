@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from device_operations.client.arrays import TensorLike, all_sent, sent
-from device_operations.client.jobs import Submission, said, submission
-from device_operations.client.transport.calls import Call, Flow, at, get
+from device_operations.client.submission import Submission, said, submission
+from device_operations.client.transport.calls import Call, Flow, at, get, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
+from device_operations.json_text import JsonObject
 
 
 class Training(Noun[Mode]):
@@ -18,11 +19,11 @@ class Training(Noun[Mode]):
     @operation
     def initialize(
         self,
-        model: Mapping[str, Any],
+        model: Mapping[str, object],
         *,
-        loss: str | Mapping[str, Any],
-        optimizer: Mapping[str, Any],
-        more: Mapping[str, Any] | None = None,
+        loss: str | Mapping[str, object],
+        optimizer: Mapping[str, object],
+        more: Mapping[str, object] | None = None,
         device_id: str | None = None,
         seed: int | None = None,
         resume_from: str | None = None,
@@ -51,7 +52,7 @@ class Training(Noun[Mode]):
         *,
         sequence: int | None = None,
         mode: str | None = None,
-        dataset: Mapping[str, Any] | None = None,
+        dataset: JsonObject | None = None,
         learning_rate: float | None = None,
         gradient_clip_norm: float | None = None,
         accumulate: bool | None = None,
@@ -111,32 +112,30 @@ class Training(Noun[Mode]):
         return (yield from submission(Kind.TRAINING_END_SESSION, fields, given))
 
     @operation
-    def status(self, session_id: str, *, history: int | None = None) -> Flow[dict[str, Any]]:
+    def status(self, session_id: str, *, history: int | None = None) -> Flow[JsonObject]:
         """How a session stands, with the last `history` steps."""
-        status: dict[str, Any] = yield from get(at("/api/training/status/{}", session_id), history=history)
-        return status
+        return (yield from get(at("/api/training/status/{}", session_id), history=history))
 
     @operation
-    def checkpoints(self, session_id: str | None = None) -> Flow[list[dict[str, Any]]]:
+    def checkpoints(self, session_id: str | None = None) -> Flow[list[JsonObject]]:
         """Checkpoints, of one session or of all."""
         answer = yield from get("/api/training/checkpoints", session_id=session_id)
-        checkpoints: list[dict[str, Any]] = answer["checkpoints"]
+        checkpoints: list[JsonObject] = answer["checkpoints"]
         return checkpoints
 
     @operation
-    def get_checkpoint(self, checkpoint_id: str) -> Flow[dict[str, Any]]:
+    def get_checkpoint(self, checkpoint_id: str) -> Flow[JsonObject]:
         """One checkpoint; its files are `blob_id` and, where exported, `onnx_blob_id`."""
-        checkpoint: dict[str, Any] = yield from get(at("/api/training/checkpoints/{}", checkpoint_id))
-        return checkpoint
+        return (yield from get(at("/api/training/checkpoints/{}", checkpoint_id)))
 
     @operation
     def delete_checkpoint(self, checkpoint_id: str) -> Flow[None]:
         """Deletes a checkpoint and its files."""
-        yield Call("DELETE", at("/api/training/checkpoints/{}", checkpoint_id))
+        yield from send(Call("DELETE", at("/api/training/checkpoints/{}", checkpoint_id)))
 
 
-def _batch(inputs: Mapping[str, TensorLike] | None, targets: TensorLike | None) -> Flow[dict[str, Any]]:
-    made: dict[str, Any] = {}
+def _batch(inputs: Mapping[str, TensorLike] | None, targets: TensorLike | None) -> Flow[JsonObject]:
+    made: JsonObject = {}
     if inputs is not None:
         made["inputs"] = yield from all_sent(inputs)
     if targets is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from device_operations.errors import failure
 from device_operations.ids import job_id
+from device_operations.json_text import JsonObject
 from device_operations.requests.addresses import check_webhook_url
 
 #: Identifiers that a caller may choose.
@@ -76,7 +77,7 @@ class JobRequest(Request):
         """The blobs that this request reads; they are kept at least until the job has ended."""
         return []
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> JsonObject:
         """The request as it is stored and sent: JSON values, without `job` and without what was not said."""
         return self.model_dump(mode="json", exclude={"job"}, exclude_none=True)
 

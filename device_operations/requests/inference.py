@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import (
     Identifier,
     JobRequest,
@@ -46,8 +47,8 @@ class ModelOptions(Request):
         False, strict=True, description="of a pipeline: its parts are loaded one at a time, as a run comes to them"
     )
 
-    def recorded(self) -> dict[str, Any]:
-        """The options as they are recorded. What came later than records is left out where it was not asked for."""
+    def recorded(self) -> JsonObject:
+        """The options as they are recorded. What came later than records is left out if it is not set."""
         options = self.model_dump(mode="json")
         if not self.low_memory:
             del options["low_memory"]

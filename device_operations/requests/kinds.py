@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import ValidationError
 
 from device_operations.jobs import Kind
@@ -38,7 +36,7 @@ def requests_of(kind: Kind) -> tuple[type[JobRequest], ...]:
     return (REQUESTS[kind], *_OTHERS.get(kind, ()))
 
 
-def parse(kind: Kind, request: Any) -> JobRequest:
+def parse(kind: Kind, request: object) -> JobRequest:
     """The checked request of `kind`; `validation_failed` names every field that does not fit."""
     schema = REQUESTS[kind]
     if kind in _OTHERS and pipelines.is_pipeline_run(request):

@@ -7,12 +7,13 @@ arguments are torch's own. `sequential`, `residual` and `parallel` nest `layers`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from device_operations.json_text import JsonObject
 
 #: Says what is wrong with a value, or nothing.
-Check = Callable[[Any], "str | None"]
+Check = Callable[[object], "str | None"]
 
 #: Bounds that keep a description of a model from costing more than the model.
 MAX_LAYERS = 10_000
@@ -30,7 +31,7 @@ class LayerType:
     nests: bool = False
 
 
-def canonical(layers: Any) -> list[dict[str, Any]]:
+def canonical(layers: object) -> list[JsonObject]:
     """`layers` checked, every type by its one spelling; `ValueError` names the layer and what is wrong with it."""
     if not isinstance(layers, list) or not layers:
         raise ValueError("layers must be a list of at least one layer")
@@ -41,7 +42,7 @@ def canonical(layers: Any) -> list[dict[str, Any]]:
     return checked
 
 
-def _check_list(layers: list[Any], where: str, depth: int) -> list[dict[str, Any]]:
+def _check_list(layers: list[object], where: str, depth: int) -> list[JsonObject]:
     if depth > MAX_DEPTH:
         raise ValueError(f"{where}: layers nest deeper than {MAX_DEPTH}")
     checked = [_check_layer(layer, f"{where}[{index}]", depth) for index, layer in enumerate(layers)]
@@ -52,7 +53,7 @@ def _check_list(layers: list[Any], where: str, depth: int) -> list[dict[str, Any
     return checked
 
 
-def _check_layer(layer: Any, where: str, depth: int) -> dict[str, Any]:
+def _check_layer(layer: object, where: str, depth: int) -> JsonObject:
     if not isinstance(layer, dict) or not isinstance(layer.get("type"), str):
         raise ValueError(f'{where}: a layer is an object with a "type", as in {{"type": "relu"}}')
     spelled = layer["type"]
@@ -62,7 +63,7 @@ def _check_layer(layer: Any, where: str, depth: int) -> dict[str, Any]:
             f"{where}: unknown layer {spelled[:100]!r}{_near(spelled[:100], LAYERS)}; known are {', '.join(LAYERS)}"
         )
     kind = LAYERS[name]
-    checked: dict[str, Any] = {"type": name}
+    checked: JsonObject = {"type": name}
     if layer.get("name") is not None:
         checked["name"] = _layer_name(layer["name"], where)
     given = {key: value for key, value in layer.items() if key not in ("type", "name", "layers")}
@@ -91,7 +92,7 @@ def _check_layer(layer: Any, where: str, depth: int) -> dict[str, Any]:
     return checked
 
 
-def _check_together(layer: dict[str, Any], where: str) -> None:
+def _check_together(layer: JsonObject, where: str) -> None:
     """What torch refuses about arguments that are right one by one."""
     kind = layer["type"]
     pairs = {"multihead_attention": ("embed_dim", "num_heads"), "group_norm": ("num_channels", "num_groups")}
@@ -116,27 +117,27 @@ def _check_together(layer: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where} ({kind}): padding may be at most half of kernel_size")
 
 
-def _layer_name(value: Any, where: str) -> str:
+def _layer_name(value: object, where: str) -> str:
     if not isinstance(value, str) or not value or len(value) > 200 or "." in value or not value.isprintable():
         raise ValueError(f"{where}: a name is 1 to 200 printable characters without '.', not {repr(value)[:200]}")
     return value
 
 
-def _count(layers: list[dict[str, Any]]) -> int:
+def _count(layers: list[JsonObject]) -> int:
     return sum(1 + _count(layer.get("layers", [])) for layer in layers)
 
 
-def _near(word: str, known: Any) -> str:
+def _near(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _sides(value: Any) -> list[Any]:
+def _sides(value: int | list[int]) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
 def _integer(low: int, high: int = MAX_SIDE) -> Check:
-    def check(value: Any) -> str | None:
+    def check(value: object) -> str | None:
         fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
         return None if fits else f"an integer from {low} to {high}"
 
@@ -147,7 +148,7 @@ def _integers(low: int, length: int | None, *words: str) -> Check:
     """An integer, or a list of `length` of them (any length up to 8 where None), or one of `words`."""
     single = _integer(low)
 
-    def check(value: Any) -> str | None:
+    def check(value: object) -> str | None:
         if isinstance(value, str) and value in words:
             return None
         if isinstance(value, list):
@@ -165,7 +166,7 @@ def _integers(low: int, length: int | None, *words: str) -> Check:
 def _number(low: float | None = None, high: float | None = None) -> Check:
     least, most = -MAX_NUMBER if low is None else low, MAX_NUMBER if high is None else high
 
-    def check(value: Any) -> str | None:
+    def check(value: object) -> str | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most:
             return None
         from_low = "" if low is None else f" of at least {low:g}"
@@ -178,11 +179,11 @@ def _choice(*words: str) -> Check:
     return lambda value: None if isinstance(value, str) and value in words else " or ".join(map(repr, words))
 
 
-def _flag(value: Any) -> str | None:
+def _flag(value: object) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
-def _true(value: Any) -> str | None:
+def _true(value: object) -> str | None:
     return None if value is True else "true: the first axis of every input is the batch"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -64,7 +64,7 @@ class BceWithLogitsLoss(Request):
 LossForm = MseLoss | L1Loss | SmoothL1Loss | CrossEntropyLoss | NllLoss | BceWithLogitsLoss
 
 
-def _kind_of(value: Any) -> str | None:
+def _kind_of(value: object) -> str | None:
     if isinstance(value, str):
         return "name"
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)

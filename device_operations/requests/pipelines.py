@@ -8,7 +8,7 @@ A new type of pipeline is a subclass of `PipelineRun` and an entry in `RUNS`.
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from device_operations.errors import failure
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import Identifier, JobRequest, Name, Request, invalid
 from device_operations.tensors import Form, Tensor
 
@@ -62,7 +63,7 @@ class Picture(Request):
         return self
 
 
-def _is_tensor(value: Any) -> str:
+def _is_tensor(value: object) -> str:
     return "tensor" if isinstance(value, Tensor) or (isinstance(value, dict) and "dtype" in value) else "picture"
 
 
@@ -130,7 +131,7 @@ class VaeRun(PipelineRun):
         return self
 
 
-def _as_texts(value: Any) -> Any:
+def _as_texts(value: object) -> object:
     """A list of texts as the tensor that it stands for; anything else as it is."""
     if not isinstance(value, list):
         return value
@@ -141,7 +142,7 @@ def _as_texts(value: Any) -> Any:
     return {"dtype": "string", "shape": [len(value)], "data": value}
 
 
-def _as_tokens(value: Any) -> Any:
+def _as_tokens(value: object) -> object:
     """The same of a list of lists of token ids, which are JSON values."""
     if not isinstance(value, list):
         return value
@@ -164,7 +165,7 @@ def _one_axis(tensor: Tensor, dtype: str) -> Tensor:
     return tensor
 
 
-def _listed(items: dict[str, Any]) -> WithJsonSchema:
+def _listed(items: JsonObject) -> WithJsonSchema:
     """The schema of a list that stands for a tensor."""
     return WithJsonSchema({"type": "array", "items": items, "minItems": 1, "maxItems": MAX_TEXTS})
 
@@ -228,7 +229,7 @@ class SdxlRun(PipelineRun):
             raise ValueError(f"an image has {MAX_PIXELS} pixels at most (width times height)")
         return self
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> JsonObject:
         # The seed is part of the job, so that a run that starts again after a death makes the same images.
         return {"seed": secrets.randbelow(2**32), **super().payload()}
 
@@ -273,6 +274,6 @@ def fields() -> frozenset[str]:
     return frozenset(name for run in RUNS.values() for name in run.model_fields) - _COMMON
 
 
-def is_pipeline_run(request: Any) -> bool:
+def is_pipeline_run(request: object) -> bool:
     """Whether a request for `inference.run` is one of a pipeline: no `inputs`, and fields that pipelines take."""
     return isinstance(request, dict) and "inputs" not in request and not fields().isdisjoint(request)

@@ -6,7 +6,7 @@ with torch's arguments. Each update of the parameters is one step of the schedul
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -104,7 +104,7 @@ class PlateauSchedule(Request):
         return self
 
 
-def _kind_of(value: Any) -> str | None:
+def _kind_of(value: object) -> str | None:
     kind = value.get("type", "constant") if isinstance(value, dict) else getattr(value, "type", None)
     return kind if isinstance(kind, str) else None
 

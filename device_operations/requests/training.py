@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from device_operations.json_text import JsonObject
 from device_operations.requests.base import Identifier, JobRequest, Name, RelativePath, Request, Sha256, TensorName
 from device_operations.requests.layers import MAX_LAYERS, canonical
 from device_operations.requests.losses import Loss
@@ -22,11 +23,11 @@ class LayersModel(Request):
     """A model described by its layers, which run in order on the input named `input`; the output is `output`."""
 
     kind: Literal["layers"]
-    layers: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_LAYERS)
+    layers: list[JsonObject] = Field(min_length=1, max_length=MAX_LAYERS)
 
     @field_validator("layers")
     @classmethod
-    def _known_layers(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _known_layers(cls, value: list[JsonObject]) -> list[JsonObject]:
         return canonical(value)
 
 
@@ -65,7 +66,7 @@ class Weights(Request):
 
 
 class Lora(Request):
-    """Low-rank adapters on linear layers: the base weights stay, `rank` columns and rows beside them are trained.
+    """Low-rank adapters on linear layers: the base weights stay, `rank` columns and rows in addition are trained.
 
     `targets` are name patterns (`fc*`, `block.*.query`) of linear layers; all of them where not given.
     """

@@ -11,17 +11,15 @@ the TOML file named by `DEVICE_OPERATIONS_CONFIG`. Where no URL is set for Postg
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSettings
 from pydantic_settings.sources import TomlConfigSettingsSource
@@ -37,6 +35,17 @@ from device_operations.settings.names import (
     leaves,
     masked,
     nearest,
+)
+from device_operations.settings.running_stack import read_stack, stack_file
+from device_operations.settings.sections import (
+    BlobSettings,
+    FlowerSettings,
+    HttpSettings,
+    InferenceSettings,
+    JobSettings,
+    QueueSettings,
+    TrainingSettings,
+    WebhookSettings,
 )
 
 __all__ = [
@@ -61,8 +70,6 @@ CONFIG = PREFIX + "CONFIG"
 
 #: What Kubernetes injects for a service that is itself named device-operations: no settings, and no mistakes.
 _SERVICE_LINK = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)$")
-
-_log = logging.getLogger(__name__)
 
 
 class SettingsError(Exception):
@@ -106,89 +113,6 @@ def read() -> Settings:
         raise SettingsError(explain(error, Settings)) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class HttpSettings(_Section):
-    """Where the gateway listens, and how much JSON it takes at once."""
-
-    host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="0 (any free port) to 65535")
-    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest JSON body in bytes, 1024 or more")
-    max_body_bytes_in_flight: int = Field(
-        512 * 2**20, ge=2**20, description="bytes of bodies that one gateway holds at once, 1048576 or more"
-    )
-    max_connections: int = Field(1000, ge=1, description="connections to one gateway at once, 1 or more")
-    rate_limit_per_second: float | None = Field(
-        None, gt=0, description="submissions of one owner to one gateway, a second; above 0, or null for no limit"
-    )
-
-
-class FlowerSettings(_Section):
-    """Where Flower listens, and the password of its one user, `admin`; `up` makes one up where none is set."""
-
-    host: str = Field("127.0.0.1", min_length=1, description="an address or host name to listen on")
-    port: int = Field(5555, ge=0, le=65535, description="0 (any free port) to 65535")
-    password: str | None = Field(
-        None,
-        pattern=r"^[^,\s]{8,}$",
-        description="8 characters or more, no comma, no space",
-        json_schema_extra=SECRET,
-        repr=False,
-    )
-
-
-class InferenceSettings(_Section):
-    """Limits of inference sessions."""
-
-    max_concurrent_sessions: int = Field(5, ge=1, description="open sessions on one device, 1 or more")
-    session_timeout_minutes: float = Field(30, gt=0, description="idle minutes until a session expires, above 0")
-
-
-class TrainingSettings(_Section):
-    """Limits of training, and where checkpoints are spooled."""
-
-    checkpoint_path: Path = Field(Path("checkpoints"), description="a folder")
-    max_batch_size: int = Field(32, ge=1, description="rows in one step's batch, 1 or more")
-    trust_programs: bool = Field(False, description="true or false: whether TorchScript programs may run")
-
-
-class QueueSettings(_Section):
-    """Limits of what may wait."""
-
-    max_length: int = Field(10_000, ge=1, description="jobs that may wait for one device, 1 or more")
-
-
-class BlobSettings(_Section):
-    """Where big bytes lie. `url` is always set: a folder below the data folder where nothing else is named."""
-
-    url: str | None = Field(
-        None,
-        pattern=r"^(file|s3|az|gs|memory|https?)://.*$",
-        description="a store such as file:///var/lib/blobs or s3://bucket/prefix",
-        json_schema_extra=SECRET,
-        repr=False,
-    )
-    max_bytes: int = Field(64 * 2**30, ge=1024, description="largest blob in bytes, 1024 or more")
-    ttl_hours: float = Field(24, gt=0, description="hours that an unreferenced blob is kept, above 0")
-
-
-class WebhookSettings(_Section):
-    """How webhooks are signed, and whom they may reach."""
-
-    secret: str | None = Field(
-        None, min_length=8, description="8 characters or more", json_schema_extra=SECRET, repr=False
-    )
-    allow_private: bool = Field(False, description="true or false: whether private addresses may be called")
-
-
-class JobSettings(_Section):
-    """How long finished jobs are kept."""
-
-    retention_days: float = Field(7, gt=0, description="days that a finished job is kept, above 0")
 
 
 def _of_scheme(*schemes: str) -> Callable[[object], object]:
@@ -271,7 +195,7 @@ class Settings(BaseSettings):
         return (init_settings, env_settings, *toml)
 
     def model_post_init(self, context: object) -> None:
-        """Makes paths absolute and fills in the blob folder, so that nobody else has a default of their own."""
+        """Makes paths absolute and fills in the blob folder, so that no other module has a default of its own."""
         for name in ("data_dir", "model_cache_path"):
             self.__dict__[name] = Path(getattr(self, name)).expanduser().absolute()
         self.training.__dict__["checkpoint_path"] = self.training.checkpoint_path.expanduser().absolute()
@@ -293,34 +217,17 @@ class Settings(BaseSettings):
         )
 
 
-def stack_file(data_dir: Path) -> Path:
-    """Where `up` notes the addresses and passwords of what it started (mode 0600)."""
-    return data_dir / "stack.json"
-
-
-def read_stack(data_dir: Path) -> dict[str, Any]:
-    """What a running `up` noted: `database_url`, `redis_url`, `http_url`, `flower_url`, `flower_password`; or `{}`."""
-    try:
-        noted = json.loads(stack_file(data_dir).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        _log.warning("%s cannot be read and is ignored: %s", stack_file(data_dir), error)
-        return {}
-    return noted if isinstance(noted, dict) else {}
-
-
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One setting as it is in force: its name in the environment, its value as JSON would hold it, what is allowed."""
 
     name: str
-    value: Any
+    value: object
     allowed: str
     secret: bool
 
     @property
-    def shown(self) -> Any:
+    def shown(self) -> object:
         """The value, with what is secret in it masked."""
         return masked(self.value) if self.secret and self.value else self.value
 
@@ -338,14 +245,14 @@ def describe(settings: Settings) -> list[Setting]:
     ]
 
 
-def _value(settings: Settings, path: tuple[str, ...]) -> Any:
-    value: Any = settings
+def _value(settings: Settings, path: tuple[str, ...]) -> object:
+    value: object = settings
     for name in path:
         value = getattr(value, name)
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     return str(value) if isinstance(value, Path) else value

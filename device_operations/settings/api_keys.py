@@ -1,4 +1,4 @@
-"""API keys as the settings hold them: whom each stands for, and how a list of them is written."""
+"""API keys as the settings hold them: the owner that each stands for, and how a list of them is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One key and whom it stands for. An admin sees and acts for every owner. The key does not show in its repr."""
+    """One key and its owner. An admin sees and acts for every owner. The key does not show in its repr."""
 
     owner: str
     key: str = field(repr=False)

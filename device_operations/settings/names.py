@@ -8,15 +8,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+if TYPE_CHECKING:
+    from pydantic.config import JsonDict
+    from pydantic_core import ErrorDetails
+
 PREFIX = "DEVICE_OPERATIONS_"
 
 #: Marks a field whose value is never shown: `Field(json_schema_extra=SECRET)`.
-SECRET: dict[str, Any] = {"secret": True}
+SECRET: JsonDict = {"secret": True}
 
 _MASK = "********"
 
@@ -62,7 +66,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     return "\n".join(_explain(item, dict(leaves(model))) for item in error.errors())
 
 
-def _explain(item: Any, known: dict[tuple[str, ...], FieldInfo]) -> str:
+def _explain(item: ErrorDetails, known: dict[tuple[str, ...], FieldInfo]) -> str:
     location = tuple(str(part) for part in item["loc"])
     path = next((location[:length] for length in range(len(location), 0, -1) if location[:length] in known), location)
     name = environment_name(path)

@@ -1,6 +1,6 @@
 """Flower with every page behind its password: `python -m device_operations.stack.flower`.
 
-Flower's own `--basic-auth` leaves `/metrics` and `/healthcheck` open, and both tell of jobs. Here one check, run before
+Flower's own `--basic-auth` leaves `/metrics` and `/healthcheck` open, and both show jobs. Here one check, run before
 any page, covers all of them; only its static files (style sheets, scripts) stay open.
 """
 

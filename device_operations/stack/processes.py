@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import psutil
 
 from device_operations.folders import PRIVATE_UMASK, private_opener
+from device_operations.json_text import JsonObject
 
 #: Start times are read from the kernel's clock ticks; two readings of one process may differ by rounding.
 _SAME_START_SECONDS = 0.1
@@ -56,12 +57,12 @@ def start(command: Command, log: Path | None = None) -> psutil.Popen:
     ended with this process (Windows): call it from the main thread.
     """
     with contextlib.ExitStack() as closing:
-        output: Any = (
+        output: int | IO[bytes] = (
             subprocess.DEVNULL
             if log is None
             else closing.enter_context(open(log, "ab", buffering=0, opener=private_opener))
         )
-        options: dict[str, Any] = {
+        options: JsonObject = {
             "env": None if command.environment is None else dict(command.environment),
             "stdin": subprocess.DEVNULL,
             "stdout": output,
@@ -133,7 +134,7 @@ def await_end(ending: Sequence[psutil.Process], seconds: float) -> list[psutil.P
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; one that only waits to be reaped, by us (now) or by whoever adopted it, does not."""
+    """Whether it still runs; one that only waits to be reaped, by us (now) or by its new parent, does not."""
     if isinstance(process, psutil.Popen):
         return process.poll() is None
     try:
@@ -176,7 +177,7 @@ class Identity:
 def end_leftovers(
     identities: Sequence[Identity], patience_seconds: float, stop_signals: Mapping[str, int]
 ) -> list[str]:
-    """Ends what an earlier start left running: asks first, kills what stays. Answers the names of those found."""
+    """Ends what an earlier start left running, in good order first. Gives the names of those found."""
     found = [(identity, process) for identity in identities if (process := identity.find()) is not None]
     below = [child for _, process in found for child in descendants(process)]
     for identity, process in found:

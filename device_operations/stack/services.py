@@ -55,7 +55,7 @@ def migrate(environment: Mapping[str, str], folder: Path | None = None) -> Comma
 
 
 def gateway(environment: Mapping[str, str], folder: Path | None = None, name: str = "gateway") -> ChildService:
-    """The HTTP gateway; ready as soon as it answers at all, since `/readyz` also asks for a device."""
+    """The HTTP gateway; ready as soon as it answers at all, since `/readyz` also needs a device."""
     url = gateway_url(environment)
     return ChildService(
         Command(name, python(*GATEWAY), environment, folder),
@@ -66,7 +66,7 @@ def gateway(environment: Mapping[str, str], folder: Path | None = None, name: st
 
 
 def worker(device_id: str, environment: Mapping[str, str], folder: Path | None = None) -> ChildService:
-    """The worker of one device. `/readyz` tells when it is online."""
+    """The worker of one device. `/readyz` says when it is online."""
     command, own = python(*worker_arguments(device_id)), {**WORKER_ENVIRONMENT, **environment}
     return ChildService(
         Command(f"worker-{device_id}", command, own, folder, grace_seconds=WORKER_GRACE_SECONDS),
@@ -76,7 +76,7 @@ def worker(device_id: str, environment: Mapping[str, str], folder: Path | None =
 
 
 def flower(environment: Mapping[str, str], url: str, folder: Path | None = None) -> ChildService:
-    """Flower at its URL; ready when it answers, if only to ask for the password."""
+    """Flower at its URL; ready when it answers, also if only with 401."""
     return ChildService(
         Command("flower", python(*FLOWER), environment, folder), is_ready=lambda: answers(url, any_status=True), url=url
     )

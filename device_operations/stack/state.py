@@ -10,9 +10,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from device_operations.folders import private_folder, private_opener
+from device_operations.json_text import JsonObject
 from device_operations.stack.errors import StackError
 
 #: Ports are taken from here: below what Linux (32768) and Windows (49152) hand out for outgoing connections, which
@@ -33,7 +34,7 @@ def make_private_folder(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, content: dict[str, Any]) -> None:
+def write_private(path: Path, content: JsonObject) -> None:
     """Writes JSON that only this user may read (0600), whole or not at all."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -46,7 +47,7 @@ def write_private(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
-def read_private(path: Path) -> dict[str, Any]:
+def read_private(path: Path) -> JsonObject:
     """What `write_private` wrote, or `{}`. Raises `StackError` where the file holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -66,11 +67,11 @@ class Remembered:
         self._path = data_dir / "remembered.json"
         self._content = read_private(self._path)
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> object:
         """The value kept under this name, or None."""
         return self._content.get(name)
 
-    def put(self, name: str, value: Any) -> None:
+    def put(self, name: str, value: object) -> None:
         """Keeps a value; it is on disk when this returns."""
         self._content[name] = value
         write_private(self._path, self._content)
@@ -93,12 +94,12 @@ class Remembered:
         return int(self._content[name])
 
 
-#: Ports that this process has given out: whoever got one may not listen on it yet.
+#: Ports that this process has given out: their receivers may not listen on them yet.
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now, outside the range of outgoing connections; another each time."""
+    """A port on loopback that is free now, outside the range of outgoing connections; another each time."""
     import random
 
     for port in random.sample(PORTS, 200):

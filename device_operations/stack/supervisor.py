@@ -52,7 +52,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChildService:
-    """One service: what runs it, its URL, whether it is ready (at once, if it cannot tell), and what helps if not."""
+    """One service: what runs it, its URL, whether it is ready (at once, if it has no check), and what helps if not."""
 
     command: Command
     is_ready: Callable[[], bool] = lambda: True
@@ -150,7 +150,7 @@ class Supervisor:
             self.tick()
 
     def ask_to_stop(self) -> int:
-        """Safe in a signal handler: once, stop in good order; twice, at once. Answers how often it was asked."""
+        """Safe in a signal handler: once, stop in good order; twice, at once. Gives how often it was called."""
         self._stop_requests += 1
         return self._stop_requests
 

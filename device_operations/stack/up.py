@@ -1,4 +1,4 @@
-"""`device-operations up`: the whole product on this machine, from the servers to Flower, until it is told to stop.
+"""`device-operations up`: the whole product on this machine, from the servers to Flower, until it is stopped.
 
 lock the data folder ─▶ end leftovers ─▶ servers ─▶ migrate ─▶ gateway, workers, Flower ─▶ ready ─▶ watch ─▶ stop
 """
@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import httpx
 import psutil
 
 from device_operations.devices import DeviceSpec, device_ids, spell_devices
+from device_operations.json_text import JsonObject
 from device_operations.settings import Settings, local_url, stack_file
 from device_operations.stack import postgres, services, state, valkey
 from device_operations.stack.errors import StackError
@@ -27,7 +27,7 @@ from device_operations.stack.supervisor import ChildService, Stopped, Supervisor
 #: From the start of the gateway until a device is online: a GPU's first contact takes many seconds.
 READY_WITHIN_SECONDS = 180
 
-#: A busy port that nobody asked for gives way to one of the next so many.
+#: A busy port that is not set explicitly gives way to one of the next so many.
 PORTS_TRIED = 20
 
 
@@ -108,7 +108,7 @@ def _addresses(
 
 
 def _port(name: str, host: str, wanted: int, asked_for: bool, say: Callable[[str], None]) -> int:
-    """The port wanted, if it is free. If not: an error where somebody asked for it, else a free one after it."""
+    """The port wanted, if it is free. If not: an error if it was set explicitly, else a free one after it."""
     if wanted == 0:
         return state.free_port()
     if state.is_free(wanted, host):
@@ -127,7 +127,7 @@ def _port(name: str, host: str, wanted: int, asked_for: bool, say: Callable[[str
 
 
 def _holder(port: int) -> str:
-    """Who listens on the port, where the system tells us."""
+    """Who listens on the port, if the system shows it."""
     try:
         for one in psutil.net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN and one.pid and tuple(one.laddr)[1:] == (port,):
@@ -154,7 +154,7 @@ def _port_of(url: str) -> str:
     return url.rpartition(":")[2]
 
 
-def _noted(addresses: Addresses) -> dict[str, Any]:
+def _noted(addresses: Addresses) -> JsonObject:
     return {name: getattr(addresses, name) for name in Addresses.__slots__} | {"pid": os.getpid()}
 
 

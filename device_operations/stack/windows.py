@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from typing import Any
 
 if sys.platform != "win32":
     raise ImportError("job objects exist on Windows only")
@@ -47,7 +46,7 @@ class _ExtendedLimits(ctypes.Structure):
     )
 
 
-def join_job(process: Any) -> None:
+def join_job(process: object) -> None:
     """Puts a started `psutil.Popen` into the job; its own children are in it too."""
     if not _kernel32.AssignProcessToJobObject(_job(), int(process._handle)):
         raise ctypes.WinError(ctypes.get_last_error())

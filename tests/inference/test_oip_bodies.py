@@ -23,6 +23,11 @@ GOOD = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
 X = np.array([[1, 2, 3, 4]], np.float32)
 Y = X * 2 + 1
 
+#: Bodies come the same way into the application with and without what reaches into uvicorn's insides.
+pytestmark = pytest.mark.parametrize(
+    "stack", [{}, {"HTTP__FAST_PATH": False}], indirect=True, ids=["fast", "plain"], scope="module"
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _models(api: Api) -> None:

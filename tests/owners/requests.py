@@ -91,8 +91,8 @@ def _base(things: Things, place: Place) -> dict[str, Any]:
         "Checkpoint": in_training,
         "Validate": in_training | BATCH,
         "EndSession": in_training,
-        "Embeddings": {"model": ids["model name"], "input": "a text"},
-        "Images": {"model": ids["model name"], "prompt": "a lighthouse"},
+        "EmbeddingsRequest": {"model": ids["model name"], "input": "a text"},
+        "ImagesRequest": {"model": ids["model name"], "prompt": "a lighthouse"},
     }  # fmt: skip
     # Routes whose body is nothing but `job` have no schema of their own; the address names the rest.
     body = copy.deepcopy(bodies[place.request] if place.request else {})

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fast_path import bounded
+from api_gateway import limits
 from api_gateway.fast_path.wire import Protocol
+from api_gateway.plain_path.protocol import PlainProtocol
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 
@@ -24,9 +25,18 @@ def loop(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+Path = type[Protocol] | type[PlainProtocol]
+
+
+@pytest.fixture(params=[Protocol, PlainProtocol], ids=["fast", "plain"])
+def path(request: pytest.FixtureRequest) -> Path:
+    """How HTTP is served: with `HTTP__FAST_PATH`, and without it."""
+    return request.param
+
+
 @pytest.fixture
-def served(loop: str) -> Iterator[tuple[Reader, int]]:
-    with reading(loop) as server:
+def served(loop: str, path: Path) -> Iterator[tuple[Reader, int]]:
+    with reading(loop, path.limited_to(1000)) as server:
         yield server
 
 
@@ -137,8 +147,8 @@ def test_trailers_and_chunk_extensions_are_bounded_too(served: tuple[Reader, int
 
 
 def test_a_head_has_twenty_seconds(served: tuple[Reader, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bounded.HEAD_SECONDS == 20
-    monkeypatch.setattr(bounded, "HEAD_SECONDS", 1.0)
+    assert limits.HEAD_SECONDS == 20
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 1.0)
     _, port = served
     with connect(port) as slow, connect(port) as silent, connect(port) as kept:
         kept.sendall(asked(b"one"))
@@ -169,9 +179,9 @@ def test_a_head_has_twenty_seconds(served: tuple[Reader, int], monkeypatch: pyte
         assert time.monotonic() - began < 10
 
 
-def test_a_body_that_comes_too_slowly_is_refused(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "BODY_SECONDS", 0.5)
-    with reading(loop) as (app, port):
+def test_a_body_that_comes_too_slowly_is_refused(loop: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.5)
+    with reading(loop, path) as (app, port):
         for address in ("/v2/models/m/infer", "/x"):
             with connect(port) as client:
                 began = time.monotonic()
@@ -206,8 +216,8 @@ def test_an_answer_before_a_large_body_says_that_it_closes_and_can_be_read(serve
 
 
 def test_a_closed_connection_is_not_read_for_ever(served: tuple[Reader, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "LINGER_SECONDS", 0.5)
-    monkeypatch.setattr(bounded, "LINGER_BYTES", 5_000_000)
+    monkeypatch.setattr(limits, "LINGER_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "LINGER_BYTES", 5_000_000)
     _, port = served
     with connect(port) as much, connect(port) as slow:
         for client in (much, slow):
@@ -259,13 +269,13 @@ def test_no_more_requests_wait_on_a_connection_than_a_limit(served: tuple[Reader
         time.sleep(0.3)
         app.go_on.set()
         assert answered(client) == (200, b"pieces:first")
-        for _ in range(bounded.PIPELINED):
+        for _ in range(limits.PIPELINED):
             assert answered(client) == (200, b"pieces:a")
         assert refused(client) == (400, "malformed_request")
 
 
-def test_connections_beyond_the_limit_are_told_and_closed(loop: str) -> None:
-    with reading(loop, Protocol.limited_to(3)) as (_, port):
+def test_connections_beyond_the_limit_are_refused_and_closed(loop: str, path: Path) -> None:
+    with reading(loop, path.limited_to(3)) as (_, port):
         held = [connect(port) for _ in range(3)]
         for client in held:
             client.sendall(asked(b"in"))

@@ -14,7 +14,8 @@ from threading import Thread
 
 import pytest
 
-from api_gateway.fast_path.wire import HELD_BYTES, WHOLE_BYTES, WHOLE_REST_BYTES, BufferedConnection
+from api_gateway.connection import HELD_BYTES, BufferedConnection
+from api_gateway.fast_path.wire import WHOLE_BYTES, WHOLE_REST_BYTES
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import uvicorn
 
-from api_gateway.fast_path.wire import WHOLE_BODY, Protocol, take_whole
+from api_gateway.fast_path.whole_body import WHOLE_BODY, take_whole
+from api_gateway.fast_path.wire import Protocol
+from api_gateway.plain_path.application import PlainPath
+from api_gateway.plain_path.protocol import PlainProtocol
 
 
 class Reader:
@@ -50,10 +53,11 @@ class Reader:
 
 
 @contextmanager
-def reading(loop: str, protocol: type[Protocol] = Protocol) -> Iterator[tuple[Reader, int]]:
+def reading(loop: str, protocol: type[Protocol | PlainProtocol] = Protocol) -> Iterator[tuple[Reader, int]]:
     """Such an application served by the gateway's protocol, and its port."""
     app = Reader()
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, loop=loop, log_config=None, lifespan="off"))
+    served = PlainPath(app) if issubclass(protocol, PlainProtocol) else app
+    server = uvicorn.Server(uvicorn.Config(served, port=0, http=protocol, loop=loop, log_config=None, lifespan="off"))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = Thread(target=server.run, args=([listening],))
     thread.start()

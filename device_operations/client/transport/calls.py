@@ -1,21 +1,23 @@
-"""What flows ask for: a flow is a generator that says what to send and what to do with the answer, and does no I/O.
+"""The commands of flows: a flow is a generator that says what to send and what to do with the answer, and does no I/O.
 
     Call ─▶ httpx.Response       one request; with `stream`, the body is left to be read by `Next`
     Next ─▶ bytes | str | None   the next piece of a streamed body; None at its end
     Do   ─▶ what it returns      work that may block: reading and writing files
-    Sleep, Emit ─▶ None          wait; hand a value to whoever iterates
+    Sleep, Emit ─▶ None          wait; hand a value to the caller who iterates
 
-`sync.py` and `asynchronous.py` carry them out.
+`sync.py` and `asynchronous.py` carry them out. The functions below yield one of them each, and type its answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
+
+from device_operations.json_text import JsonObject
 
 T = TypeVar("T")
 
@@ -38,8 +40,8 @@ class Call:
 
     method: str
     path: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    json: Any = None
+    params: Mapping[str, object] = field(default_factory=dict)
+    json: object = None
     content: Content | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     #: Seconds that the server may take on purpose, over the client's own timeout.
@@ -69,7 +71,7 @@ class Next:
 class Do:
     """Work that may block."""
 
-    function: Callable[[], Any]
+    function: Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +83,45 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """A value for whoever iterates over the flow."""
+    """A value for the caller who iterates over the flow."""
 
-    value: Any
+    value: object
 
 
 Command: TypeAlias = Call | Next | Do | Sleep | Emit
-Flow: TypeAlias = Generator[Command, Any, T]
+Flow: TypeAlias = Generator[Command, object, T]
 
 
 def at(template: str, *ids: str) -> str:
-    """A path with ids in it, whatever characters they have."""
+    """A path with ids in it, quoted."""
     return template.format(*(quote(str(given), safe="") for given in ids))
 
 
-def get(path: str, **params: Any) -> Flow[Any]:
-    """The JSON at a path; parameters that are None are left out."""
-    response: httpx.Response = yield Call("GET", path, params)
-    return response.json()
+def send(call: Call) -> Flow[httpx.Response]:
+    """The answer to one request."""
+    return cast("httpx.Response", (yield call))
+
+
+def next_bytes(response: httpx.Response) -> Flow[bytes | None]:
+    """The next piece of a body that is streamed as bytes."""
+    return cast("bytes | None", (yield Next(response)))
+
+
+def next_line(response: httpx.Response) -> Flow[str | None]:
+    """The next line of a body that is streamed as text."""
+    return cast("str | None", (yield Next(response)))
+
+
+def do(function: Callable[[], T]) -> Flow[T]:
+    """What a function returns that may block."""
+    return cast(T, (yield Do(function)))
+
+
+def get(path: str, **params: object) -> Flow[JsonObject]:
+    """The JSON object at a path; parameters that are None are left out."""
+    return json_of((yield from send(Call("GET", path, params))))
+
+
+def json_of(response: httpx.Response) -> JsonObject:
+    """The JSON object in an answer."""
+    return cast("JsonObject", response.json())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import httpx
 import orjson
 
 from device_operations import settings
 from device_operations.client.transport.calls import Call
+from device_operations.json_text import JsonObject
+
+#: A body on its way to the gateway.
+Pieces: TypeAlias = Iterator[bytes | memoryview] | AsyncIterator[bytes | memoryview]
 
 #: Where a streamed response keeps the iterator over its body.
 PIECES = "device_operations_pieces"
@@ -24,7 +29,7 @@ class Target:
     api_key: str | None
     timeout: float
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         """The arguments of an httpx client. Raises `SettingsError` where settings are needed and wrong."""
         url, key = self.base_url, self.api_key
         if url is None:
@@ -41,10 +46,10 @@ class Target:
         }
 
 
-def request_options(call: Call, timeout_seconds: float, pieces: Any) -> dict[str, Any]:
+def request_options(call: Call, timeout_seconds: float, pieces: Pieces | None) -> JsonObject:
     """The arguments of `build_request` for a call; `pieces` iterates over its content, if it has any."""
     headers = dict(call.headers)
-    options: dict[str, Any] = {
+    options: JsonObject = {
         "method": call.method,
         "url": call.path,
         "params": {name: _text(value) for name, value in call.params.items() if value is not None} or None,
@@ -59,7 +64,7 @@ def request_options(call: Call, timeout_seconds: float, pieces: Any) -> dict[str
     return options | {"headers": headers}
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import httpx
 
-from device_operations.client.transport.calls import Call, Command, Flow, Sleep
+from device_operations.client.transport.calls import Call, Command, Flow, Sleep, send
 from device_operations.errors import CODES, OperationError, failure
+from device_operations.json_text import JsonObject
 
 T = TypeVar("T")
 
-#: Failures before anything was sent: whatever it was, it did not happen.
+#: Failures before anything was sent: the call did not happen.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 #: Seconds of the first pause and the longest; each pause is twice the one before, less up to a quarter by chance.
@@ -34,29 +36,31 @@ class Policy:
     idempotency_keys: bool = True
 
 
-class FlowRun:
-    """A flow under way: `wants` is what it asks for next, until it is `over` with its `result`."""
+class FlowRun(Generic[T]):
+    """A flow under way: `wants` is the command that it waits for, until it is `over` with its `result`."""
 
-    def __init__(self, flow: Flow[Any], policy: Policy) -> None:
+    #: Set once it is over.
+    result: T
+
+    def __init__(self, flow: Flow[T], policy: Policy) -> None:
         self._steps = _persistent(flow, policy)
         self.over = False
         self.wants: Command | None = None
-        self.result: Any = None
         self.go_on(None)
 
-    def go_on(self, answer: Any) -> None:
-        """Gives the flow what it asked for."""
+    def go_on(self, answer: object) -> None:
+        """Gives the flow the answer to its command."""
         self._advance(lambda: self._steps.send(answer))
 
     def fail(self, error: Exception) -> None:
-        """Raises in the flow why it cannot have what it asked for."""
+        """Raises in the flow why its command failed."""
         self._advance(lambda: self._steps.throw(error))
 
     def close(self) -> None:
         """Ends the flow where it stands, so that it puts away what it left half done."""
         self._steps.close()
 
-    def _advance(self, step: Any) -> None:
+    def _advance(self, step: Callable[[], Command]) -> None:
         try:
             self.wants = step()
         except StopIteration as end:
@@ -65,7 +69,7 @@ class FlowRun:
 
 def _persistent(flow: Flow[T], policy: Policy) -> Flow[T]:
     """The flow with each of its calls sent until it is answered, and refusals raised where the call was made."""
-    answer: Any = None
+    answer: object = None
     error: Exception | None = None
     try:
         while True:
@@ -90,7 +94,7 @@ def exchange(call: Call, policy: Policy) -> Flow[httpx.Response]:
     retries = policy.retries if call.retries is None else call.retries
     for attempt in itertools.count():
         try:
-            response: httpx.Response = yield call
+            response = yield from send(call)
         except httpx.UnsupportedProtocol as error:
             raise _unreachable(call, error) from error
         except httpx.TransportError as error:
@@ -156,7 +160,7 @@ def _unreachable(call: Call, error: httpx.TransportError) -> OperationError:
     )
 
 
-def _problem(response: httpx.Response) -> dict[str, Any]:
+def _problem(response: httpx.Response) -> JsonObject:
     try:
         body = response.json()
     except ValueError:

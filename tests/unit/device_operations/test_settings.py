@@ -27,6 +27,7 @@ CONTRACT = {
     "HTTP__RATE_LIMIT_PER_SECOND": None,
     "HTTP__MAX_CONNECTIONS": 1000,
     "HTTP__MAX_BODY_BYTES_IN_FLIGHT": 512 * 2**20,
+    "HTTP__FAST_PATH": True,
     "FLOWER__PORT": 5555,
     "DEVICES": "auto",
     "API_KEYS": "",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from api_gateway.answers import ANSWERS
-from device_operations.client.jobs import _ROUTES
+from device_operations.client.submission import _ROUTES
 from device_operations.jobs import Kind
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
@@ -25,7 +25,7 @@ NAME_KINDS = {
     "device_operations/requests/kinds.py",
     "device_operations/client/embeddings.py",
     "device_operations/client/images.py",
-    "device_operations/client/jobs.py",
+    "device_operations/client/submission.py",
     "device_operations/client/memory.py",
     "device_operations/client/inference.py",
     "device_operations/client/training.py",
