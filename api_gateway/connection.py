@@ -20,7 +20,7 @@ class BufferedConnection:
         self, transport: asyncio.Transport, lingers: Callable[[asyncio.Transport], bool] | None = None
     ) -> None:
         self._transport = transport
-        #: Asked before the connection closes: whether it is to be read for a while yet.
+        #: Called before the connection closes; True if it stays open for reading for a while.
         self._lingers = lingers
         self._is_lingering = False
         self._loop = asyncio.get_running_loop()

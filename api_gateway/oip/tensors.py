@@ -66,7 +66,7 @@ class RequestedOutput:
 
 @dataclass(slots=True)
 class InferRequest:
-    """One inference request."""
+    """One inference request of the protocol, its tensors as bytes."""
 
     request_id: str | None
     parameters: JsonObject
@@ -74,7 +74,7 @@ class InferRequest:
     outputs: list[RequestedOutput]
     #: Whether outputs that were not named come as raw bytes.
     binary: bool
-    #: The bytes of the only input, where the request is nothing else; `oip_raw` says which input and what shape.
+    #: The bytes of the only input, where the request is nothing else; `oip.raw` says which input and what shape.
     raw: Raw | None = None
     #: Whether NaN or an infinity stood bare in it, which clients write that read such answers too.
     bare: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator
@@ -15,7 +15,7 @@ from api_gateway.auth import Known, require_admin
 from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response
 from device_operations.errors import failure
-from device_operations.json_text import JsonObject
+from device_operations.views import DeviceView
 from tasks.devices import store
 from tasks.statements import Row
 
@@ -77,23 +77,16 @@ async def read_samples(request: Request, caller: Known, device_id: str, since: S
     return json_response({"device_id": device_id, "samples": await run_in_threadpool(read)})
 
 
-def view(device: Row, counts: dict[str, dict[str, int]]) -> JsonObject:
+_KEYS = tuple(DeviceView.__annotations__)
+
+
+def view(device: Row, counts: dict[str, dict[str, int]]) -> DeviceView:
     """The device as callers see it."""
-    at_work = counts.get(device["device_id"], {})
-    return {
-        **{
-            name: device[name]
-            for name in (
-                "device_id", "backend", "name", "vendor", "state", "epoch", "node", "total_bytes", "free_bytes",
-                "driver", "heartbeat_at", "capabilities", "providers", "cpu_fallback_ops",
-            )
-        },
-        "queued": at_work.get("queued", 0),
-        "running": at_work.get("running", 0),
-    }  # fmt: skip
+    at_work = {name: counts.get(device["device_id"], {}).get(name, 0) for name in ("queued", "running")}
+    return cast("DeviceView", {name: at_work[name] if name in at_work else device[name] for name in _KEYS})
 
 
-def _read(gateway: Gateway, device_id: str) -> JsonObject:
+def _read(gateway: Gateway, device_id: str) -> DeviceView:
     snapshot = gateway.directory.refresh()
     device = snapshot.devices.get(device_id)
     if device is None:
@@ -101,7 +94,7 @@ def _read(gateway: Gateway, device_id: str) -> JsonObject:
     return view(device, snapshot.counts)
 
 
-def _set_draining(gateway: Gateway, device_id: str, draining: bool) -> JsonObject:
+def _set_draining(gateway: Gateway, device_id: str, draining: bool) -> DeviceView:
     with gateway.engine.connect() as connection:
         if not store.set_draining(connection, device_id, draining):
             raise _no_device(device_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from device_operations.jobs import TERMINAL, Job, Kind, State
 from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.inference import OpenSession
+from device_operations.views import InferenceSessionView, ModelView
 from tasks.database import unavailable
 from tasks.inference import models as store
 from tasks.inference import sessions
@@ -120,7 +121,7 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
     """A session and what became of its runs. A run without a session has one of its own, whose id is the job's."""
     gateway = of(request)
 
-    def read() -> JsonObject:
+    def read() -> InferenceSessionView:
         with gateway.engine.connect() as connection:
             row = store.get_session(connection, session_id)
             if row is not None and may_see(caller, row):
@@ -170,20 +171,12 @@ async def read_model(request: Request, caller: Known, model_id: str) -> Response
     return json_response(view(await run_in_threadpool(read)))
 
 
-def view(model: Row) -> JsonObject:
+def view(model: Row) -> ModelView:
     """The model as callers see it."""
-    return {
-        name: model[name]
-        for name in (
-            "model_id", "name", "version", "model_type", "device_id", "state", "inputs", "outputs", "not_offered",
-            "parts", "memory_bytes", "freed_bytes", "load_ms", "run_count", "failed_count", "last_used_at", "pinned",
-            "shared", "provider", "cpu_fallback_ops", "batching", "statistics", "sha256", "owner", "options", "error",
-            "replaced_by", "replaced_at", "created_at", "ended_at",
-        )
-    }  # fmt: skip
+    return cast("ModelView", {name: model[name] for name in ModelView.__annotations__})
 
 
-def session_view(session: Row) -> JsonObject:
+def session_view(session: Row) -> InferenceSessionView:
     """The session as callers see it; `idle` is one that is open and has no run under way."""
     state = session["state"]
     return {
@@ -210,7 +203,7 @@ def _wake_cancelled(gateway: Gateway, model_id: str) -> None:
         gateway.publisher.wake(job["device_id"], {"cancel": job["id"]})
 
 
-def _session_of_a_job(job: Row) -> JsonObject:
+def _session_of_a_job(job: Row) -> InferenceSessionView:
     over = job["state"] in TERMINAL
     won = job["state"] == State.SUCCEEDED
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
@@ -34,6 +34,7 @@ from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
+from device_operations.views import AllocationView
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store
 from tasks.memory import plan as plans
@@ -228,15 +229,9 @@ async def read_data(
     return await passing.answer(gateway, made, preferred_wait(request) or MAX_WAIT_SECONDS)
 
 
-def view(allocation: Row) -> JsonObject:
+def view(allocation: Row) -> AllocationView:
     """The allocation as callers see it."""
-    return {
-        name: allocation[name]
-        for name in (
-            "allocation_id", "device_id", "state", "size_bytes", "dtype", "shape", "label", "owner", "job_id",
-            "sha256", "error", "created_at", "ttl_seconds", "expires_at", "ended_at",
-        )
-    }  # fmt: skip
+    return cast("AllocationView", {name: allocation[name] for name in AllocationView.__annotations__})
 
 
 def _seen_by(caller: Caller, standing: JsonObject) -> JsonObject:

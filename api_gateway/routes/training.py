@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -14,7 +14,7 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.answer import json_response, read_body, submit_job
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.views import CheckpointView, TrainingSessionView, TrainingStatus
 from tasks.owners import found
 from tasks.statements import Row, transaction
 from tasks.training import checkpoints as checkpoint_store
@@ -50,14 +50,16 @@ async def read_status(
     """How a session stands, with its last `history` steps. Reads records only: no device is queried."""
     gateway = of(request)
 
-    def read() -> JsonObject:
+    def read() -> TrainingStatus:
         with gateway.engine.connect() as connection:
             session = found(caller, store.get(connection, session_id), "training session", session_id)
             stepping = session["state"] in ("ready", "restored") and store.is_stepping(connection, session)
             steps = store.history(connection, session_id, history) if history else []
             checkpoints = checkpoint_store.page(connection, session_id, None, CHECKPOINTS_TOLD)
-        shown = view(session) | {"history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
-        return shown | ({"state": "stepping"} if stepping else {})
+        shown = view(session)
+        if stepping:
+            shown["state"] = "stepping"
+        return {**shown, "history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
 
     return json_response(await run_in_threadpool(read))
 
@@ -118,33 +120,19 @@ async def end_session(request: Request, caller: Known, session_id: str, checkpoi
     return await submit_job(request, caller, Kind.TRAINING_END_SESSION, named)
 
 
-def view(session: Row) -> JsonObject:
+def view(session: Row) -> TrainingSessionView:
     """The session as callers see it."""
-    shown = {
-        name: session[name]
-        for name in (
-            "session_id", "device_id", "state", "step", "applied_sequence", "submitted_sequence", "loss",
-            "gradient_norm", "learning_rate", "steps_per_second", "samples_seen", "memory_bytes", "lease_expires_at",
-            "owner", "error", "parameters", "opened_at", "last_used_at", "ended_at",
-        )
-    }  # fmt: skip
     operators = session["cpu_fallback_operators"]
-    return shown | {
-        "resident": session["epoch"] is not None,
-        "cpu_fallback_ops": len(operators), "cpu_fallback_operators": operators,
-    }  # fmt: skip
+    derived = {"resident": session["epoch"] is not None, "cpu_fallback_ops": len(operators)}
+    names = TrainingSessionView.__annotations__
+    return cast("TrainingSessionView", {name: derived[name] if name in derived else session[name] for name in names})
 
 
-def view_checkpoint(checkpoint: Row) -> JsonObject:
+def view_checkpoint(checkpoint: Row) -> CheckpointView:
     """The checkpoint as callers see it."""
-    shown = {
-        name: checkpoint[name]
-        for name in (
-            "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id",
-            "onnx_blob_id", "run_job_id", "created_at", "owner", "damage",
-        )
-    }  # fmt: skip
-    return shown | {"automatic": checkpoint["job_id"] is None}
+    derived = {"automatic": checkpoint["job_id"] is None}
+    names = CheckpointView.__annotations__
+    return cast("CheckpointView", {name: derived[name] if name in derived else checkpoint[name] for name in names})
 
 
 def _delete(gateway: Gateway, caller: Caller, checkpoint_id: str) -> None:

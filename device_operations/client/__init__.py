@@ -7,6 +7,7 @@ with Client() as client:
 calls.py          what one request to the gateway is made of, and the commands of flows
 exchange.py       one call until it is answered: retries, and errors by their code
 operations.py     how a method that is written once serves both clients
+submission.py     how a job is submitted and awaited
 jobs.py           jobs: submit, wait, list, follow, cancel
 blobs.py, devices.py, memory.py, inference.py, embeddings.py, images.py, training.py      one file per noun
 arrays.py         NumPy arrays as tensors, and back

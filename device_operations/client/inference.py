@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Unpack, cast
 
 from device_operations.client.arrays import TensorLike, all_sent, received
 from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, said, submission, succeeded
@@ -12,6 +12,7 @@ from device_operations.client.transport.calls import Call, Flow, at, get, json_o
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
 from device_operations.json_text import JsonObject
+from device_operations.views import InferenceSessionView, ModelView
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +116,16 @@ class Inference(Noun[Mode]):
         return (yield from submission(Kind.INFERENCE_UNLOAD_MODEL, fields, given))
 
     @operation
-    def models(self, *, device_id: str | None = None, state: str | None = None) -> Flow[list[JsonObject]]:
+    def models(self, *, device_id: str | None = None, state: str | None = None) -> Flow[list[ModelView]]:
         """Models, newest first."""
         answer = yield from get("/api/inference/models", device_id=device_id, state=state)
-        models: list[JsonObject] = answer["models"]
+        models: list[ModelView] = answer["models"]
         return models
 
     @operation
-    def model(self, model_id: str) -> Flow[JsonObject]:
+    def model(self, model_id: str) -> Flow[ModelView]:
         """One model."""
-        return (yield from get(at("/api/inference/models/{}", model_id)))
+        return cast("ModelView", (yield from get(at("/api/inference/models/{}", model_id))))
 
     @operation
     def open_session(
@@ -135,23 +136,23 @@ class Inference(Noun[Mode]):
         state: Mapping[str, str] | None = None,
         initial: Mapping[str, TensorLike] | None = None,
         owner: str | None = None,
-    ) -> Flow[JsonObject]:
+    ) -> Flow[InferenceSessionView]:
         """Opens a session. `state` names, for each output kept on the device, the input that it feeds next."""
         tensors = (yield from all_sent(initial)) if initial else None
         body = said(model_id=model_id, model_name=model_name, state=state and dict(state), initial=tensors, owner=owner)
         response = yield from send(Call("POST", "/api/inference/sessions", json=body, keyed=True))
-        return json_of(response)
+        return cast("InferenceSessionView", json_of(response))
 
     @operation
-    def session(self, session_id: str) -> Flow[JsonObject]:
+    def session(self, session_id: str) -> Flow[InferenceSessionView]:
         """How a session stands; the id of a run without a session is its job's."""
-        return (yield from get(at("/api/inference/status/{}", session_id)))
+        return cast("InferenceSessionView", (yield from get(at("/api/inference/status/{}", session_id))))
 
     @operation
-    def sessions(self, *, state: str | None = None) -> Flow[list[JsonObject]]:
+    def sessions(self, *, state: str | None = None) -> Flow[list[InferenceSessionView]]:
         """The newest sessions, at most 100; `state` is active, closed, expired or lost."""
         answer = yield from get("/api/inference/sessions", state=state)
-        sessions: list[JsonObject] = answer["sessions"]
+        sessions: list[InferenceSessionView] = answer["sessions"]
         return sessions
 
     @operation

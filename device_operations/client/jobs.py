@@ -13,8 +13,6 @@ from device_operations.client.submission import (
     MAX_WAIT_SECONDS,
     PATIENT_RETRIES,
     Submission,
-    _headers,
-    _until,
     body_of,
     bulk,
     checked_request,
@@ -22,7 +20,9 @@ from device_operations.client.submission import (
     job_id_of,
     read,
     submission,
+    submission_headers,
     succeeded,
+    until_deadline,
 )
 from device_operations.client.transport.calls import Call, Emit, Flow, Sleep, at, get, json_of, next_line, send
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
@@ -102,12 +102,12 @@ class Jobs(Noun[Mode]):
                 "POST",
                 at("/api/jobs/{}/retry", job_id_of(job)),
                 json=dict(changes or {}),
-                headers=_headers(idempotency_key, wait),
+                headers=submission_headers(idempotency_key, wait),
                 waits_seconds=min(wait, MAX_WAIT_SECONDS),
                 keyed=True,
             )
         )
-        return (yield from _until(Job.model_validate_json(response.content), deadline))
+        return (yield from until_deadline(Job.model_validate_json(response.content), deadline))
 
     @operation
     def request_of(self, job: Job | str) -> Flow[JsonObject]:

@@ -23,6 +23,7 @@ from device_operations.client.transport.operations import Mode, Noun, emits, ope
 from device_operations.jobs import Job, Kind
 from device_operations.json_text import JsonObject
 from device_operations.tensors import from_bytes
+from device_operations.views import AllocationView
 
 if TYPE_CHECKING:
     from device_operations.tensors import Array
@@ -132,19 +133,19 @@ class Memory(Noun[Mode]):
         return target
 
     @operation
-    def renew(self, allocation_id: str, ttl_seconds: float) -> Flow[JsonObject]:
+    def renew(self, allocation_id: str, ttl_seconds: float) -> Flow[AllocationView]:
         """Gives an allocation a new time to live, counted from now."""
         response = yield from send(
             Call("POST", at("/api/memory/renew/{}", allocation_id), json={"ttl_seconds": ttl_seconds})
         )
-        return json_of(response)
+        return cast("AllocationView", json_of(response))
 
     @operation
-    def allocation(self, allocation_id: str) -> Flow[JsonObject]:
+    def allocation(self, allocation_id: str) -> Flow[AllocationView]:
         """One allocation."""
-        return (yield from get(at("/api/memory/allocations/{}", allocation_id)))
+        return cast("AllocationView", (yield from get(at("/api/memory/allocations/{}", allocation_id))))
 
-    @emits(JsonObject)
+    @emits(AllocationView)
     def allocations(
         self,
         *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypedDict
 
 from device_operations.client.transport.calls import Call, Content, Flow, at, send
@@ -13,15 +12,6 @@ from device_operations.jobs import Job, Kind, State
 from device_operations.json_text import JsonObject
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.requests.kinds import parse
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to a job: `state`, `progress`, and at last `done`; `data` is the job, or its progress."""
-
-    name: str
-    data: JsonObject
-
 
 #: The longest that the gateway lets one request wait, in seconds.
 MAX_WAIT_SECONDS = 60.0
@@ -51,9 +41,9 @@ _ROUTES: dict[Kind, str] = {
 class Submission(TypedDict, total=False):
     """What every method takes that makes a job.
 
-    `job`: options for the job. `idempotency_key`: one of the caller's own, so that the same
-    submission from another process is the same job. `wait`: seconds to wait for the end; the job comes back as it
-    stands then, failed ones too: `result(job)` raises.
+    `job`: options for the job. `idempotency_key`: one of the caller's own, so that the same submission from another
+    process is the same job. `wait`: seconds to wait for the end; the job comes back as it stands then, failed ones
+    too: `result(job)` raises.
     """
 
     job: JobOptions | Mapping[str, object]
@@ -74,20 +64,20 @@ def submission(kind: Kind | str, request: JobRequest | Mapping[str, object], giv
     else:
         response = yield from send(call)
         job = Job.model_validate_json(response.content)
-    return (yield from _until(job, deadline))
+    return (yield from until_deadline(job, deadline))
 
 
 def submission_of_bytes(path: str, params: Mapping[str, object], content: Content, given: Submission) -> Flow[Job]:
     """The same for a request whose body is raw bytes."""
     wait = given.get("wait", 0)
     deadline = time.monotonic() + wait
-    headers = _headers(given.get("idempotency_key"), wait)
+    headers = submission_headers(given.get("idempotency_key"), wait)
     response = yield from send(
         Call(
             "PUT", path, params, content=content, headers=headers, waits_seconds=min(wait, MAX_WAIT_SECONDS), keyed=True
         )
     )
-    return (yield from _until(Job.model_validate_json(response.content), deadline))
+    return (yield from until_deadline(Job.model_validate_json(response.content), deadline))
 
 
 def read(job_id: str, wait: float = 0) -> Flow[Job]:
@@ -177,30 +167,33 @@ def _call(kind: Kind, body: JsonObject, key: str | None, wait: float) -> Call | 
         path,
         params,
         json=None if method == "DELETE" else rest,
-        headers=_headers(key, wait),
+        headers=submission_headers(key, wait),
         waits_seconds=min(wait, MAX_WAIT_SECONDS),
         keyed=True,
     )
 
 
-def _until(job: Job, deadline: float) -> Flow[Job]:
+def until_deadline(job: Job, deadline: float) -> Flow[Job]:
+    """The job once it has ended, or as it stands at a time of `time.monotonic`."""
     while not job.terminal and (left := deadline - time.monotonic()) > 0:
         job = yield from read(job.job_id, left)
     return job
 
 
-def _headers(key: str | None, wait: float) -> dict[str, str]:
+def submission_headers(key: str | None, wait: float) -> dict[str, str]:
+    """The headers of a submission: how long it waits, and its Idempotency-Key."""
     preferred = {"Prefer": f"wait={min(wait, MAX_WAIT_SECONDS):g}"} if wait > 0 else {}
     return preferred | ({"Idempotency-Key": key} if key else {})
 
 
 def bulk(entries: list[JsonObject], key: str | None, wait: float = 0) -> Flow[list[Job]]:
+    """Submits several jobs at once."""
     response = yield from send(
         Call(
             "POST",
             "/api/jobs",
             json={"jobs": entries},
-            headers=_headers(key, wait),
+            headers=submission_headers(key, wait),
             waits_seconds=min(wait, MAX_WAIT_SECONDS),
             keyed=True,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Unpack, cast
 
 from device_operations.client.arrays import TensorLike, all_sent, sent
 from device_operations.client.submission import Submission, said, submission
@@ -11,6 +11,7 @@ from device_operations.client.transport.calls import Call, Flow, at, get, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
 from device_operations.json_text import JsonObject
+from device_operations.views import CheckpointView, TrainingStatus
 
 
 class Training(Noun[Mode]):
@@ -112,21 +113,22 @@ class Training(Noun[Mode]):
         return (yield from submission(Kind.TRAINING_END_SESSION, fields, given))
 
     @operation
-    def status(self, session_id: str, *, history: int | None = None) -> Flow[JsonObject]:
+    def status(self, session_id: str, *, history: int | None = None) -> Flow[TrainingStatus]:
         """How a session stands, with the last `history` steps."""
-        return (yield from get(at("/api/training/status/{}", session_id), history=history))
+        path = at("/api/training/status/{}", session_id)
+        return cast("TrainingStatus", (yield from get(path, history=history)))
 
     @operation
-    def checkpoints(self, session_id: str | None = None) -> Flow[list[JsonObject]]:
+    def checkpoints(self, session_id: str | None = None) -> Flow[list[CheckpointView]]:
         """Checkpoints, of one session or of all."""
         answer = yield from get("/api/training/checkpoints", session_id=session_id)
-        checkpoints: list[JsonObject] = answer["checkpoints"]
+        checkpoints: list[CheckpointView] = answer["checkpoints"]
         return checkpoints
 
     @operation
-    def get_checkpoint(self, checkpoint_id: str) -> Flow[JsonObject]:
+    def get_checkpoint(self, checkpoint_id: str) -> Flow[CheckpointView]:
         """One checkpoint; its files are `blob_id` and, where exported, `onnx_blob_id`."""
-        return (yield from get(at("/api/training/checkpoints/{}", checkpoint_id)))
+        return cast("CheckpointView", (yield from get(at("/api/training/checkpoints/{}", checkpoint_id))))
 
     @operation
     def delete_checkpoint(self, checkpoint_id: str) -> Flow[None]:

@@ -88,7 +88,9 @@ class Emit:
     value: object
 
 
+#: What a flow yields.
 Command: TypeAlias = Call | Next | Do | Sleep | Emit
+#: A generator of commands that returns a `T`; each command's answer is sent into it.
 Flow: TypeAlias = Generator[Command, object, T]
 
 
