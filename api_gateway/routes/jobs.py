@@ -32,7 +32,6 @@ from api_gateway.submission.performing import cancel
 from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
-from device_operations.json_text import JsonObject
 from device_operations.requests.kinds import parse
 from tasks.jobs import store
 from tasks.jobs.options import as_asked, to_retry
@@ -76,7 +75,7 @@ async def read_job(
             return waited
         row = await read_row(gateway, job_id)
 
-    def more() -> JsonObject:
+    def more() -> dict[str, object]:
         with gateway.engine.connect() as connection:
             shown = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
             recorded = store.asked_of(connection, job_id) if include else None
@@ -193,7 +192,7 @@ async def retry_job(request: Request, caller: Known, job_id: str) -> Response:
     if not isinstance(changes.get("job", {}), dict):
         raise failure("validation_failed", "job is an object of options")
 
-    def request_again() -> JsonObject:
+    def request_again() -> dict[str, object]:
         with gateway.engine.connect() as connection:
             recorded = store.asked_of(connection, job_id)
         if recorded is None:

@@ -222,7 +222,7 @@ async def read_data(
     a blob that holds the bytes.
     """
     gateway = of(request)
-    body: JsonObject = {"allocation_id": allocation_id, "offset": offset}
+    body: dict[str, object] = {"allocation_id": allocation_id, "offset": offset}
     if size_bytes is not None:
         body["size_bytes"] = size_bytes
     made = await make_plan(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), new_id())
@@ -249,7 +249,7 @@ def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
     return found(caller, row, "allocation", allocation_id)
 
 
-def _named(body: JsonObject, allocation_id: str) -> JsonObject:
+def _named(body: dict[str, object], allocation_id: str) -> dict[str, object]:
     """The body with the allocation that the address names; another in the body is a mistake."""
     if body.get("allocation_id", allocation_id) != allocation_id:
         raise failure("validation_failed", "the body names another allocation than the address")
