@@ -20,6 +20,7 @@ from api_gateway.submission.answer import (
     MAX_WAIT_SECONDS,
     accepted_all,
     earlier_job,
+    earlier_rows,
     json_response,
     preferred_wait,
     promise_of,
@@ -35,7 +36,7 @@ from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks.jobs import store
 from tasks.jobs.options import as_asked, to_retry
-from tasks.jobs.submit import Plan, recall_jobs
+from tasks.jobs.submit import Plan
 from tasks.kinds import KINDS
 from tasks.owners import found
 from tasks.planning.context import Context
@@ -149,7 +150,7 @@ async def submit_many(request: Request, caller: Known) -> Response:
     try:
         plans = await run_in_threadpool(plan_all)
     except OperationError:
-        before = await run_in_threadpool(recall_jobs, gateway.engine, promise)
+        before = await earlier_rows(gateway, promise)
         if before is None:
             raise
         rows = before

@@ -159,10 +159,15 @@ async def wait_for(gateway: Gateway, row: Row, wait_seconds: float) -> Response:
 
 async def earlier_job(gateway: Gateway, promise: Promise | None, wait_seconds: float) -> Response | None:
     """The answer that was given for the key before, if it was used before."""
-    earlier = await run_in_threadpool(recall_jobs, gateway.engine, promise) if promise else None
+    earlier = await earlier_rows(gateway, promise)
     if not earlier:
         return None
     return await wait_for(gateway, earlier[0], wait_seconds) if wait_seconds else accepted(earlier[0])
+
+
+async def earlier_rows(gateway: Gateway, promise: Promise | None) -> list[Row] | None:
+    """The jobs that were recorded under the key before; None if it is new, or there is none."""
+    return await run_in_threadpool(recall_jobs, gateway.engine, promise) if promise else None
 
 
 async def read_row(gateway: Gateway, job_id: str) -> Row:
