@@ -36,7 +36,7 @@ from tasks.statements import Row
 #: The longest that a request may wait for its job, in seconds.
 MAX_WAIT_SECONDS = 60.0
 
-#: Who waits for less is likely to be given a 202, which is a promise: then the submission waits for the disk at once.
+#: A shorter wait is likely to end in a 202, which is a promise: then the submission waits for the disk at once.
 LIKELY_ENDED_SECONDS = 1.0
 
 JSON = "application/json"
@@ -171,7 +171,7 @@ async def earlier_rows(gateway: Gateway, promise: Promise | None) -> list[Row] |
 
 
 async def read_row(gateway: Gateway, job_id: str) -> Row:
-    """The row of a job that the caller has seen or made; `job_not_found` where there is none any more."""
+    """The row of a job that the caller has seen or made; `job_not_found` if it has been deleted."""
 
     def read() -> Row | None:
         with gateway.engine.connect() as connection:
