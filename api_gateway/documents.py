@@ -8,14 +8,13 @@ from pydantic import BaseModel
 from api_gateway import answers
 from api_gateway.openai import requests as openai
 from device_operations.jobs import Kind
-from device_operations.json_text import JsonObject
 from device_operations.requests import inference, memory, training
 from device_operations.requests.kinds import REQUESTS, requests_of
 
 _TENSOR = {"dtype": "float32", "shape": [1, 2], "data": [[1.0, 2.0]]}
 
 #: For each body: the request's model, and an example.
-BODIES: dict[str, tuple[type[BaseModel], JsonObject]] = {
+BODIES: dict[str, tuple[type[BaseModel], dict[str, object]]] = {
     "load_model": (
         inference.LoadModel,
         {"name": "minilm", "source": {"path": "minilm/model.onnx"}, "options": {"max_batch_size": 16}},
@@ -62,7 +61,7 @@ BODIES: dict[str, tuple[type[BaseModel], JsonObject]] = {
     ),
 }
 
-_BULK_SCHEMA: JsonObject = {
+_BULK_SCHEMA: dict[str, object] = {
     "type": "object",
     "required": ["jobs"],
     "properties": {
@@ -98,10 +97,10 @@ _RETRY_SCHEMA = {
 }
 
 
-def body_schema(name: str, *, required: bool = True) -> JsonObject:
+def body_schema(name: str, *, required: bool = True) -> dict[str, object]:
     """The `openapi_extra` of a route that takes the body `name`."""
-    schema: JsonObject
-    example: JsonObject
+    schema: dict[str, object]
+    example: dict[str, object]
     if name == "retry":
         schema, example = _RETRY_SCHEMA, {"inputs": {"x": _TENSOR}, "job": {"priority": 9}}
     elif name == "bulk":
@@ -116,7 +115,7 @@ def body_schema(name: str, *, required: bool = True) -> JsonObject:
     return {"requestBody": {"required": required, "content": content}}
 
 
-def _reference(model: type[BaseModel]) -> JsonObject:
+def _reference(model: type[BaseModel]) -> dict[str, object]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
@@ -124,7 +123,7 @@ def install(app: FastAPI) -> None:
     """Adds the requests' schemas to the application's document."""
     made = app.openapi
 
-    def openapi() -> JsonObject:
+    def openapi() -> dict[str, object]:
         if app.openapi_schema is None:
             document = made()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from api_gateway import answers
 from api_gateway.openai import errors as openai_errors
 from device_operations.errors import CODES, OperationError, failure
-from device_operations.json_text import JsonObject
 from tasks.database import unavailable
 
 log = structlog.get_logger(__name__)
@@ -28,7 +27,7 @@ _BY_STATUS = {
 
 def answer(error: OperationError, instance: str) -> Response:
     """The problem document of an error."""
-    body: JsonObject = {
+    body: dict[str, object] = {
         "type": f"urn:device-operations:problem:{error.code}",
         "title": CODES[error.code].title,
         "status": error.status,

@@ -114,7 +114,7 @@ def name_devices(specs: Iterable[DeviceSpec], node: str | None = None) -> list[N
 
 
 def found_devices() -> tuple[DeviceSpec, ...]:
-    """Every GPU that a provider sees, or one CPU where there is none."""
+    """Every GPU that a provider sees, or one CPU without a GPU."""
     gpus = [
         DeviceSpec(str(entry["backend"]), int(entry.get("ordinal", 0)))
         for entry in probe()

@@ -31,7 +31,7 @@ class Code:
     retryable: bool = False
 
 
-#: Every code. One that only jobs have carries the status that a caller who waits for the job (OIP) is given.
+#: Every code. One that only jobs have carries the status of an answer that waited for the job (OIP).
 CODES: dict[str, Code] = {
     "malformed_request": Code(400, "The request cannot be read"),
     "request_timeout": Code(408, "The request did not come in time", retryable=True),

@@ -24,8 +24,8 @@ _KINDS: dict[type[JobRequest], Kind] = {request: kind for kind in REQUESTS for r
 class Producer:
     """Sends jobs to the workers' queues.
 
-    Without `redis_url`, the Redis of this machine's settings or of a running `up` is used. Who reaches Redis is
-    trusted fully: no API key is needed, and `job.owner` may be any owner.
+    Without `redis_url`, the Redis of this machine's settings or of a running `up` is used. Every program that reaches
+    Redis is fully trusted: no API key is needed, and `job.owner` may be any owner.
     """
 
     def __init__(self, redis_url: str | None = None) -> None:

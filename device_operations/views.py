@@ -5,7 +5,7 @@ Times are RFC 3339 in UTC; sizes are in bytes. A value is None as long as it is 
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypedDict
+from typing import NotRequired, TypeAlias, TypedDict
 
 from device_operations.json_text import JsonObject
 
@@ -44,6 +44,30 @@ class DeviceSample(TypedDict):
     #: 0 to 1: how much of the time since the point before it worked.
     busy_share: float | None
     queue_length: int
+
+
+class DeviceMemoryView(TypedDict):
+    """The memory of one device. A figure that its backend cannot measure is None."""
+
+    device_id: str
+    #: online, draining or offline.
+    state: str
+    total_bytes: int | None
+    free_bytes: int | None
+    budget_bytes: int | None
+    reserved_bytes: int | None
+    awaiting_bytes: int | None
+    used_bytes: int
+    peak_bytes: int | None
+    allocated_bytes: int
+    models_bytes: int
+    training_bytes: int
+    allocation_count: int
+    #: Bytes of the caller's, for an admin of every owner's; and of all other owners together.
+    by_owner: dict[str, int]
+    others_bytes: int
+    #: What lies on the device, largest first, if the request says `map`.
+    map: NotRequired[list[JsonObject]]
 
 
 class AllocationView(TypedDict):

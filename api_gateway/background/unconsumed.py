@@ -1,7 +1,7 @@
 """Queues that no device reads: what direct callers put there fails with `device_not_found`, and is recorded so.
 
 A caller's Celery may name any queue, and Redis keeps what is put there. A message of a device that is known waits for
-its worker, however long that is away; one of a device that there never was would wait for ever.
+its worker, however long that is away; one for an unknown device would wait for ever.
 """
 
 from __future__ import annotations

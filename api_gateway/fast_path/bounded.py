@@ -1,13 +1,8 @@
-"""uvicorn's HTTP with bounds on what a client may send before, between and instead of its requests.
+"""uvicorn's HTTP within the limits on what a client may send before, between and instead of its requests.
 
-    head        64 KiB and 100 lines, whole within 20 s: else 431 or 408
-    body        10,000 bytes in each 20 s while it is read: else 408; no more framing than content
-    pipeline    100 requests behind the one that is answered
-    connections `max_connections`: what comes beyond is answered 503
-
-Every refusal is a problem document with `Connection: close`. A connection that closes before a request's body has come
-is closed for writing first, and what the client still sends is read and dropped for a while: closed at once, it would
-be reset, and the client would lose the answer.
+The limits are in `limits`. A connection that closes before a request's body has come is closed for writing first, and
+what the client still sends is read and dropped for a while: closed at once, it would be reset, and the client would
+lose the answer.
 """
 
 from __future__ import annotations

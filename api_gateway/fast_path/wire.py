@@ -73,7 +73,7 @@ class Protocol(Bounded):
         self.scope[WHOLE_BODY] = body  # type: ignore[literal-required]
         self.on_message_complete()
 
-    def hears_of_body(self, size: int) -> None:
+    def count_body(self, size: int) -> None:
         """So many bytes of the body have come: the connection is not idle."""
         self._body_came += size
         self._unset_keepalive_if_required()
@@ -92,7 +92,7 @@ class _Body(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._came += nbytes
-        self._http.hears_of_body(nbytes)
+        self._http.count_body(nbytes)
         if self._came == len(self._room):
             self._http.whole_came(self._room)
 

@@ -25,7 +25,7 @@ from tasks.statements import Row
 router = APIRouter(tags=["open inference protocol"])
 router.include_router(oip_repository.router)
 
-_INFER: JsonObject = {
+_INFER: dict[str, object] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -144,7 +144,7 @@ def _find(gateway: Gateway, caller: Caller, name: str, version: str | None) -> l
     return sorted(models, key=lambda model: model["state"] != "loaded")
 
 
-def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str | None) -> list[JsonObject]:
+def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str | None) -> list[dict[str, object]]:
     """The statistics of each name and version: what its models on all devices have counted."""
     if name is not None:
         _find(gateway, caller, name, version)
@@ -159,7 +159,7 @@ def _statistics(gateway: Gateway, caller: Caller, name: str | None, version: str
     return [_counted([rows[model["model_id"]] for model in models]) for models in wanted]
 
 
-def _counted(models: list[Row]) -> JsonObject:
+def _counted(models: list[Row]) -> dict[str, object]:
     counts: Counter[str] = Counter()
     for model in models:
         counts.update(model["statistics"])

@@ -170,7 +170,7 @@ def answer(
     packed = orjson.dumps(header)
     if b"null" in packed:
         # orjson's word for what JSON has no number for: NaN, Infinity. Strict parsers, KServe's client among them, read
-        # these as strings; who sent them bare, as Triton writes them, is answered so.
+        # these as strings; a client that sent them bare, as Triton writes them, is answered so.
         packed = json.dumps(header).encode() if inference.bare else _with_words(header)
     return [packed, *parts], len(packed) if parts else None
 

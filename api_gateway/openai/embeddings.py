@@ -33,7 +33,7 @@ async def create_embeddings(request: Request, caller: Known) -> Response:
     parsed = checked(EmbeddingsRequest, body)
     gateway = of(request)
     given = "texts" if isinstance(parsed.input[0], str) else "tokens"
-    fields: JsonObject = {given: parsed.input, "normalize": True}
+    fields: dict[str, object] = {given: parsed.input, "normalize": True}
     if parsed.dimensions is not None:
         fields["dimensions"] = parsed.dimensions
     find = partial(find_that_makes, gateway, caller, parsed.model, "embeddings")

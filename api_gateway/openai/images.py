@@ -56,7 +56,7 @@ def _makes_images(models: list[Row]) -> bool:
     return bool(models) and MAKES.get(models[0]["model_type"]) == "images"
 
 
-def _fields(parsed: ImagesRequest) -> JsonObject:
+def _fields(parsed: ImagesRequest) -> dict[str, object]:
     """The run's own fields: what was not given is the model's to choose."""
     width, height = parsed.sides or (None, None)
     guidance = parsed.guidance if parsed.guidance_scale is None else parsed.guidance_scale

@@ -10,7 +10,6 @@ from api_gateway.auth import Known
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.answer import json_response
 from device_operations.errors import OperationError, failure
-from device_operations.json_text import JsonObject
 from tasks.devices.directory import DirectorySnapshot
 from tasks.statements import Row
 
@@ -76,6 +75,6 @@ def _entries(snapshot: DirectorySnapshot, caller: Caller) -> list[tuple[str, Row
     return found
 
 
-def _view(model_id: str, model: Row) -> JsonObject:
+def _view(model_id: str, model: Row) -> dict[str, object]:
     created = int(model["named_at"].timestamp())
     return {"id": model_id, "object": "model", "created": created, "owned_by": model["owner"]}

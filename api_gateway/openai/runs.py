@@ -15,12 +15,12 @@ from starlette.concurrency import run_in_threadpool
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.oip.tensors import stashed
 from api_gateway.openai.requests import Options
-from api_gateway.submission.answer import make_plan, promise_of
+from api_gateway.submission.answer import earlier_rows, make_plan, promise_of
 from api_gateway.submission.performing import ended_job, performed, performed_to_the_end
 from device_operations.jobs import Kind, new_id
 from device_operations.json_text import JsonObject
 from device_operations.requests.kinds import parse
-from tasks.jobs.submit import Plan, Promise, recall_jobs
+from tasks.jobs.submit import Plan, Promise
 from tasks.statements import Row
 
 #: Finds the model of a request; it may read the database.
@@ -63,7 +63,7 @@ async def _promised(
 ) -> JsonObject:
     """The succeeded job that the key was used for before, or that is recorded under it now."""
     # Before anything is looked up: the model of the first request may be gone by now.
-    rows = await run_in_threadpool(recall_jobs, gateway.engine, promise)
+    rows = await earlier_rows(gateway, promise)
     if rows:
         return await ended_job(gateway, rows[0]["id"])
     return await performed_to_the_end(gateway, await _plan(gateway, caller, find, fields), promise)

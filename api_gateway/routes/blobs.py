@@ -24,7 +24,7 @@ from tasks.statements import Row
 
 router = APIRouter(tags=["blobs"])
 
-#: Who has a link may read the one blob that it is for.
+#: The holder of a link may read the one blob that it is for.
 _LINKED = Caller("", admin=True)
 
 #: Seconds that bytes on their way through the gateway are kept once nothing uses them any more.

@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response
-from device_operations.json_text import JsonObject
 from tasks.jobs import store
 from tasks.statements import row
 
@@ -48,8 +47,8 @@ async def metrics(request: Request) -> Response:
     return Response(await run_in_threadpool(generate_latest, registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _parts(gateway: Gateway) -> dict[str, JsonObject]:
-    parts: dict[str, JsonObject] = {}
+def _parts(gateway: Gateway) -> dict[str, dict[str, object]]:
+    parts: dict[str, dict[str, object]] = {}
     try:
         with gateway.engine.connect() as connection:
             row(connection, "SELECT 1")

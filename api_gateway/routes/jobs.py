@@ -20,6 +20,7 @@ from api_gateway.submission.answer import (
     MAX_WAIT_SECONDS,
     accepted_all,
     earlier_job,
+    earlier_rows,
     json_response,
     preferred_wait,
     promise_of,
@@ -32,11 +33,10 @@ from api_gateway.submission.performing import cancel
 from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
-from device_operations.json_text import JsonObject
 from device_operations.requests.kinds import parse
 from tasks.jobs import store
 from tasks.jobs.options import as_asked, to_retry
-from tasks.jobs.submit import Plan, recall_jobs
+from tasks.jobs.submit import Plan
 from tasks.kinds import KINDS
 from tasks.owners import found
 from tasks.planning.context import Context
@@ -76,7 +76,7 @@ async def read_job(
             return waited
         row = await read_row(gateway, job_id)
 
-    def more() -> JsonObject:
+    def more() -> dict[str, object]:
         with gateway.engine.connect() as connection:
             shown = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
             recorded = store.asked_of(connection, job_id) if include else None
@@ -150,7 +150,7 @@ async def submit_many(request: Request, caller: Known) -> Response:
     try:
         plans = await run_in_threadpool(plan_all)
     except OperationError:
-        before = await run_in_threadpool(recall_jobs, gateway.engine, promise)
+        before = await earlier_rows(gateway, promise)
         if before is None:
             raise
         rows = before
@@ -193,7 +193,7 @@ async def retry_job(request: Request, caller: Known, job_id: str) -> Response:
     if not isinstance(changes.get("job", {}), dict):
         raise failure("validation_failed", "job is an object of options")
 
-    def request_again() -> JsonObject:
+    def request_again() -> dict[str, object]:
         with gateway.engine.connect() as connection:
             recorded = store.asked_of(connection, job_id)
         if recorded is None:

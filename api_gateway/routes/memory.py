@@ -34,7 +34,7 @@ from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
-from device_operations.views import AllocationView
+from device_operations.views import AllocationView, DeviceMemoryView
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store
 from tasks.memory import plan as plans
@@ -71,7 +71,7 @@ async def read_device(
     """The same for one device; with `map=true`, what of the caller's lies on it: for an admin, every owner's."""
     gateway = of(request)
 
-    def read() -> JsonObject:
+    def read() -> DeviceMemoryView:
         with gateway.engine.connect() as connection:
             standing = standing_store.standing(connection, device_id)
             if not standing:
@@ -222,7 +222,7 @@ async def read_data(
     a blob that holds the bytes.
     """
     gateway = of(request)
-    body: JsonObject = {"allocation_id": allocation_id, "offset": offset}
+    body: dict[str, object] = {"allocation_id": allocation_id, "offset": offset}
     if size_bytes is not None:
         body["size_bytes"] = size_bytes
     made = await make_plan(gateway, caller, Kind.MEMORY_READ, parse(Kind.MEMORY_READ, body), new_id())
@@ -234,13 +234,13 @@ def view(allocation: Row) -> AllocationView:
     return cast("AllocationView", {name: allocation[name] for name in AllocationView.__annotations__})
 
 
-def _seen_by(caller: Caller, standing: JsonObject) -> JsonObject:
+def _seen_by(caller: Caller, standing: Row) -> DeviceMemoryView:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}
     # A graph that models of several owners share is in each one's share and once in the sum.
     total = standing["allocated_bytes"] + standing["models_bytes"] + standing["training_bytes"]
-    return {**standing, "by_owner": own, "others_bytes": max(0, total - sum(own.values()))}
+    return cast("DeviceMemoryView", {**standing, "by_owner": own, "others_bytes": max(0, total - sum(own.values()))})
 
 
 def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
@@ -249,7 +249,7 @@ def _visible(gateway: Gateway, caller: Caller, allocation_id: str) -> Row:
     return found(caller, row, "allocation", allocation_id)
 
 
-def _named(body: JsonObject, allocation_id: str) -> JsonObject:
+def _named(body: dict[str, object], allocation_id: str) -> dict[str, object]:
     """The body with the allocation that the address names; another in the body is a mistake."""
     if body.get("allocation_id", allocation_id) != allocation_id:
         raise failure("validation_failed", "the body names another allocation than the address")

@@ -36,7 +36,7 @@ from tasks.statements import Row
 #: The longest that a request may wait for its job, in seconds.
 MAX_WAIT_SECONDS = 60.0
 
-#: Who waits for less is likely to be given a 202, which is a promise: then the submission waits for the disk at once.
+#: A shorter wait is likely to end in a 202, which is a promise: then the submission waits for the disk at once.
 LIKELY_ENDED_SECONDS = 1.0
 
 JSON = "application/json"
@@ -159,14 +159,19 @@ async def wait_for(gateway: Gateway, row: Row, wait_seconds: float) -> Response:
 
 async def earlier_job(gateway: Gateway, promise: Promise | None, wait_seconds: float) -> Response | None:
     """The answer that was given for the key before, if it was used before."""
-    earlier = await run_in_threadpool(recall_jobs, gateway.engine, promise) if promise else None
+    earlier = await earlier_rows(gateway, promise)
     if not earlier:
         return None
     return await wait_for(gateway, earlier[0], wait_seconds) if wait_seconds else accepted(earlier[0])
 
 
+async def earlier_rows(gateway: Gateway, promise: Promise | None) -> list[Row] | None:
+    """The jobs that were recorded under the key before; None if it is new, or there is none."""
+    return await run_in_threadpool(recall_jobs, gateway.engine, promise) if promise else None
+
+
 async def read_row(gateway: Gateway, job_id: str) -> Row:
-    """The row of a job that the caller has seen or made; `job_not_found` where there is none any more."""
+    """The row of a job that the caller has seen or made; `job_not_found` if it has been deleted."""
 
     def read() -> Row | None:
         with gateway.engine.connect() as connection:

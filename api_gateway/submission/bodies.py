@@ -1,7 +1,7 @@
 """Reads the bodies of requests, and bounds how many bytes of them a gateway holds at once.
 
 A body of known length waits for room before it is read (the client is held back by its connection); one of unknown
-length takes room as it comes, and is refused where there is none. Small bodies are not counted: the connection has
+length takes room as it comes, and is refused when no room is left. Small bodies are not counted: the connection has
 them in its buffer already.
 """
 
@@ -47,7 +47,7 @@ class Bodies:
         return self._held
 
     async def take(self, size: int) -> None:
-        """Takes room, after the requests before it. `overloaded` where there is none in time."""
+        """Takes room, after the requests before it. `overloaded` if none is free in time."""
         if not self._waiting and self.grow(size):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -59,7 +59,7 @@ class Bodies:
         except (TimeoutError, asyncio.CancelledError) as error:
             given = turn.done() and not turn.cancelled()
             turn.cancel()
-            # Also for those behind, who may need less.
+            # Also for those behind, which may need less.
             self.give_back(size if given else 0)
             if isinstance(error, TimeoutError):
                 raise self._full() from None
@@ -73,7 +73,7 @@ class Bodies:
         return True
 
     def give_back(self, size: int) -> None:
-        """Gives room back, to those who wait in their order."""
+        """Gives room back to the requests that wait, in their order."""
         self._held -= size
         while self._waiting:
             wanted, turn = self._waiting[0]

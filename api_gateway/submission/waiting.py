@@ -3,7 +3,7 @@
 The same announcements say that models were loaded or unloaded, through any gateway.
 
 First register, then read the record: an end between the two is not missed. After a broken connection, and every
-`LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement costs seconds, not for ever. A job
+`LOOK_SECONDS` besides, one statement reads all awaited ids, so a lost announcement delays an answer by seconds. A job
 that was recorded without waiting for the disk and is gone was lost with PostgreSQL: its waiters get an error.
 """
 
@@ -95,7 +95,7 @@ class Waiters:
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._look())]
 
     async def stop(self) -> None:
-        """Ends the subscription; who still waits is answered by the time limit."""
+        """Ends the subscription; requests that still wait are answered at their time limits."""
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:

@@ -36,7 +36,7 @@ def jobs(client: Client, job_id: str | None, limit: int, watch: bool, as_json: b
     if job_id is not None:
         _show(client.job(job_id), as_json)
         return
-    shown: JsonObject = {}
+    shown: dict[str, object] = {}
     while True:
         found = [job.model_dump(mode="json") for job in client.jobs(limit=limit, **filters)]
         if as_json and watch:
@@ -95,7 +95,7 @@ def retry(
         require_success(job)
 
 
-def _read_request(text: str) -> JsonObject:
+def _read_request(text: str) -> dict[str, object]:
     try:
         if text == "@-":
             text = sys.stdin.read()

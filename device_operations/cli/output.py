@@ -9,8 +9,6 @@ from typing import TypeVar
 
 import click
 
-from device_operations.json_text import JsonObject
-
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
@@ -33,7 +31,7 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_object(value: JsonObject) -> None:
+def print_object(value: dict[str, object]) -> None:
     """One line for each field; what is nested as JSON."""
     width = max((len(name) for name in value), default=0)
     for name, field in value.items():

@@ -45,7 +45,7 @@ def require_success(job: Job) -> None:
 
 
 def done_share(progress: Mapping[str, object]) -> float | None:
-    """How much is done, 0 to 1, from a pair such as `done_bytes` and `total_bytes`; None where there is none."""
+    """How much is done, 0 to 1, from a pair such as `done_bytes` and `total_bytes`; None without such a pair."""
     for name, done in progress.items():
         total = progress.get("total" + name.removeprefix("done")) if name.startswith("done") else None
         if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:

@@ -57,7 +57,7 @@ def train(
         require_success(ended)
         return dict(ended.result or {})
 
-    outcomes: JsonObject = {}
+    outcomes: dict[str, object] = {}
     with ExitStack() as leaving:
         if spec is not None:
             made = done(client.submit(Kind.TRAINING_INITIALIZE, _described(spec)))
@@ -103,7 +103,7 @@ def _ended_if_untrained(client: Client, session_id: str, step: int, *, quiet: bo
         raise
 
 
-def _described(spec: TextIO) -> JsonObject:
+def _described(spec: TextIO) -> dict[str, object]:
     try:
         described = json.load(spec)
     except ValueError as error:

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 TensorLike: TypeAlias = "Array | Tensor | Mapping[str, object]"
 
 #: What a job gave back: an array; where it was left on the device; JSON values; None for an optional output left out.
-Received: TypeAlias = "Array | JsonObject | list[JsonObject] | None"
+Received: TypeAlias = "Array | dict[str, object] | list[dict[str, object]] | None"
 
 
-def sent(value: TensorLike, name: str) -> Flow[JsonObject]:
+def sent(value: TensorLike, name: str) -> Flow[dict[str, object]]:
     """The wire form of a tensor; a big array is uploaded first."""
     if isinstance(value, Tensor):
         return value.model_dump(mode="json", exclude_unset=True)
@@ -48,7 +48,7 @@ def sent(value: TensorLike, name: str) -> Flow[JsonObject]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "blob_id": blob.blob_id}
 
 
-def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, JsonObject]]:
+def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, object]]]:
     """The wire forms of named tensors."""
     made = {}
     for name, value in values.items():

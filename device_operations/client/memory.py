@@ -23,7 +23,7 @@ from device_operations.client.transport.operations import Mode, Noun, emits, ope
 from device_operations.jobs import Job, Kind
 from device_operations.json_text import JsonObject
 from device_operations.tensors import from_bytes
-from device_operations.views import AllocationView
+from device_operations.views import AllocationView, DeviceMemoryView
 
 if TYPE_CHECKING:
     from device_operations.tensors import Array
@@ -167,16 +167,17 @@ class Memory(Noun[Mode]):
                 return
 
     @operation
-    def status(self) -> Flow[list[JsonObject]]:
+    def status(self) -> Flow[list[DeviceMemoryView]]:
         """The memory of each device; a figure that its backend cannot measure is None."""
         answer = yield from get("/api/memory/status")
-        devices: list[JsonObject] = answer["devices"]
+        devices: list[DeviceMemoryView] = answer["devices"]
         return devices
 
     @operation
-    def device(self, device_id: str, *, map: bool = False) -> Flow[JsonObject]:  # noqa: A002 - the API's name
+    def device(self, device_id: str, *, map: bool = False) -> Flow[DeviceMemoryView]:  # noqa: A002 - the API's name
         """The memory of one device, and with `map` what lies on it."""
-        return (yield from get(at("/api/memory/device/{}", device_id), map=map or None))
+        path = at("/api/memory/device/{}", device_id)
+        return cast("DeviceMemoryView", (yield from get(path, map=map or None)))
 
 
 def _read(allocation_id: str, offset: int, size_bytes: int | None) -> Flow[bytes]:

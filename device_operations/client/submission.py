@@ -131,7 +131,7 @@ def job_id_of(job: Job | str) -> str:
     return job.job_id if isinstance(job, Job) else job
 
 
-def said(**fields: object) -> JsonObject:
+def said(**fields: object) -> dict[str, object]:
     """The fields that were given: those that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -146,7 +146,7 @@ def checked_request(
     return parse(Kind(kind), fields)
 
 
-def body_of(request: JobRequest) -> JsonObject:
+def body_of(request: JobRequest) -> dict[str, object]:
     """What was said, and no defaults: those are the gateway's, which may be newer than this client."""
     return request.model_dump(mode="json", exclude_unset=True)
 

@@ -33,7 +33,7 @@ MAX_INLINE_PICTURE = 8 << 20
 #: Pictures that one request may give, and that one may ask for.
 MAX_PICTURES = 64
 MAX_IMAGES = 16
-#: Pixels of one side, and of the whole, of an image that is asked for.
+#: Pixels of one side, and of the whole, of an image that a request names.
 MAX_SIDE = 4096
 MAX_PIXELS = 2048 * 2048
 #: A side of an image is a multiple of this.

@@ -46,7 +46,7 @@ _NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
 
 
 def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> ChildService:
-    """Makes the cluster where there is none yet (seconds, once) and answers how to run it.
+    """Makes the cluster at the first call (which takes seconds) and gives the command that runs it.
 
     Raises `StackError` where the package is missing, or the cluster is another version's.
     """

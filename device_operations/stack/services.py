@@ -17,7 +17,7 @@ from device_operations.settings import PREFIX, local_url
 from device_operations.stack.processes import Command
 from device_operations.stack.supervisor import ChildService
 
-#: A worker finishes the step that runs when it is asked to stop; what waits goes to the next worker.
+#: A worker finishes the step that runs when it is stopped; what waits goes to the next worker.
 WORKER_GRACE_SECONDS = 30
 
 #: A worker refuses a device whose lease a killed one has left; with their pauses, so many starts outlast it.

@@ -77,7 +77,7 @@ class Remembered:
         write_private(self._path, self._content)
 
     def secret(self, name: str) -> str:
-        """The password kept under this name; a random one, kept from now on, where there is none."""
+        """The password kept under this name; a random one, kept from now on, at the first call."""
         if not self._content.get(name):
             import secrets
 

@@ -145,7 +145,7 @@ class Supervisor:
             raise StackError(f"{command.name} failed ({_ending(process.returncode)}), see {log}:\n  {lines}")
 
     def watch(self) -> None:
-        """Keeps the children running until asked to stop. Raises `Stopped` then, and nothing else."""
+        """Keeps the children running until it is stopped. Raises `Stopped` then, and nothing else."""
         while True:
             self.tick()
 
@@ -190,7 +190,7 @@ class Supervisor:
         write_private(self._record, {"data_dir": str(self._data_dir), "processes": entries})
 
     def tick(self) -> None:
-        """One round of watching: says who ended, starts again whose backoff is over, cuts long logs, sleeps."""
+        """One round: logs the services that ended, restarts those whose backoff is over, cuts long logs, sleeps."""
         if self._stop_requests:
             raise Stopped
         for child in self.children:
@@ -254,7 +254,7 @@ def _ending(status: int) -> str:
 
 
 def _cut(log: Path) -> None:
-    """Keeps a log short while its writer, who appends, has it open."""
+    """Keeps a log short while its writer, which appends, has it open."""
     with contextlib.suppress(OSError):
         shutil.copy(log, log.with_name(f"{log.name}.1"))
         os.truncate(log, 0)

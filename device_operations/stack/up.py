@@ -127,7 +127,7 @@ def _port(name: str, host: str, wanted: int, asked_for: bool, say: Callable[[str
 
 
 def _holder(port: int) -> str:
-    """Who listens on the port, if the system shows it."""
+    """The process that listens on the port, if the system shows it."""
     try:
         for one in psutil.net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN and one.pid and tuple(one.laddr)[1:] == (port,):

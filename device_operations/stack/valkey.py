@@ -33,7 +33,7 @@ appendfsync everysec
 
 
 def prepare(data_dir: Path, remembered: Remembered, *, durable: bool = True) -> ChildService:
-    """Writes the configuration and answers how to run the server. Raises `StackError` where there is none."""
+    """Writes the configuration and gives the command of the server. Raises `StackError` if none is installed."""
     program = _program()
     folder = private_folder(data_dir / "valkey")
     password = remembered.secret("valkey_password")

@@ -57,7 +57,7 @@ class FlowRun(Generic[T]):
         self._advance(lambda: self._steps.throw(error))
 
     def close(self) -> None:
-        """Ends the flow where it stands, so that it puts away what it left half done."""
+        """Ends the flow where it stands; its `finally` clauses run."""
         self._steps.close()
 
     def _advance(self, step: Callable[[], Command]) -> None:
