@@ -21,6 +21,7 @@ from api_gateway.openai.requests import Options
 from api_gateway.submission.answer import make_plan, promise_of, read_row
 from device_operations.errors import from_job_error
 from device_operations.jobs import TERMINAL, Kind, State, new_id
+from device_operations.json_types import FreeJson
 from device_operations.requests.kinds import parse
 from tasks.jobs import store
 from tasks.jobs.submit import Plan, Promise, recall_jobs
@@ -63,7 +64,7 @@ async def _plan(gateway: Gateway, caller: Caller, find: FindModel, fields: dict[
 
 async def _promised(
     gateway: Gateway, caller: Caller, promise: Promise, find: FindModel, fields: dict[str, Any]
-) -> dict[str, Any]:
+) -> FreeJson:
     """The succeeded job that the key was used for before, or that is recorded under it now."""
     # Before anything is looked up: the model of the first request may be gone by now.
     rows = await run_in_threadpool(recall_jobs, gateway.engine, promise)
@@ -72,7 +73,7 @@ async def _promised(
     job_id = rows[0]["id"]
     async with gateway.waiters.awaiting(job_id) as ended:
         row = await read_row(gateway, job_id)
-        job: dict[str, Any] = store.view(row) if row["state"] in TERMINAL else orjson.loads(await ended)
+        job: FreeJson = {**store.view(row)} if row["state"] in TERMINAL else orjson.loads(await ended)
     if job["state"] != State.SUCCEEDED:
         raise from_job_error(job["error"])
     return job

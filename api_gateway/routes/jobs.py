@@ -33,6 +33,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks.jobs import lifecycle, store
+from tasks.jobs.model import JobView
 from tasks.jobs.options import as_asked, to_retry
 from tasks.jobs.submit import Plan, recall_jobs
 from tasks.kinds import KINDS
@@ -74,11 +75,11 @@ async def read_job(
             return waited
         row = await read_row(gateway, job_id)
 
-    def more() -> dict[str, Any]:
+    def more() -> JobView | dict[str, object]:
         with gateway.engine.connect() as connection:
             told = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
             asked = store.asked_of(connection, job_id) if include else None
-        return told if asked is None else told | {"request": as_asked(asked)}
+        return told if asked is None else {**told, "request": as_asked(asked)}
 
     if include is None and row["state"] not in CLAIMABLE:
         return json_response(store.view(row))

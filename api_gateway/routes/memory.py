@@ -36,6 +36,7 @@ from device_operations.requests.memory import AllocationState, Renew
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store
 from tasks.memory import plan as plans
+from tasks.memory.rows import MemoryStanding
 from tasks.owners import found, may_see
 from tasks.statements import Row
 
@@ -52,7 +53,7 @@ async def read_status(request: Request, caller: Known) -> Response:
     """
     gateway = of(request)
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[MemoryStanding]:
         with gateway.engine.connect() as connection:
             return standing_store.standing(connection)
 
@@ -238,7 +239,7 @@ def view(allocation: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _seen_by(caller: Caller, standing: dict[str, Any]) -> dict[str, Any]:
+def _seen_by(caller: Caller, standing: MemoryStanding) -> dict[str, Any]:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from tasks.database import dumps
-from tasks.jobs.store import COLUMNS
+from tasks.jobs.store.columns import SELECTED
 from tasks.statements import Row, execute, rows
 
 #: How many revoked tasks are remembered, and for how long: Celery's own numbers.
@@ -26,7 +26,7 @@ def pending(connection: Connection, limit: int) -> list[Row]:
     return rows(
         connection,
         f"""
-        SELECT extract(epoch FROM clock_timestamp() - finished_at)::float8 AS age_seconds, {COLUMNS} FROM jobs
+        SELECT extract(epoch FROM clock_timestamp() - finished_at)::float8 AS age_seconds, {SELECTED} FROM jobs
         WHERE celery IS NOT NULL AND finished_at IS NOT NULL
           AND finished_at < clock_timestamp() - make_interval(secs => CASE WHEN epoch IS NULL THEN %(other)s
               ELSE %(worker)s END)

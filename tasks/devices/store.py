@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.devices.rows import DeviceRow, LapsedDevice, RegisteredDevice, Renewed, SampleRow
+from tasks.statements import execute, row, rows
 
 #: A device as callers see it, but for the jobs on it. `state` is derived from lease and drain.
 _VIEW = """
@@ -18,17 +19,17 @@ _VIEW = """
 """
 
 
-def all_devices(connection: Connection) -> list[Row]:
+def all_devices(connection: Connection) -> list[DeviceRow]:
     """Every device ever registered, by id."""
     return rows(connection, _VIEW + " ORDER BY d.device_id")
 
 
-def get(connection: Connection, device_id: str) -> Row | None:
+def get(connection: Connection, device_id: str) -> DeviceRow | None:
     """One device, or None."""
     return row(connection, _VIEW + " WHERE d.device_id = %(id)s", {"id": device_id})
 
 
-def lock(connection: Connection, device_id: str) -> Row | None:
+def lock(connection: Connection, device_id: str) -> RegisteredDevice | None:
     """One device, its row locked until the transaction ends."""
     return row(
         connection,
@@ -80,7 +81,7 @@ def set_budget(connection: Connection, device_id: str, budget_bytes: int) -> Non
 
 def renew(
     connection: Connection, device_id: str, epoch: int, lease_seconds: float, free_bytes: int | None
-) -> Row | None:
+) -> Renewed | None:
     """Prolongs the lease of `epoch`; None when the epoch no longer stands."""
     return row(
         connection,
@@ -112,7 +113,7 @@ def mark_buried(connection: Connection, device_id: str, epoch: int) -> None:
     )
 
 
-def lapsed(connection: Connection) -> list[Row]:
+def lapsed(connection: Connection) -> list[LapsedDevice]:
     """Devices whose lease has run out and whose last epoch is not buried."""
     return rows(
         connection,
@@ -190,7 +191,7 @@ def add_sample(connection: Connection, device_id: str, sample: dict[str, Any]) -
     )
 
 
-def samples(connection: Connection, device_id: str, since: Any, limit: int) -> list[Row]:
+def samples(connection: Connection, device_id: str, since: Any, limit: int) -> list[SampleRow]:
     """The device's history after `since`, oldest first."""
     return rows(
         connection,

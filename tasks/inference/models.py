@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.inference.rows import EndedModel, IdleGraph, LostModel, ModelRow, OpenSessionRow, SessionRow
+from tasks.statements import execute, row, rows
 
 #: The states of a model that can be run, or soon can.
 LIVE = "('loading', 'loaded', 'lost')"
@@ -40,18 +41,20 @@ def insert(connection: Connection, model: dict[str, Any]) -> bool:
     )
 
 
-def get(connection: Connection, model_id: str) -> Row | None:
+def get(connection: Connection, model_id: str) -> ModelRow | None:
     """One model, or None."""
     return row(connection, "SELECT * FROM models WHERE model_id = %(id)s", {"id": model_id})
 
 
-def get_many(connection: Connection, model_ids: Collection[str]) -> dict[str, Row]:
+def get_many(connection: Connection, model_ids: Collection[str]) -> dict[str, ModelRow]:
     """The models among `model_ids` that exist, by id."""
     found = rows(connection, "SELECT * FROM models WHERE model_id = ANY(%(ids)s)", {"ids": list(model_ids)})
     return {model["model_id"]: model for model in found}
 
 
-def same_load(connection: Connection, device_id: str, owner: str, name: str, version: str, load_key: str) -> Row | None:
+def same_load(
+    connection: Connection, device_id: str, owner: str, name: str, version: str, load_key: str
+) -> ModelRow | None:
     """The owner's model of that name and version that means the same on that device, and has not been replaced."""
     return row(
         connection,
@@ -89,7 +92,7 @@ def load_again(
     )
 
 
-def revive(connection: Connection, model_id: str, job_id: str) -> Row | None:
+def revive(connection: Connection, model_id: str, job_id: str) -> ModelRow | None:
     """A model that left its device while a load of the same waited is `loading` again."""
     return row(
         connection,
@@ -103,7 +106,7 @@ def revive(connection: Connection, model_id: str, job_id: str) -> Row | None:
 
 def page(
     connection: Connection, *, owner: str | None, device_id: str | None, state: str | None, limit: int
-) -> list[Row]:
+) -> list[ModelRow]:
     """Models, newest first: those of `owner` and those that are shared, or all where it is None."""
     return rows(
         connection,
@@ -116,7 +119,7 @@ def page(
     )
 
 
-def resident(connection: Connection, device_id: str) -> list[Row]:
+def resident(connection: Connection, device_id: str) -> list[ModelRow]:
     """Models that the device was holding when its worker died, oldest first: what a new epoch brings back."""
     return rows(
         connection,
@@ -125,7 +128,7 @@ def resident(connection: Connection, device_id: str) -> list[Row]:
     )
 
 
-def runnable(connection: Connection) -> list[Row]:
+def runnable(connection: Connection) -> list[ModelRow]:
     """Models that can be run or soon can, the last load first."""
     return rows(
         connection,
@@ -178,7 +181,7 @@ def lock(connection: Connection, model_ids: Collection[str]) -> None:
     )
 
 
-def lock_namesakes(connection: Connection, model: Row) -> None:
+def lock_namesakes(connection: Connection, model: ModelRow) -> None:
     """Locks the name and version of an owner, and its models on any device that the end of a load may replace."""
     rows(
         connection,
@@ -224,7 +227,7 @@ def end(
     error: dict[str, Any] | None = None,
     freed_bytes: int | None = None,
     leaving: Sequence[str] = ("loading", "loaded", "lost"),
-) -> list[Row]:
+) -> list[EndedModel]:
     """Models leave their device (`failed`, `unloaded`, `evicted`). Gives their ids, devices and content keys."""
     return rows(
         connection,
@@ -256,7 +259,7 @@ def set_freed(connection: Connection, model_id: str, freed_bytes: int | None) ->
     )
 
 
-def lose(connection: Connection, device_id: str) -> list[Row]:
+def lose(connection: Connection, device_id: str) -> list[LostModel]:
     """The device's worker died: what it had loaded is `lost` until the next epoch brings it back."""
     return rows(
         connection,
@@ -291,7 +294,7 @@ def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def evictable_graphs(connection: Connection, device_id: str) -> list[Row]:
+def evictable_graphs(connection: Connection, device_id: str) -> list[IdleGraph]:
     """Graphs that can go: all their models are loaded, idle, and unpinned or replaced. The least recently used first.
 
     Rows have `content_key`, `reserved_bytes` and `model_ids`.
@@ -371,12 +374,12 @@ _SESSION = """
     FROM inference_sessions s"""
 
 
-def get_session(connection: Connection, session_id: str) -> Row | None:
+def get_session(connection: Connection, session_id: str) -> SessionRow | None:
     """One inference session, with how many of its runs are open."""
     return row(connection, f"{_SESSION} WHERE session_id = %(id)s", {"id": session_id})
 
 
-def page_sessions(connection: Connection, *, owner: str | None, state: str | None, limit: int) -> list[Row]:
+def page_sessions(connection: Connection, *, owner: str | None, state: str | None, limit: int) -> list[SessionRow]:
     """Inference sessions, newest first; `state` as it is recorded: active, closed, expired or lost."""
     return rows(
         connection,
@@ -437,7 +440,7 @@ def expire_sessions(connection: Connection) -> list[str]:
     return [session["session_id"] for session in found]
 
 
-def open_sessions(connection: Connection, model_id: str) -> list[Row]:
+def open_sessions(connection: Connection, model_id: str) -> list[OpenSessionRow]:
     """The open sessions of a model: id and owner."""
     return rows(
         connection,

@@ -14,20 +14,19 @@ from typing import Any
 from sqlalchemy import Connection
 
 from tasks.inference import effects as inference
-from tasks.jobs.store import Ending
+from tasks.jobs.model import Ending, JobRow
 from tasks.memory import effects as memory
-from tasks.statements import Row
 from tasks.training import effects as training
 
 #: Resources that fell, each with the error that the jobs needing it fail with.
 Fallen = list[tuple[str, dict[str, Any]]]
-Effect = Callable[[Connection, Row, dict[str, Any], int | None], Fallen]
+Effect = Callable[[Connection, JobRow, dict[str, Any], int | None], Fallen]
 
 #: The same for all jobs of a kind that ended together, with the facts of each by job id.
-JointEffect = Callable[[Connection, list[Row], dict[str, dict[str, Any]], int | None], Fallen]
+JointEffect = Callable[[Connection, list[JobRow], dict[str, dict[str, Any]], int | None], Fallen]
 
 #: Ends one job and has all its effects, after which nothing falls; gives the rows that ended. Raises if it is refused.
-EndAtOnce = Callable[[Connection, Ending, dict[str, Any], int], list[Row]]
+EndAtOnce = Callable[[Connection, Ending, dict[str, Any], int], list[JobRow]]
 
 
 @dataclass(frozen=True, slots=True)

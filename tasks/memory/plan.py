@@ -18,7 +18,7 @@ from device_operations.jobs import Kind, new_id
 from device_operations.requests.base import JobRequest
 from device_operations.requests.memory import Allocate, Clear, Copy, Deallocate, Read, Write
 from device_operations.tensors import FIXED_DTYPES, Tensor
-from tasks.jobs.store import NewJob
+from tasks.jobs.model import NewJob
 from tasks.memory import allocations as store
 from tasks.memory.admission import reserve
 from tasks.owners import absent, found

@@ -18,8 +18,8 @@ from device_operations.texts import pack_texts
 from tasks.blobs import records as blob_store
 from tasks.blobs.store import BlobStore
 from tasks.devices.directory import Directory
+from tasks.jobs.model import NewJob
 from tasks.jobs.options import asked_of
-from tasks.jobs.store import NewJob
 from tasks.owners import absent, found
 from tasks.planning.earlier import Earlier
 from tasks.redis.queues import device_queue

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection
 
-from tasks.jobs.store import NewJob
+from tasks.jobs.model import NewJob
 
 
 @dataclass(frozen=True, slots=True)

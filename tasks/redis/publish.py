@@ -11,6 +11,7 @@ import orjson
 import redis
 import structlog
 
+from tasks.jobs.model import JobView
 from tasks.redis.queues import DONE_CHANNEL, control_queue, job_channel, message, redis_key
 from tasks.statements import Row
 
@@ -87,7 +88,7 @@ class Publisher:
             return False
         return True
 
-    def done(self, views: Iterable[dict[str, Any]]) -> None:
+    def done(self, views: Iterable[JobView]) -> None:
         """Announces ended jobs to all gateways: of each a line with its id, a space, and the job as callers see it."""
         lines = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
         try:

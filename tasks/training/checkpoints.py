@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.statements import execute, row, rows
+from tasks.training.rows import CheckpointBeingMade, CheckpointRow
 
 #: Whether a session may be brought back from its checkpoint `c`: one taken in the middle of a job serves only while
 #: that job is open, or once it was applied; the log's row says so.
@@ -38,12 +39,12 @@ def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None
     )
 
 
-def get(connection: Connection, checkpoint_id: str) -> Row | None:
+def get(connection: Connection, checkpoint_id: str) -> CheckpointRow | None:
     """One checkpoint, or None."""
     return row(connection, "SELECT * FROM checkpoints WHERE checkpoint_id = %(id)s", {"id": checkpoint_id})
 
 
-def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
+def being_made(connection: Connection, checkpoint_id: str) -> CheckpointBeingMade | None:
     """The open job that makes a checkpoint, with its request; None where there is none."""
     return row(
         connection,
@@ -53,7 +54,7 @@ def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
     )
 
 
-def page(connection: Connection, session_id: str | None, owner: str | None, limit: int) -> list[Row]:
+def page(connection: Connection, session_id: str | None, owner: str | None, limit: int) -> list[CheckpointRow]:
     """Checkpoints newest first, of one session (the furthest first) or owner where given."""
     # Two that were on their way to the disk together may be recorded in either order.
     order = "created_at DESC" if session_id is None else "sequence DESC, step DESC, created_at DESC"
@@ -68,7 +69,7 @@ def page(connection: Connection, session_id: str | None, owner: str | None, limi
     )
 
 
-def to_restore(connection: Connection, session_id: str, applied_sequence: int) -> list[Row]:
+def to_restore(connection: Connection, session_id: str, applied_sequence: int) -> list[CheckpointRow]:
     """The checkpoints that a session may be brought back from, the furthest first: none ahead of what is recorded."""
     return rows(
         connection,

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import State
 from tasks.devices import store as devices
-from tasks.jobs.store import Ending
+from tasks.jobs.model import Ending
 from tasks.statements import Row
 from tasks.training import checkpoints
 from tasks.training import sessions as store

@@ -77,11 +77,13 @@ def resumed_from(context: Context, checkpoint_id: str) -> tuple[dict[str, Any], 
         # In this order: a job that ends between the two reads has made its checkpoint by the second.
         making = checkpoint_store.being_made(connection, checkpoint_id)
         kept = checkpoint_store.get(connection, checkpoint_id)
-    known = found(context, kept or making, "checkpoint", checkpoint_id)
     if kept is None:
-        request = known["request"]
-        told = {"checkpoint_id": checkpoint_id, "blob_id": None, "sha256": None, "job_id": known["id"],
-                "session_id": request["session_id"]}  # fmt: skip
-        return told, request["at_sequence"], request["at_step"]
-    told = {name: kept[name] for name in ("checkpoint_id", "session_id", "blob_id", "sha256")}
-    return told, kept["sequence"], kept["step"]
+        making = found(context, making, "checkpoint", checkpoint_id)
+        request = making["request"]
+        begun = {"checkpoint_id": checkpoint_id, "blob_id": None, "sha256": None, "job_id": making["id"],
+                 "session_id": request["session_id"]}  # fmt: skip
+        return begun, request["at_sequence"], request["at_step"]
+    kept = found(context, kept, "checkpoint", checkpoint_id)
+    resumed = {"checkpoint_id": checkpoint_id, "session_id": kept["session_id"], "blob_id": kept["blob_id"],
+               "sha256": kept["sha256"]}  # fmt: skip
+    return resumed, kept["sequence"], kept["step"]

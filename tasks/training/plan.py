@@ -342,7 +342,7 @@ def _content_hash(context: Context, payload: dict[str, Any], blob_ids: list[str]
     return body_hash(_by_content(payload, {blob_id: row["sha256"] for blob_id, row in known.items()}))
 
 
-def _by_content(value: Any, hashes: dict[str, str]) -> Any:
+def _by_content(value: object, hashes: dict[str, str | None]) -> object:
     if isinstance(value, dict):
         return {
             key: hashes.get(inner, inner) if key == "blob_id" else _by_content(inner, hashes)

@@ -9,10 +9,20 @@ from sqlalchemy import Connection
 
 from device_operations.jobs import Kind
 from tasks.database import dumps
-from tasks.jobs.store import COLUMNS as JOB_COLUMNS
-from tasks.jobs.store import SET_ENDED, Ending
+from tasks.jobs.model import Ending, JobRow
+from tasks.jobs.store.columns import SELECTED_OF_JOBS
+from tasks.jobs.store.ending import SET_ENDED
 from tasks.records.training import OPEN_SESSION_SQL
-from tasks.statements import Prepared, Row, execute, row, rows
+from tasks.statements import Prepared, execute, row, rows
+from tasks.training.rows import (
+    HeldRow,
+    HistoryRow,
+    LoggedStep,
+    ReservedBefore,
+    SessionStanding,
+    StepRow,
+    TrainingSessionRow,
+)
 
 OPEN = ("initializing", "ready", "restored")
 
@@ -35,12 +45,12 @@ def insert(connection: Connection, session: dict[str, Any]) -> None:
     )
 
 
-def get(connection: Connection, session_id: str) -> Row | None:
+def get(connection: Connection, session_id: str) -> TrainingSessionRow | None:
     """One session, or None."""
     return row(connection, "SELECT * FROM training_sessions WHERE session_id = %(id)s", {"id": session_id})
 
 
-def standing(connection: Connection, session_id: str) -> Row | None:
+def standing(connection: Connection, session_id: str) -> SessionStanding | None:
     """Where a session stands: its state, what ended it, and the number of the last step applied."""
     found = _STANDS.rows(connection, {"id": session_id})
     return found[0] if found else None
@@ -53,12 +63,12 @@ _STANDS = Prepared(
 )
 
 
-def lock(connection: Connection, session_id: str) -> Row | None:
+def lock(connection: Connection, session_id: str) -> TrainingSessionRow | None:
     """One session, its row locked until the transaction ends."""
     return row(connection, "SELECT * FROM training_sessions WHERE session_id = %(id)s FOR UPDATE", {"id": session_id})
 
 
-def is_stepping(connection: Connection, session: Row) -> bool:
+def is_stepping(connection: Connection, session: TrainingSessionRow) -> bool:
     """Whether a step of the session runs."""
     found = row(
         connection,
@@ -96,7 +106,7 @@ def take_number(
     return int(found["sequence"]) if found else None
 
 
-def numbered(connection: Connection, session_id: str, sequence: int) -> Row | None:
+def numbered(connection: Connection, session_id: str, sequence: int) -> StepRow | None:
     """The logged step of that number, or None."""
     return row(
         connection,
@@ -165,7 +175,7 @@ _END_APPLIED = Prepared(
         UPDATE jobs SET {SET_ENDED} FROM (SELECT %(state)s AS state, %(result)s AS result, %(error)s AS error,
             %(device_ms)s AS device_ms) AS ended
         WHERE jobs.id = %(job)s AND EXISTS (SELECT 1 FROM mine) AND EXISTS (SELECT 1 FROM moved)
-        RETURNING {", ".join("jobs." + name.strip() for name in JOB_COLUMNS.split(","))})
+        RETURNING {SELECTED_OF_JOBS})
     SELECT (SELECT count(*) FROM mine) AS held, ended.* FROM (SELECT 1) AS one LEFT JOIN ended ON true
     """,
     {
@@ -177,7 +187,9 @@ _END_APPLIED = Prepared(
 )  # fmt: skip
 
 
-def end_applied(connection: Connection, ending: Ending, epoch: int, applied: dict[str, Any]) -> tuple[bool, Row | None]:
+def end_applied(
+    connection: Connection, ending: Ending, epoch: int, applied: dict[str, Any]
+) -> tuple[bool, JobRow | None]:
     """Records a step that was applied: its number, the session's standing, the history and its job's end, as one.
 
     Gives whether the job was running under `epoch`, and its row as it ended. The row is None, and nothing was changed,
@@ -234,7 +246,7 @@ _TOUCH = Prepared(
 )
 
 
-def history(connection: Connection, session_id: str, limit: int) -> list[Row]:
+def history(connection: Connection, session_id: str, limit: int) -> list[HistoryRow]:
     """The last `limit` steps, oldest first."""
     return rows(
         connection,
@@ -249,7 +261,7 @@ def history(connection: Connection, session_id: str, limit: int) -> list[Row]:
 # ---- coming and going
 
 
-def settle(connection: Connection, session_id: str, epoch: int, facts: dict[str, Any]) -> Row | None:
+def settle(connection: Connection, session_id: str, epoch: int, facts: dict[str, Any]) -> ReservedBefore | None:
     """The session is in memory under `epoch`, as measured; what the history has beyond its step is gone.
 
     Its `parameters` are listed where `facts` has them. Gives what it had reserved; None where it is not open any more,
@@ -284,7 +296,7 @@ def end(
     *,
     error: dict[str, Any] | None = None,
     leaving: Sequence[str] = OPEN,
-) -> Row | None:
+) -> ReservedBefore | None:
     """A session is over (`ended`, `failed`, `lost`) and its log with it. Gives its device and what it had reserved."""
     gone = row(
         connection,
@@ -321,7 +333,7 @@ def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
     return [session["session_id"] for session in found]
 
 
-def to_bring_back(connection: Connection, device_id: str) -> list[Row]:
+def to_bring_back(connection: Connection, device_id: str) -> list[TrainingSessionRow]:
     """Sessions that the device held when its worker died, oldest first."""
     return rows(
         connection,
@@ -331,7 +343,7 @@ def to_bring_back(connection: Connection, device_id: str) -> list[Row]:
     )
 
 
-def still_held(connection: Connection, device_id: str, epoch: int) -> dict[str, Row]:
+def still_held(connection: Connection, device_id: str, epoch: int) -> dict[str, HeldRow]:
     """The sessions that are recorded as held by `epoch`, with whether their lease is over and nobody needs them."""
     found = rows(
         connection,
@@ -384,7 +396,7 @@ def set_error(connection: Connection, session_id: str, error: dict[str, Any] | N
     )
 
 
-def log_since(connection: Connection, session_id: str, after: int, until: int) -> list[Row]:
+def log_since(connection: Connection, session_id: str, after: int, until: int) -> list[LoggedStep]:
     """The applied steps with numbers above `after` up to `until`, in order, each with its job's request."""
     return rows(
         connection,

@@ -12,6 +12,7 @@ from tasks.blobs import records as blobs
 from tasks.database import open_engine
 from tasks.devices import store as devices
 from tasks.jobs import lifecycle
+from tasks.jobs import rescue as rescues
 from tasks.jobs import store as jobs
 from tasks.jobs.lifecycle import Outcome
 from tasks.jobs.store import NewJob
@@ -241,7 +242,7 @@ def test_a_worker_s_death_leaves_sessions_to_be_brought_back_and_their_steps_que
     session_id = make_session(engine, epoch)
     running = make_step(engine, session_id, 1, epoch)
     with transaction(engine) as connection:
-        rescue = lifecycle.rescue(connection, "cpu_0", epoch)
+        rescue = rescues.rescue(connection, "cpu_0", epoch)
     assert running in [job["id"] for job in rescue.requeued]
     session = read(engine, session_id)
     assert (session["state"], session["epoch"], session["submitted_sequence"]) == ("initializing", None, 1)

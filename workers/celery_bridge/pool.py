@@ -25,6 +25,7 @@ from device_operations.errors import from_job_error
 from device_operations.ids import is_job_id
 from device_operations.jobs import TASK_PREFIX
 from tasks.celery_bridge.results import owed
+from tasks.jobs.model import JobView
 from tasks.redis.queues import NOTED
 from workers.celery_bridge.events import Dispatcher
 from workers.celery_bridge.revoked import as_stamps
@@ -83,7 +84,7 @@ class Handle:
             self._started_at = at
             self._guarded(lambda: self._request.on_accepted(None, self._started_at))
 
-    def ended(self, view: dict[str, Any]) -> None:
+    def ended(self, view: JobView) -> None:
         """The job's outcome is recorded: Celery's events and, where the caller wants it, Celery's result."""
         if self._done:
             return
@@ -96,7 +97,7 @@ class Handle:
             self._done = True
             self._guarded(self._forget)
 
-    def _report(self, view: dict[str, Any]) -> None:
+    def _report(self, view: JobView) -> None:
         if not self._accepted:
             self._accepted = True
             self._request.acknowledge()
@@ -104,7 +105,7 @@ class Handle:
         if view["state"] == "succeeded":
             self._request.on_success((0, _brief(view), runtime))
         elif view["state"] == "failed":
-            self._request.on_success((1, Failure(from_job_error(view["error"])), runtime))
+            self._request.on_success((1, Failure(from_job_error(view["error"] or {})), runtime))
         else:
             self._request.send_event("task-revoked", terminated=False, signum=None, expired=view["state"] == "expired")
             self._forget()
@@ -155,7 +156,7 @@ class Note:
         state.all_total_count[0] += 1
         Dispatcher.note("task-started", self.job_id, timestamp=self.started_at)
 
-    def ended(self, view: dict[str, Any]) -> None:
+    def ended(self, view: JobView) -> None:
         """The job's outcome is recorded."""
         if self._reported:
             return
@@ -164,7 +165,7 @@ class Note:
         if view["state"] == "succeeded":
             Dispatcher.note("task-succeeded", self.job_id, result=_brief(view), runtime=runtime)
         elif view["state"] == "failed":
-            exception = repr(from_job_error(view["error"]))
+            exception = repr(from_job_error(view["error"] or {}))
             Dispatcher.note("task-failed", self.job_id, retry=False, exception=exception, traceback="")
         else:
             expired = view["state"] == "expired"
@@ -192,7 +193,7 @@ class Failure:
     traceback: str = ""
 
 
-def _brief(view: dict[str, Any]) -> str:
+def _brief(view: JobView) -> str:
     """What Flower shows as the result: the facts, not the tensors."""
     result = view["result"] or {}
     return str({key: value for key, value in result.items() if isinstance(value, (int, float, str, bool))})[:200]

@@ -281,6 +281,7 @@ def _replay(resident: Resident, held: HeldSession, until: int) -> None:
         )
     for step in steps:
         request = step["request"]
+        assert request is not None
         for name, tensor in (step["spooled"] or {}).items():
             place = request.get("dataset") or request
             if name == "targets":
