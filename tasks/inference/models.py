@@ -6,11 +6,12 @@ What locks several models does so in the order of their ids, and after the budge
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import FreeJson, JsonObject
 from tasks.database import dumps
+from tasks.inference.facts import ModelFacts
 from tasks.inference.rows import EndedModel, IdleGraph, LostModel, ModelRow, OpenSessionRow, SessionRow
 from tasks.statements import execute, row, rows
 
@@ -23,7 +24,7 @@ _IDLE = """NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = m.device_id
         AND NOT EXISTS (SELECT 1 FROM inference_sessions s WHERE s.model_id = m.model_id AND s.state = 'active')"""
 
 
-def insert(connection: Connection, model: dict[str, Any]) -> bool:
+def insert(connection: Connection, model: FreeJson) -> bool:
     """Records a model as `loading`; False when its name and version are there already with the same load key."""
     return bool(
         execute(
@@ -70,7 +71,7 @@ def load_again(
     connection: Connection,
     model_id: str,
     *,
-    source: dict[str, Any],
+    source: JsonObject,
     blob_ids: list[str],
     pin: bool | None,
     shared: bool | None,
@@ -136,7 +137,7 @@ def runnable(connection: Connection) -> list[ModelRow]:
     )
 
 
-def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> bool:
+def settle(connection: Connection, model_id: str, epoch: int, facts: ModelFacts) -> bool:
     """A load ended well: the model is `loaded` under `epoch`, with what was measured; False where it is gone."""
     changed = execute(
         connection,
@@ -156,7 +157,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             "outputs": dumps(facts["outputs"]),
             "batching": dumps(facts["batching"]),
             "not_offered": dumps(facts["not_offered"]),
-            "parts": None if facts.get("parts") is None else dumps(facts["parts"]),
+            "parts": dumps(facts["parts"]) if "parts" in facts else None,
         },
     )
     return bool(changed)
@@ -224,7 +225,7 @@ def end(
     model_ids: Collection[str],
     state: str,
     *,
-    error: dict[str, Any] | None = None,
+    error: JsonObject | None = None,
     freed_bytes: int | None = None,
     leaving: Sequence[str] = ("loading", "loaded", "lost"),
 ) -> list[EndedModel]:
@@ -273,7 +274,7 @@ def lose(connection: Connection, device_id: str) -> list[LostModel]:
     )
 
 
-def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
+def add_runs(connection: Connection, uses: Sequence[JsonObject]) -> None:
     """Adds counts of runs in bulk: `[{model_id, succeeded, failed, statistics: {name: number to add}}]`."""
     execute(
         connection,
@@ -338,7 +339,7 @@ def replaced(connection: Connection, device_id: str, seconds_ago: float) -> list
     return [model["model_id"] for model in found]
 
 
-def open_session(connection: Connection, session: dict[str, Any], limit: int) -> bool:
+def open_session(connection: Connection, session: FreeJson, limit: int) -> bool:
     """Records a session unless `limit` are open on its device, which is counted under the device's budget row lock."""
     execute(
         connection,

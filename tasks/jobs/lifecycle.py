@@ -19,12 +19,11 @@ from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, State
-from device_operations.json_types import FreeJson, JsonObject
+from device_operations.json_types import JsonObject
 from tasks.database import dumps
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store
-from tasks.jobs.effects import Fallen
-from tasks.jobs.model import ClaimedRow, Ending, FailedPredecessor, JobRow, JobView, Outcome
+from tasks.jobs.model import ClaimedRow, Ending, Facts, FailedPredecessor, Fallen, JobRow, JobView, Outcome
 from tasks.jobs.unflushed import Unflushed
 from tasks.kinds import spec_of
 from tasks.redis.publish import Publisher
@@ -164,7 +163,7 @@ def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, C
 def settle(
     connection: Connection,
     rows: Sequence[JobRow],
-    facts: dict[str, FreeJson] | None = None,
+    facts: Mapping[str, Facts] | None = None,
     epoch: int | None = None,
 ) -> list[JobRow]:
     """Runs the effects of jobs that have just ended, and ends those that cannot do without them; gives the latter."""
@@ -180,7 +179,7 @@ def settle(
 
 
 def _apply_effects(
-    connection: Connection, jobs: Sequence[JobRow], facts: dict[str, FreeJson], epoch: int | None
+    connection: Connection, jobs: Sequence[JobRow], facts: Mapping[str, Facts], epoch: int | None
 ) -> Fallen:
     """Runs the effects of jobs that have just ended, with what the worker found out about each."""
     fallen: Fallen = []
@@ -193,7 +192,7 @@ def _apply_effects(
             fallen += spec.joint_effect(connection, ended, facts, epoch)
         elif spec.effect is not None:
             for job in ended:
-                fallen += spec.effect(connection, job, facts.get(job["id"], {}), epoch)
+                fallen += spec.effect(connection, job, facts.get(job["id"], Facts()), epoch)
     return fallen
 
 

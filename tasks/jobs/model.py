@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypeAlias, TypedDict
 
 from device_operations.jobs import State
 from device_operations.json_types import FreeJson, JsonObject
+from tasks.inference.facts import LoadFacts, RunFacts, UnloadFacts
+from tasks.memory.facts import HashFacts
+from tasks.training.facts import CheckpointFacts, InitializeFacts, StepFacts
 
 
 class JobRow(TypedDict):
@@ -153,6 +156,13 @@ class KindCount(TypedDict):
     jobs: int
 
 
+def resource_of(job: JobRow) -> str:
+    """The resource that the job makes, uses or takes away, which all kinds name whose ends have effects."""
+    resource_id = job["resource_id"]
+    assert resource_id is not None
+    return resource_id
+
+
 class ResourceView(TypedDict):
     """What a job makes or changes."""
 
@@ -249,16 +259,24 @@ class Ending:
     started_at: datetime | None = None
 
 
+class Facts(HashFacts, LoadFacts, RunFacts, UnloadFacts, InitializeFacts, StepFacts, CheckpointFacts, total=False):
+    """What a worker found out about a job, for the effects of its end: the facts of any kind."""
+
+
+#: Resources that are gone with a job, each with the error that jobs needing it fail with.
+Fallen: TypeAlias = list[tuple[str, JsonObject]]
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What came of a job on a device. `facts` are for the kind's effects: measured sizes, shapes, hashes."""
+    """What came of a job on a device."""
 
     job_id: str
     state: State
     result: JsonObject | None = None
     error: JsonObject | None = None
     device_ms: float | None = None
-    facts: FreeJson = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     #: Makes the result once the device is free, before the end is recorded, if making it takes long.
     pending: Callable[[], JsonObject] | None = None
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import JsonObject
 from tasks.database import dumps
 from tasks.statements import execute, row, rows
+from tasks.training.facts import NewCheckpoint
 from tasks.training.rows import CheckpointBeingMade, CheckpointRow
 
 #: Whether a session may be brought back from its checkpoint `c`: one taken in the middle of a job serves only while
@@ -16,9 +18,9 @@ _OF_ITS_LINE = """(c.run_job_id IS NULL OR EXISTS (SELECT 1 FROM training_steps 
     WHERE l.session_id = c.session_id AND l.sequence = c.sequence + 1 AND l.job_id = c.run_job_id))"""
 
 
-def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None = None) -> bool:
+def insert(connection: Connection, checkpoint: NewCheckpoint, epoch: int | None = None) -> bool:
     """Records a whole checkpoint and its blobs, which do not expire. With `epoch`, only while it holds the session."""
-    stored = {"checkpoint_id": checkpoint["checkpoint_id"], "epoch": epoch, **checkpoint}
+    stored = {**checkpoint, "epoch": epoch, "blobs": dumps(checkpoint["blobs"])}
     return bool(
         execute(
             connection,
@@ -34,7 +36,7 @@ def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None
             SELECT %(checkpoint_id)s, %(session_id)s, %(owner)s, %(name)s, %(job_id)s, %(step)s, %(sequence)s,
                 %(run_job_id)s, %(sha256)s, %(size_bytes)s, %(blob_id)s, %(onnx_blob_id)s FROM held
             """,
-            {**stored, "blobs": dumps(checkpoint["blobs"])},
+            stored,
         )
     )
 
@@ -134,7 +136,7 @@ def is_needed(connection: Connection, checkpoint_id: str) -> bool:
     return found is not None
 
 
-def mark_damaged(connection: Connection, checkpoint_id: str, damage: dict[str, Any]) -> None:
+def mark_damaged(connection: Connection, checkpoint_id: str, damage: JsonObject) -> None:
     """Notes why a checkpoint could not be read."""
     execute(
         connection,
@@ -143,7 +145,7 @@ def mark_damaged(connection: Connection, checkpoint_id: str, damage: dict[str, A
     )
 
 
-def _delete(connection: Connection, chosen: str, parameters: dict[str, Any]) -> list[str]:
+def _delete(connection: Connection, chosen: str, parameters: Mapping[str, object]) -> list[str]:
     """Deletes the chosen checkpoints; their blobs expire at once, and are swept when nothing open refers to them."""
     found = rows(
         connection,

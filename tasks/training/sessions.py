@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from sqlalchemy import Connection
 
 from device_operations.jobs import Kind
+from device_operations.json_types import FreeJson, JsonObject
 from tasks.database import dumps
 from tasks.jobs.model import Ending, JobRow
 from tasks.jobs.store.columns import SELECTED_OF_JOBS
 from tasks.jobs.store.ending import SET_ENDED
 from tasks.records.training import OPEN_SESSION_SQL
 from tasks.statements import Prepared, execute, row, rows
+from tasks.training.facts import AppliedStep, SessionFacts, Standing
 from tasks.training.rows import (
     HeldRow,
     HistoryRow,
@@ -27,7 +28,7 @@ from tasks.training.rows import (
 OPEN = ("initializing", "ready", "restored")
 
 
-def insert(connection: Connection, session: dict[str, Any]) -> None:
+def insert(connection: Connection, session: FreeJson) -> None:
     """Records a session as `initializing`; `sequence` and `step` are those of the checkpoint that it starts from."""
     execute(
         connection,
@@ -187,9 +188,7 @@ _END_APPLIED = Prepared(
 )  # fmt: skip
 
 
-def end_applied(
-    connection: Connection, ending: Ending, epoch: int, applied: dict[str, Any]
-) -> tuple[bool, JobRow | None]:
+def end_applied(connection: Connection, ending: Ending, epoch: int, applied: AppliedStep) -> tuple[bool, JobRow | None]:
     """Records a step that was applied: its number, the session's standing, the history and its job's end, as one.
 
     Gives whether the job was running under `epoch`, and its row as it ended. The row is None, and nothing was changed,
@@ -216,7 +215,7 @@ def end_applied(
     return held, found if found["id"] else None
 
 
-def advance(connection: Connection, session_id: str, epoch: int, standing: dict[str, Any]) -> None:
+def advance(connection: Connection, session_id: str, epoch: int, standing: Standing) -> None:
     """Notes how far a long job has come, with the history since the last note; nothing unless `epoch` holds it."""
     execute(
         connection,
@@ -261,7 +260,7 @@ def history(connection: Connection, session_id: str, limit: int) -> list[History
 # ---- coming and going
 
 
-def settle(connection: Connection, session_id: str, epoch: int, facts: dict[str, Any]) -> ReservedBefore | None:
+def settle(connection: Connection, session_id: str, epoch: int, facts: SessionFacts) -> ReservedBefore | None:
     """The session is in memory under `epoch`, as measured; what the history has beyond its step is gone.
 
     Its `parameters` are listed where `facts` has them. Gives what it had reserved; None where it is not open any more,
@@ -294,7 +293,7 @@ def end(
     session_id: str,
     state: str,
     *,
-    error: dict[str, Any] | None = None,
+    error: JsonObject | None = None,
     leaving: Sequence[str] = OPEN,
 ) -> ReservedBefore | None:
     """A session is over (`ended`, `failed`, `lost`) and its log with it. Gives its device and what it had reserved."""
@@ -387,7 +386,7 @@ def set_reserved(connection: Connection, session_id: str, reserved_bytes: int) -
     )
 
 
-def set_error(connection: Connection, session_id: str, error: dict[str, Any] | None) -> None:
+def set_error(connection: Connection, session_id: str, error: JsonObject | None) -> None:
     """Notes of an open session what went wrong beside its steps, or that it is well again."""
     execute(
         connection,

@@ -25,6 +25,7 @@ from tasks.database import until_reachable
 from tasks.inference import models as model_store
 from tasks.jobs import claims, lifecycle, store
 from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.model import Facts
 from tasks.jobs.unflushed import ASK_SECONDS, Unflushed
 from tasks.kinds import spec_of
 from tasks.redis.publish import Publisher
@@ -401,7 +402,8 @@ class Completer:
         try:
             one.outcome.result, one.outcome.pending = one.outcome.pending(), None
         except Exception as error:  # noqa: BLE001 - a blob store that is full is this job's failure, not the completer's
-            facts = {name: value for name, value in one.outcome.facts.items() if name == "session_id"}
+            found = one.outcome.facts
+            facts: Facts = {"session_id": found["session_id"]} if "session_id" in found else {}
             one.outcome = one.work.failed(named(error), **facts)
 
     def _write_uses(self) -> None:

@@ -26,6 +26,7 @@ from tasks.inference import graphs as graph_store
 from tasks.inference import models as store
 from tasks.inference.content import ESTIMATE_BYTES, entry_file, key_of_files, model_file
 from tasks.inference.effects import let_go, lost, settled
+from tasks.inference.facts import ModelFacts
 from tasks.inference.residents import no_model
 from tasks.statements import Row, transaction
 from workers import pipelines
@@ -155,7 +156,7 @@ def _warmed(onnx: LoadedGraph, cancel: Cancel | None, again: bool, earlier: Mapp
     return "done"
 
 
-def facts(model: ResidentModel) -> dict[str, Any]:
+def facts(model: ResidentModel) -> ModelFacts:
     """What the model's record is to hold of it, as found and measured."""
     pipeline = model.pipeline
     if pipeline is not None:

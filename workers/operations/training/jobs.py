@@ -7,7 +7,7 @@ cannot be recorded the memory is ahead, and the session is brought back from its
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import wait
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +19,7 @@ from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
 from tasks.training import sessions as store
 from tasks.training.effects import number_of
+from tasks.training.facts import AppliedStep, NewCheckpoint, Standing
 from workers.devices.values import SessionOptions
 from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Progress
 from workers.operations.tensors import host_array, staged_bytes
@@ -70,7 +71,7 @@ def initialize(resident: Resident, work: ClaimedJob) -> Outcome:
     made = facts(held)
     told = {"session_id": session_id, "device_id": resident.device_id, **made, **_described(held)}
     listed = list_tensors(held.session.definition, held.spec, held.session.state.model)
-    return work.succeeded(told, session=made | {"parameters": [asdict(tensor) for tensor in listed]})
+    return work.succeeded(told, session={**made, "parameters": [asdict(tensor) for tensor in listed]})
 
 
 def step(resident: Resident, work: ClaimedJob) -> Outcome | PlaceReleased | Steps:
@@ -248,7 +249,7 @@ class _Notes:
 
         self._resident.record(write)
 
-    def rest(self) -> dict[str, Any]:
+    def rest(self) -> Standing:
         """Where the session stands, with the history that was not noted yet."""
         history, self._history = self._history, []
         # None where a death came between a job's last step and its end: then all of it is in the checkpoint.
@@ -272,9 +273,7 @@ class _Notes:
 # ---- what is told
 
 
-def _applied(
-    notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _applied(notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, dict[str, Any]]) -> AppliedStep:
     """What the end of an applied step writes into the session's record."""
     return {
         **notes.rest(),
@@ -343,7 +342,7 @@ def _is_due(held: HeldSession, outcome: StepOutcome) -> bool:
 
 def _keep(
     resident: Resident, work: ClaimedJob, held: HeldSession, snapshot: Snapshot, onnx: bytes | None = None
-) -> dict[str, Any]:
+) -> NewCheckpoint:
     request = work.request
     return keep_checkpoint(
         resident, snapshot,
@@ -368,13 +367,17 @@ def _finish_checkpoint(
         raise
     held.checkpoint_step = max(held.checkpoint_step, snapshot.step)
     held.checkpoint_sequence = max(held.checkpoint_sequence, made["sequence"])
-    told = {name: made[name] for name in _TOLD_OF_CHECKPOINTS}
+    told = _shown(made)
     return work.succeeded(told, checkpoint=made)
 
 
 _TOLD_OF_CHECKPOINTS = (
     "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id", "onnx_blob_id",
 )  # fmt: skip
+
+
+def _shown(checkpoint: Mapping[str, object]) -> dict[str, object]:
+    return {name: checkpoint[name] for name in _TOLD_OF_CHECKPOINTS}
 
 
 def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
@@ -387,7 +390,7 @@ def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
     resident.training.pop(held.session_id, None)
     told = {
         "session_id": held.session_id, "freed_bytes": held.session.memory_bytes(),
-        "checkpoint_id": made["checkpoint_id"], "checkpoint": {name: made[name] for name in _TOLD_OF_CHECKPOINTS},
+        "checkpoint_id": made["checkpoint_id"], "checkpoint": _shown(made),
     }  # fmt: skip
     return work.succeeded(told, checkpoint=made)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
@@ -25,6 +24,7 @@ from tasks.statements import Row, transaction
 from tasks.training import checkpoints as checkpoint_store
 from tasks.training import effects
 from tasks.training import sessions as store
+from tasks.training.facts import NewCheckpoint, SessionFacts
 from tasks.training.named import gone
 from workers.execution.claimed_job import clear_calls, named
 from workers.operations.training.batches import data_of, options_of, plan_of
@@ -213,7 +213,7 @@ def checkpoint_beside(resident: Resident, held: HeldSession, *, leaving: bool = 
     resident.background.submit(write)
 
 
-def facts(held: HeldSession, state: str = "ready") -> dict[str, Any]:
+def facts(held: HeldSession, state: str = "ready") -> SessionFacts:
     """What the session's record is to hold of it, as built and measured."""
     session = held.session
     return {
@@ -338,7 +338,7 @@ def _in_another_run(held: HeldSession, job_id: str) -> bool:
 # ---- leaving
 
 
-def _record(resident: Resident, held: HeldSession, checkpoint: dict[str, Any]) -> None:
+def _record(resident: Resident, held: HeldSession, checkpoint: NewCheckpoint) -> None:
     with transaction(resident.engine) as connection:
         recorded = effects.kept(connection, checkpoint, resident.epoch)
         if recorded:
