@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import psycopg2
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine.interfaces import DBAPICursor, DBAPIModule
 from sqlalchemy.exc import DBAPIError
 
 #: A row as the driver gives it. Its type is that of the statement: functions that return rows name a `TypedDict`.
@@ -123,9 +124,10 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             yield connection
 
 
-def _as_sqlalchemy(connection: Connection, cursor: Any, sql: str, error: psycopg2.Error) -> DBAPIError:
+def _as_sqlalchemy(connection: Connection, cursor: DBAPICursor | None, sql: str, error: psycopg2.Error) -> DBAPIError:
     """The error as SQLAlchemy would raise it. After a lost connection every pooled one counts as lost too."""
-    is_lost = connection.dialect.is_disconnect(cast(Any, error), connection.connection.dbapi_connection, cursor)
+    raised = cast(DBAPIModule.Error, error)
+    is_lost = connection.dialect.is_disconnect(raised, connection.connection.dbapi_connection, cursor)
     if is_lost:
         connection.invalidate(error)
         connection.engine.dispose(close=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
@@ -10,7 +10,7 @@ from tasks.blobs.rows import BlobRow
 from tasks.statements import execute, row, rows
 
 
-def insert(connection: Connection, blob: dict[str, Any], ttl_seconds: float | None) -> None:
+def insert(connection: Connection, blob: Mapping[str, object], ttl_seconds: float | None) -> None:
     """Records a blob whose bytes are in the store; it expires after `ttl_seconds` (None: never by itself)."""
     execute(
         connection,

@@ -1,11 +1,13 @@
-"""Devices: registration, leases, drain, budgets, samples. Leases are told by the database's clock only."""
+"""Devices: registration, leases, drain, budgets, samples. Only the database's clock decides whether a lease stands."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from datetime import datetime
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import FreeJson
 from tasks.database import dumps
 from tasks.devices.rows import DeviceRow, LapsedDevice, RegisteredDevice, Renewed, SampleRow
 from tasks.statements import execute, row, rows
@@ -38,7 +40,7 @@ def lock(connection: Connection, device_id: str) -> RegisteredDevice | None:
     )
 
 
-def register(connection: Connection, device: dict[str, Any], lease_seconds: float) -> int:
+def register(connection: Connection, device: FreeJson, lease_seconds: float) -> int:
     """Writes the device's row under a new epoch, which is returned. The caller holds its lock and buried the last."""
     found = row(
         connection,
@@ -167,7 +169,7 @@ def lock_budget(connection: Connection, device_id: str) -> tuple[int, int]:
 
 
 def adjust_reservation(connection: Connection, device_id: str, by_bytes: int) -> None:
-    """Gives back (negative) or adds to what is reserved, whatever the budget says: settling an estimate."""
+    """Gives back (negative) or adds to what is reserved, beyond the budget too: settling an estimate."""
     execute(
         connection,
         """
@@ -179,7 +181,7 @@ def adjust_reservation(connection: Connection, device_id: str, by_bytes: int) ->
     )
 
 
-def add_sample(connection: Connection, device_id: str, sample: dict[str, Any]) -> None:
+def add_sample(connection: Connection, device_id: str, sample: Mapping[str, object]) -> None:
     """Adds one point to the device's history."""
     execute(
         connection,
@@ -191,7 +193,7 @@ def add_sample(connection: Connection, device_id: str, sample: dict[str, Any]) -
     )
 
 
-def samples(connection: Connection, device_id: str, since: Any, limit: int) -> list[SampleRow]:
+def samples(connection: Connection, device_id: str, since: datetime | str | None, limit: int) -> list[SampleRow]:
     """The device's history after `since`, oldest first."""
     return rows(
         connection,

@@ -125,3 +125,22 @@ class OpenSessionRow(TypedDict):
 
     session_id: str
     owner: str
+
+
+class KnownModel(TypedDict):
+    """What planning knows of a model: recorded, or made by an earlier entry. `ModelRow` has it all."""
+
+    model_id: str
+    name: str
+    version: str
+    model_type: str
+    device_id: str
+    state: str
+    load_key: str
+    owner: str
+    load_job_id: str
+    #: None until the model is loaded.
+    inputs: list[FreeJson] | None
+    outputs: list[FreeJson] | None
+    error: FreeJson | None
+    replaced_by: str | None

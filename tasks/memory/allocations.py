@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import JsonObject
 from tasks.database import dumps
 from tasks.memory.rows import AllocationBeingFreed, AllocationRow, FreedAllocation, LostAllocation
 from tasks.statements import execute, row, rows
@@ -15,7 +15,7 @@ from tasks.statements import execute, row, rows
 _LIVE = "state IN ('pending', 'active')"
 
 
-def insert(connection: Connection, allocations: Sequence[dict[str, Any]]) -> dict[str, str]:
+def insert(connection: Connection, allocations: Sequence[JsonObject]) -> dict[str, str]:
     """Records allocations as `pending`; gives `{allocation_id: job_id}` of those recorded.
 
     An id whose allocation has ended is used anew by the same owner; any other id that is taken is left as it is.
@@ -75,11 +75,11 @@ def names_another(connection: Connection, ids: Collection[str]) -> set[str]:
 
 
 def page(
-    connection: Connection, *, filters: dict[str, Any], before: tuple[str, str] | None, limit: int
+    connection: Connection, *, filters: Mapping[str, object], before: tuple[str, str] | None, limit: int
 ) -> list[AllocationRow]:
     """Allocations newest first, at most `limit`, after the place `before` (creation time and id) in that order."""
     conditions = [f"{name} = %({name})s" for name in filters]
-    parameters: dict[str, Any] = {**filters, "limit": limit}
+    parameters: dict[str, object] = {**filters, "limit": limit}
     if before is not None:
         conditions.append("(created_at, allocation_id) < (%(before_at)s::timestamptz, %(before_id)s)")
         parameters |= {"before_at": before[0], "before_id": before[1]}
@@ -104,7 +104,7 @@ def activate(connection: Connection, allocation_ids: Collection[str], epoch: int
 
 
 def end(
-    connection: Connection, ended: Collection[tuple[str, str]], state: str, error: dict[str, Any] | None = None
+    connection: Connection, ended: Collection[tuple[str, str]], state: str, error: JsonObject | None = None
 ) -> list[FreedAllocation]:
     """Live allocations become `freed` or `failed`; gives the rows of those that were live.
 

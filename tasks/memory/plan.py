@@ -9,24 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Connection
 
 from device_operations.errors import OperationError, failure, from_job_error
 from device_operations.jobs import Kind, new_id
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.memory import Allocate, Clear, Copy, Deallocate, Read, Write
 from device_operations.tensors import FIXED_DTYPES, Tensor
+from tasks.devices.rows import DeviceRow
 from tasks.jobs.model import NewJob
 from tasks.memory import allocations as store
 from tasks.memory.admission import reserve
+from tasks.memory.rows import AllocationRow, KnownAllocation
 from tasks.owners import absent, found
 from tasks.planning.context import Context, check_blobs, new_job, owner_of, place
 from tasks.planning.earlier import Earlier
 from tasks.planning.plan import Plan, Recorded, body_hash
 from tasks.redis.queues import device_queue
-from tasks.statements import Row
 
 GIB = 2**30
 
@@ -70,9 +71,13 @@ def plan_allocate(context: Context, request: Allocate, job_id: str) -> Plan:
     return Plan(job, exclusive=(allocation_id,), together=record_allocations, makes=makes)
 
 
-def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+def foresee(earlier: Earlier, made_id: str, makes: FreeJson) -> None:
     """Notes the allocation that an entry makes; of several with one id the first counts."""
-    earlier.allocations.setdefault(made_id, {**makes, "state": "pending", "error": None})
+    allocation: KnownAllocation = {
+        "allocation_id": made_id, "device_id": makes["device_id"], "state": "pending",
+        "size_bytes": makes["size_bytes"], "owner": makes["owner"], "error": None,
+    }  # fmt: skip
+    earlier.allocations.setdefault(made_id, allocation)
 
 
 def record_allocations(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -136,7 +141,7 @@ def record_freeing(connection: Connection, plans: Sequence[Plan]) -> Recorded:
     return Recorded(answered)
 
 
-def plan_expiry(allocation: Row) -> Plan:
+def plan_expiry(allocation: AllocationRow) -> Plan:
     """Frees an allocation whose time is up, for its owner, also on a device that takes no new jobs of callers."""
     job = NewJob(
         id=new_id(), kind=Kind.MEMORY_DEALLOCATE.value, device_id=allocation["device_id"],
@@ -211,7 +216,7 @@ def plan_read(context: Context, request: Read, job_id: str) -> Plan:
     )
 
 
-def check_allocations(context: Context, ranges: Iterable[Range]) -> dict[str, Row]:
+def check_allocations(context: Context, ranges: Iterable[Range]) -> Mapping[str, KnownAllocation]:
     """The allocations that another noun's request names, by id, once owner, state and every range are known to fit.
 
     Raises `allocation_not_found`, `allocation_lost`, `out_of_range`. Whether they lie on the job's device is for the
@@ -259,17 +264,17 @@ def forget_hashes(connection: Connection, allocation_ids: Iterable[str]) -> None
     store.forget_sha256(connection, list(allocation_ids))
 
 
-def find(context: Context, allocation_id: str) -> Row:
+def find(context: Context, allocation_id: str) -> KnownAllocation:
     """A usable allocation of the caller's: pending or active."""
     return find_many(context, [allocation_id])[allocation_id]
 
 
-def find_many(context: Context, allocation_ids: Sequence[str]) -> dict[str, Row]:
+def find_many(context: Context, allocation_ids: Sequence[str]) -> Mapping[str, KnownAllocation]:
     """Several usable allocations of the caller's, by id; the first that is not usable is refused by its code."""
     if not allocation_ids:
         return {}
     with context.engine.connect() as connection:
-        known = store.get_many(connection, set(allocation_ids))
+        known: Mapping[str, KnownAllocation] = store.get_many(connection, set(allocation_ids))
     if context.earlier is not None:
         known = {**context.earlier.allocations, **known}
     for allocation_id in allocation_ids:
@@ -279,7 +284,7 @@ def find_many(context: Context, allocation_ids: Sequence[str]) -> dict[str, Row]
     return known
 
 
-def check_range(allocation: Row, wanted: Range) -> int:
+def check_range(allocation: KnownAllocation, wanted: Range) -> int:
     """The bytes of the range, known to lie inside the allocation; else `out_of_range`."""
     there = allocation["size_bytes"]
     size = int(there - wanted.offset) if wanted.size_bytes is None else wanted.size_bytes
@@ -293,17 +298,27 @@ def check_range(allocation: Row, wanted: Range) -> int:
     return size
 
 
-def _job_on(context: Context, kind: Kind, request: JobRequest, job_id: str, allocation: Row, **more: Any) -> Any:
-    """The job of a request on the device that holds an allocation."""
+def _job_on(
+    context: Context,
+    kind: Kind,
+    request: JobRequest,
+    job_id: str,
+    allocation: KnownAllocation,
+    *,
+    payload: FreeJson | None = None,
+    needs: Sequence[str] = (),
+    blob_ids: Sequence[str] = (),
+) -> NewJob:
+    """The job of a request on the device that holds an allocation, which it needs unless `needs` says more."""
     owner_of(context, request.job)
-    more.setdefault("needs", [allocation["allocation_id"]])
     return new_job(
-        context, kind, request, job_id, _require_online(context, allocation["device_id"]),
-        resource_type="allocation", resource_id=allocation["allocation_id"], **more,
+        context, kind, request, job_id, _require_online(context, allocation["device_id"]), payload=payload,
+        resource_type="allocation", resource_id=allocation["allocation_id"],
+        needs=needs or [allocation["allocation_id"]], blob_ids=blob_ids,
     )  # fmt: skip
 
 
-def _require_online(context: Context, device_id: str) -> Row:
+def _require_online(context: Context, device_id: str) -> DeviceRow:
     """The device, which must take jobs; a worker that plans for itself takes them."""
     if context.device_id == device_id:
         return context.directory.snapshot().devices[device_id]
@@ -316,7 +331,7 @@ def _taken(allocation_id: str) -> OperationError:
     )
 
 
-def _gone(allocation_id: str, there: Row | None) -> Exception:
+def _gone(allocation_id: str, there: KnownAllocation | None) -> Exception:
     """Why an allocation cannot be used."""
     if there is None:
         return absent("allocation", allocation_id)

@@ -91,3 +91,14 @@ class HeldRow(TypedDict):
     owner: str
     since: datetime
     state: str
+
+
+class KnownAllocation(TypedDict):
+    """What planning knows of an allocation: recorded, or made by an earlier entry. `AllocationRow` has it all."""
+
+    allocation_id: str
+    device_id: str
+    state: str
+    size_bytes: int
+    owner: str
+    error: FreeJson | None

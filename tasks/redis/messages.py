@@ -24,6 +24,7 @@ from typing import Any
 import orjson
 import structlog
 
+from device_operations.json_types import FreeJson
 from tasks.redis import message_fields as fields
 from tasks.redis.message_fields import Unreadable, checked, checked_all, is_kind, object_of
 from tasks.redis.queues import MESSAGE_BYTES, NOTED
@@ -46,26 +47,26 @@ class UnknownTask(Unreadable):
         self.task = task
 
 
-class Payload(dict[str, Any]):
+class Payload(FreeJson):
     """A message as kombu takes it, with its body as it was read, so that it is not read a second time."""
 
-    decoded: Any
+    decoded: object
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedMessage:
     """A recorded job's message: the headers `id`, `task`, `argsrepr`, `kwargsrepr`, `NOTED`, and the request."""
 
-    headers: dict[str, Any]
-    request: dict[str, Any]
+    headers: FreeJson
+    request: FreeJson
 
 
 @dataclass(frozen=True, slots=True)
 class Direct:
     """A Celery caller's message: checked headers and properties, the body `[args, kwargs, embed]`, and its text."""
 
-    headers: dict[str, Any]
-    properties: dict[str, Any]
+    headers: FreeJson
+    properties: FreeJson
     body: list[Any]
     text: str
 
@@ -102,7 +103,7 @@ def read_kept(raw: bytes | None, size_bytes: int) -> Direct:
     return message
 
 
-def read_notice(raw: bytes, queue: str, body_fields: Mapping[str, Callable[[Any], bool]] | None = None) -> Payload:
+def read_notice(raw: bytes, queue: str, body_fields: Mapping[str, Callable[[object], bool]] | None = None) -> Payload:
     """A message that is no task, whose body is an object, of `body_fields` where given. Raises `Unreadable`."""
     envelope = object_of(_parsed(raw), "the message")
     body, text = _body(envelope)
@@ -113,7 +114,7 @@ def read_notice(raw: bytes, queue: str, body_fields: Mapping[str, Callable[[Any]
     return made
 
 
-def _payload(text: str, headers: dict[str, Any], properties: dict[str, Any], queue: str) -> Payload:
+def _payload(text: str, headers: FreeJson, properties: FreeJson, queue: str) -> Payload:
     """What kombu is given. The tag is new each time: one that a caller chose may be another message's."""
     return Payload(
         {
@@ -140,10 +141,10 @@ class Wake:
 
     cancel: str | None
     follow: str | None
-    send: dict[str, Any] | None
+    send: FreeJson | None
 
 
-def read_wake(body: Any) -> Wake:
+def read_wake(body: object) -> Wake:
     """The body of a control queue's message. Raises `Unreadable`."""
     asked = checked(object_of(body, "the body"), fields.WAKE)
     send = asked.get("send")
@@ -157,7 +158,7 @@ def refuse(raw: bytes, queue: str, error: Exception) -> None:
     log.warning("message refused", queue=queue, reason=reason(error), size_bytes=len(raw), excerpt=_excerpt(raw))
 
 
-def unstorable(value: Any) -> str | None:
+def unstorable(value: object) -> str | None:
     """Why `value`, made of JSON, can be stored by neither JSON's other readers nor PostgreSQL; None if it can."""
     try:
         text = orjson.dumps(value)
@@ -185,7 +186,7 @@ def _parsed(raw: bytes, limit_bytes: int = MESSAGE_BYTES) -> Any:
         raise Unreadable("it is no JSON") from None
 
 
-def _read(envelope: Any) -> RecordedMessage | Direct:
+def _read(envelope: object) -> RecordedMessage | Direct:
     envelope = object_of(envelope, "the message")
     headers = object_of(envelope.get("headers"), "headers")
     if NOTED in headers:
@@ -202,20 +203,20 @@ def _read(envelope: Any) -> RecordedMessage | Direct:
     return Direct(headers, properties, body, _text(text))
 
 
-def _recorded(envelope: dict[str, Any], headers: dict[str, Any]) -> RecordedMessage:
+def _recorded(envelope: FreeJson, headers: FreeJson) -> RecordedMessage:
     """Each job over HTTP comes this way, so only what is used of the message is looked at."""
     known = checked_all(headers, fields.NOTED_HEADERS)
     known[NOTED] = checked_all(object_of(headers[NOTED], NOTED), fields.NOTED)
     return RecordedMessage(known, object_of(envelope.get("request"), "request"))
 
 
-def _from_protocol_1(body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def _from_protocol_1(body: FreeJson) -> tuple[FreeJson, list[Any]]:
     """Celery's older protocol keeps the headers in the body."""
     embed = {name: body.get(name) for name in ("callbacks", "errbacks", "chord")}
     return body, [body.get("args", []), body.get("kwargs", {}), {**embed, "chain": None}]
 
 
-def _check_body(body: Any) -> None:
+def _check_body(body: object) -> None:
     if type(body) is not list or len(body) != 3:
         raise Unreadable("the body is not [args, kwargs, embed]")
     if type(body[0]) is not list:
@@ -224,7 +225,7 @@ def _check_body(body: Any) -> None:
     body[2] = checked(object_of(body[2] or {}, "embed"), fields.EMBED)
 
 
-def _body(envelope: dict[str, Any]) -> tuple[Any, str | bytes]:
+def _body(envelope: FreeJson) -> tuple[Any, str | bytes]:
     """The body, read as JSON, and its text, which is UTF-8."""
     if envelope.get("content-type") != "application/json":
         raise Unreadable("its content type is not application/json")
@@ -250,7 +251,7 @@ def _text(text: str | bytes) -> str:
     return text if isinstance(text, str) else text.decode()
 
 
-def _unpacked(envelope: dict[str, Any], body: str) -> str | bytes:
+def _unpacked(envelope: FreeJson, body: str) -> str | bytes:
     properties, headers = envelope.get("properties"), envelope.get("headers")
     encoding = properties.get("body_encoding") if type(properties) is dict else None
     compression = headers.get("compression") if type(headers) is dict else None
@@ -267,7 +268,7 @@ def _unpacked(envelope: dict[str, Any], body: str) -> str | bytes:
     return data if compression is None else _decompressed(data, compression)
 
 
-def _decompressed(data: bytes, compression: Any) -> bytes:
+def _decompressed(data: bytes, compression: object) -> bytes:
     opener = _OPENERS.get(compression) if type(compression) is str else None
     if opener is None:
         raise Unreadable("the body's compression is not known")

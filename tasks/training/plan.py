@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
+from device_operations.json_types import FreeJson
 from device_operations.requests.training import (
     Checkpoint,
     EndSession,
@@ -77,13 +77,16 @@ def plan_initialize(context: Context, request: Initialize, job_id: str) -> Plan:
         "resumed": resumed, "blob_ids": blob_ids, "init_job_id": job_id, "sequence": sequence, "step": step,
         "reserved_bytes": estimate, "lease_seconds": request.lease_seconds,
     }  # fmt: skip
-    context.directory.remember_training(makes)
+    context.directory.remember_training({"session_id": session_id, "device_id": device["device_id"], "owner": owner})
     return Plan(job, exclusive=(session_id,), together=record_sessions, makes=makes)
 
 
-def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+def foresee(earlier: Earlier, made_id: str, makes: FreeJson) -> None:
     """Notes the training session that an entry makes."""
-    earlier.training_sessions[made_id] = {**makes, "state": "initializing", "error": None}
+    earlier.training_sessions[made_id] = {
+        "session_id": made_id, "device_id": makes["device_id"], "owner": makes["owner"], "state": "initializing",
+        "error": None,
+    }  # fmt: skip
 
 
 def record_sessions(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -182,7 +185,7 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
     owner = owner_of(context, request.job)
     after: list[str] = []
     exclusive: tuple[str, ...] = ()
-    more: dict[str, Any] = {}
+    more: FreeJson = {}
     record = None
     if request.session_id is not None:
         # Whether it is open is looked at where the job is recorded.
@@ -229,7 +232,7 @@ def plan_end(context: Context, request: EndSession, job_id: str) -> Plan:
 # ---- numbers
 
 
-def _earlier(connection: Connection, makes: dict[str, Any]) -> str:
+def _earlier(connection: Connection, makes: FreeJson) -> str:
     """The job that has a number already, for the same body; else why the number cannot be given."""
     session_id, sequence = makes["session_id"], makes["sequence"]
     session = store.lock(connection, session_id)
@@ -264,7 +267,7 @@ def _earlier(connection: Connection, makes: dict[str, Any]) -> str:
 # ---- what requests hold
 
 
-def _check_model(context: Context, request: Initialize, payload: dict[str, Any]) -> None:
+def _check_model(context: Context, request: Initialize, payload: FreeJson) -> None:
     """Refuses programs that are not trusted, and pins a file below the model folder to its content."""
     model = request.model
     if isinstance(model, TorchScriptModel) and not context.settings.training.trust_programs:
@@ -312,7 +315,7 @@ def _check_batch(context: Context, request: Step) -> None:
         )
 
 
-def _with_tensors(request: Step, tensors: dict[str, Tensor], staged: dict[str, str]) -> dict[str, Any]:
+def _with_tensors(request: Step, tensors: dict[str, Tensor], staged: dict[str, str]) -> FreeJson:
     """The request as it is stored, with its tensors as they were kept."""
     inner = {"inputs", "targets"}
     payload = request.model_dump(
@@ -328,12 +331,12 @@ def _with_tensors(request: Step, tensors: dict[str, Tensor], staged: dict[str, s
     return payload
 
 
-def _told(tensor: Tensor, device_id: str | None) -> dict[str, Any]:
+def _told(tensor: Tensor, device_id: str | None) -> FreeJson:
     told = tensor.model_dump(mode="json", exclude_unset=True)
     return told if device_id is None else told | {"device_id": device_id}
 
 
-def _content_hash(context: Context, payload: dict[str, Any], blob_ids: list[str]) -> str:
+def _content_hash(context: Context, payload: FreeJson, blob_ids: list[str]) -> str:
     """The hash by which two bodies of a step count as the same: the same bytes may come as another blob."""
     if not blob_ids:
         return body_hash(payload)

@@ -141,3 +141,26 @@ class CheckpointBeingMade(TypedDict):
     owner: str
     device_id: str
     request: FreeJson
+
+
+class SessionPlace(TypedDict):
+    """What never changes of a training session. `TrainingSessionRow` and `KnownSession` have it all."""
+
+    session_id: str
+    device_id: str
+    owner: str
+
+
+class KnownSession(SessionPlace):
+    """What planning knows of a session: recorded, or made by an earlier entry. `TrainingSessionRow` has it all."""
+
+    state: str
+    error: FreeJson | None
+
+
+class EndedSession(TypedDict):
+    """What callers learn about a session that is not open. `KnownSession` and `SessionStanding` have it all."""
+
+    session_id: str
+    state: str
+    error: FreeJson | None
