@@ -19,7 +19,6 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 import structlog
@@ -67,8 +66,13 @@ class Direct:
 
     headers: FreeJson
     properties: FreeJson
-    body: list[Any]
+    body: list[object]
     text: str
+
+    @property
+    def embed(self) -> FreeJson:
+        """What Celery passes on to callbacks, chains and chords."""
+        return object_of(self.body[2], "embed")
 
     @property
     def step(self) -> int:
@@ -177,7 +181,7 @@ _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 # ---- the envelope
 
 
-def _parsed(raw: bytes, limit_bytes: int = MESSAGE_BYTES) -> Any:
+def _parsed(raw: bytes, limit_bytes: int = MESSAGE_BYTES) -> object:
     if len(raw) > limit_bytes:
         raise Unreadable(f"it has {len(raw)} bytes, and {limit_bytes} are allowed; send big payloads as blobs")
     try:
@@ -197,10 +201,10 @@ def _read(envelope: object) -> RecordedMessage | Direct:
         headers, body = _from_protocol_1(body)
         text = json.dumps(body)
     headers = checked(headers, fields.HEADERS)
-    _check_body(body)
+    parts = _check_body(body)
     if not is_kind(headers["task"]):
         raise UnknownTask(headers["id"], headers["task"])
-    return Direct(headers, properties, body, _text(text))
+    return Direct(headers, properties, parts, _text(text))
 
 
 def _recorded(envelope: FreeJson, headers: FreeJson) -> RecordedMessage:
@@ -210,22 +214,23 @@ def _recorded(envelope: FreeJson, headers: FreeJson) -> RecordedMessage:
     return RecordedMessage(known, object_of(envelope.get("request"), "request"))
 
 
-def _from_protocol_1(body: FreeJson) -> tuple[FreeJson, list[Any]]:
+def _from_protocol_1(body: FreeJson) -> tuple[FreeJson, list[object]]:
     """Celery's older protocol keeps the headers in the body."""
     embed = {name: body.get(name) for name in ("callbacks", "errbacks", "chord")}
     return body, [body.get("args", []), body.get("kwargs", {}), {**embed, "chain": None}]
 
 
-def _check_body(body: object) -> None:
+def _check_body(body: object) -> list[object]:
     if type(body) is not list or len(body) != 3:
         raise Unreadable("the body is not [args, kwargs, embed]")
     if type(body[0]) is not list:
         raise Unreadable("args is no list")
     object_of(body[1], "kwargs")
     body[2] = checked(object_of(body[2] or {}, "embed"), fields.EMBED)
+    return body
 
 
-def _body(envelope: FreeJson) -> tuple[Any, str | bytes]:
+def _body(envelope: FreeJson) -> tuple[object, str | bytes]:
     """The body, read as JSON, and its text, which is UTF-8."""
     if envelope.get("content-type") != "application/json":
         raise Unreadable("its content type is not application/json")
