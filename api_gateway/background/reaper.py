@@ -28,7 +28,7 @@ from tasks.celery_bridge import store as celery_store
 from tasks.celery_bridge.outbox import Outbox
 from tasks.database import is_disconnect
 from tasks.devices import store as device_store
-from tasks.inference import models as model_store
+from tasks.inference import session_store
 from tasks.jobs import lifecycle, store, submit
 from tasks.jobs import rescue as rescues
 from tasks.jobs.store import Ending
@@ -144,7 +144,7 @@ class Reaper:
     def _expire_sessions(self) -> None:
         """Ends sessions that were idle too long; the workers free their state when they next look at the records."""
         with self._engine.connect() as connection:
-            expired = model_store.expire_sessions(connection)
+            expired = session_store.expire_sessions(connection)
         if expired:
             log.info("sessions expired", sessions=expired)
 

@@ -35,7 +35,7 @@ from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store
-from tasks.memory import plan as plans
+from tasks.memory import named
 from tasks.memory.rows import MemoryStanding
 from tasks.owners import found, may_see
 from tasks.statements import Row
@@ -165,7 +165,7 @@ async def renew(request: Request, caller: Known, allocation_id: str) -> Response
         raise invalid(error, "The request does not fit the contract") from error
 
     def write() -> Row:
-        plans.find(gateway.context(caller), allocation_id)
+        named.find(gateway.context(caller), allocation_id)
         with gateway.engine.connect() as connection:
             row = store.renew(connection, allocation_id, wanted.ttl_seconds)
         if row is None:
@@ -189,8 +189,8 @@ async def write_data(
     wanted = wanted_hash(request, sha256)
 
     def check() -> None:
-        there = plans.find(gateway.context(caller), allocation_id)
-        plans.check_range(there, plans.Range(allocation_id, offset, size))
+        there = named.find(gateway.context(caller), allocation_id)
+        named.check_range(there, named.Range(allocation_id, offset, size))
 
     # Before the body is taken in: what cannot be written need not be sent. Only under a key that was used before, the
     # body says whether this is the first submission again.

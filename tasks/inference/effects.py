@@ -12,7 +12,7 @@ from device_operations.jobs import State
 from device_operations.json_types import JsonObject
 from device_operations.settings import load
 from tasks.devices import store as devices
-from tasks.inference import graphs, models
+from tasks.inference import graphs, models, session_store
 from tasks.inference.facts import LoadFacts, ModelFacts, RunFacts, UnloadFacts
 from tasks.jobs.model import Fallen, JobRow, resource_of
 
@@ -72,8 +72,8 @@ def unloaded(connection: Connection, job: JobRow, facts: UnloadFacts, epoch: int
         return []
     model_id = job["needs"][0]
     _end_models(connection, [model_id], "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
-    still_open = [session["session_id"] for session in models.open_sessions(connection, model_id)]
-    gone = models.end_sessions(connection, still_open, "closed")
+    still_open = [session["session_id"] for session in session_store.open_sessions(connection, model_id)]
+    gone = session_store.end_sessions(connection, still_open, "closed")
     return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
@@ -88,7 +88,7 @@ def ran(connection: Connection, job: JobRow, facts: RunFacts, epoch: int | None)
     if session_id is None:
         return []
     won = job["state"] == State.SUCCEEDED
-    models.use_session(
+    session_store.use_session(
         connection, session_id, job["id"], epoch if won else None, succeeded=int(won), failed=int(not won),
         timeout_seconds=load().inference.session_timeout_minutes * 60,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def closed(connection: Connection, job: JobRow, facts: object, epoch: int | None
     """An `inference.close_session` ended: what was submitted for the session after it fails."""
     if job["state"] != State.SUCCEEDED:
         return []
-    gone = models.end_sessions(connection, [job["needs"][0]], "closed")
+    gone = session_store.end_sessions(connection, [job["needs"][0]], "closed")
     return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
@@ -116,7 +116,7 @@ def lose_models(connection: Connection, device_id: str) -> list[str]:
 
 def lose_sessions(connection: Connection, device_id: str, epoch: int) -> list[str]:
     """A worker died: sessions whose state tensors lay on the device are lost."""
-    return models.end_sessions(connection, models.stateful_sessions(connection, device_id, epoch), "lost")
+    return session_store.end_sessions(connection, session_store.stateful_sessions(connection, device_id, epoch), "lost")
 
 
 def _end_models(

@@ -10,7 +10,7 @@ from device_operations.json_types import FreeJson
 from device_operations.requests.pipelines import Picture, PipelineRun
 from device_operations.tensors import INLINE_BYTES
 from tasks.inference.rows import KnownModel
-from tasks.memory.plan import check_tensors
+from tasks.memory.named import check_tensors
 from tasks.planning.context import Context, check_blobs, keep_bytes, store_tensors
 
 

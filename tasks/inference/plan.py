@@ -18,6 +18,7 @@ from tasks.devices import store as device_store
 from tasks.devices.directory import Directory
 from tasks.inference import graphs as graph_store
 from tasks.inference import models as model_store
+from tasks.inference import session_store
 from tasks.inference.content import content_of, load_key
 from tasks.inference.pipelines import stored_run
 from tasks.inference.residents import (
@@ -33,7 +34,7 @@ from tasks.inference.rows import KnownModel, SessionRow
 from tasks.jobs import store as job_store
 from tasks.jobs.options import asked_of
 from tasks.memory.admission import reserve
-from tasks.memory.plan import forget_hashes
+from tasks.memory.named import forget_hashes
 from tasks.owners import Asker, found, may_see
 from tasks.planning.context import Context, new_job, new_stored_job, owner_of, place, store_tensors
 from tasks.planning.earlier import Earlier
@@ -245,7 +246,7 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
         before = job_store.open_ids_needing(connection, model_id)
         if context.earlier is not None:
             before += context.earlier.job_ids_needing(model_id)
-        sessions = model_store.open_sessions(connection, model_id)
+        sessions = session_store.open_sessions(connection, model_id)
     if sessions and not request.force:
         # Other owners' sessions with a shared model are counted, not named.
         known = [session["session_id"] for session in sessions if may_see(context, session)]

@@ -13,9 +13,10 @@ from device_operations.requests.pipelines import RUNS, PipelineRun
 from device_operations.tensors import carries
 from tasks.devices.directory import DirectorySnapshot
 from tasks.inference import models as model_store
+from tasks.inference import session_store
 from tasks.inference.rows import KnownModel, ModelRow, SessionRow
-from tasks.memory.plan import Range, ranges_of
-from tasks.memory.plan import check_allocations as find_ranges
+from tasks.memory.named import Range, ranges_of
+from tasks.memory.named import check_allocations as find_ranges
 from tasks.owners import absent, found
 from tasks.planning.context import Context
 
@@ -107,7 +108,7 @@ def no_model(model_id: str, gone: KnownModel | None) -> OperationError:
 def find_session(context: Context, session_id: str) -> SessionRow:
     """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
     with context.engine.connect() as connection:
-        session = found(context, model_store.get_session(connection, session_id), "inference session", session_id)
+        session = found(context, session_store.get_session(connection, session_id), "inference session", session_id)
     if session["state"] != "active":
         raise failure(*ended_session(session_id, session["state"]))
     return session

@@ -7,11 +7,11 @@ from device_operations.jobs import new_id
 from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import OpenSession
-from tasks.inference import models as store
+from tasks.inference import session_store as store
 from tasks.inference.residents import find_model, require_graph, unfit
 from tasks.inference.rows import KnownModel, SessionRow
 from tasks.jobs.submit import Promise, keep, recall
-from tasks.memory.plan import check_tensors
+from tasks.memory.named import check_tensors
 from tasks.planning.context import Context, owner_of, store_tensors
 from tasks.statements import transaction
 

@@ -13,7 +13,7 @@ from device_operations.jobs import State
 from device_operations.json_types import JsonObject
 from tasks.devices import store as devices
 from tasks.jobs.model import Ending, Fallen, JobRow, resource_of
-from tasks.training import checkpoints
+from tasks.training import checkpoints, steps
 from tasks.training import sessions as store
 from tasks.training.facts import CheckpointFacts, InitializeFacts, NewCheckpoint, SessionFacts, StepFacts
 
@@ -71,7 +71,7 @@ def applied(connection: Connection, ending: Ending, facts: StepFacts, epoch: int
     before has nothing to say about it any more.
     """
     step = facts["applied"]
-    held, ended = store.end_applied(connection, ending, epoch, step)
+    held, ended = steps.end_applied(connection, ending, epoch, step)
     if held and ended is None:
         session = store.get(connection, step["session_id"])
         if session is not None and session["epoch"] == epoch and session["applied_sequence"] < step["sequence"] - 1:
@@ -88,7 +88,7 @@ def stepped(connection: Connection, job: JobRow, facts: object, epoch: int | Non
     if job["state"] == State.SUCCEEDED or sequence is None:
         store.touch(connection, session_id)
         return []
-    freed = store.free_numbers(connection, session_id, sequence, job["id"])
+    freed = steps.free_numbers(connection, session_id, sequence, job["id"])
     return [(number_of(session_id, number), SEQUENCE_GAP) for number in freed]
 
 

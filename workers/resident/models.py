@@ -23,6 +23,7 @@ from device_operations.tensors import numpy_dtype
 from tasks.devices import store as device_store
 from tasks.devices.directory import MAX_AGE_SECONDS
 from tasks.inference import graphs as graph_store
+from tasks.inference import idle, session_store
 from tasks.inference import models as store
 from tasks.inference.content import ESTIMATE_BYTES, entry_file, key_of_files, model_file
 from tasks.inference.effects import let_go, lost, settled
@@ -233,7 +234,7 @@ def evict_one(resident: Resident) -> bool:
     """Takes the least recently used graph that can go off the device, with its models; False when there is none."""
 
     def of_one_graph(connection: Connection) -> list[str]:
-        for graph in store.evictable_graphs(connection, resident.device_id):
+        for graph in idle.evictable_graphs(connection, resident.device_id):
             if resident.models.keys() >= set(graph["model_ids"]):
                 return list(graph["model_ids"])
         return []
@@ -245,12 +246,12 @@ def look_after(resident: Resident) -> None:
     """Frees the state of sessions that have ended, and unloads unpinned models that were idle too long."""
     if resident.sessions:
         with resident.engine.connect() as connection:
-            still_open = store.still_open(connection, list(resident.sessions))
+            still_open = session_store.still_open(connection, list(resident.sessions))
         for session_id in [key for key in resident.sessions if key not in still_open]:
             del resident.sessions[session_id]
     if any(not model.pinned for model in resident.models.values()):
         idle_seconds = resident.settings.inference.session_timeout_minutes * 60
-        _let_go(resident, "unloaded", lambda connection: store.idle(connection, resident.device_id, idle_seconds))
+        _let_go(resident, "unloaded", lambda connection: idle.idle(connection, resident.device_id, idle_seconds))
 
 
 def let_replaced_go(resident: Resident) -> None:
@@ -260,7 +261,7 @@ def let_replaced_go(resident: Resident) -> None:
 
 def replaced(connection: Connection, device_id: str) -> list[str]:
     """The models of a device that are replaced and can go."""
-    return store.replaced(connection, device_id, REPLACED_SECONDS)
+    return idle.replaced(connection, device_id, REPLACED_SECONDS)
 
 
 def _let_go(resident: Resident, state: str, choose: Callable[[Connection], list[str]]) -> list[str]:

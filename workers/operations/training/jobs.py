@@ -18,6 +18,7 @@ from device_operations.errors import OperationError, failure
 from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
 from tasks.training import sessions as store
+from tasks.training import steps
 from tasks.training.effects import number_of
 from tasks.training.facts import AppliedStep, NewCheckpoint, Standing
 from workers.devices.values import SessionOptions
@@ -245,7 +246,7 @@ class _Notes:
 
         def write() -> None:
             with engine.connect() as connection:
-                store.advance(connection, session_id, epoch, standing)
+                steps.advance(connection, session_id, epoch, standing)
 
         self._resident.record(write)
 

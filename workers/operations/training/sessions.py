@@ -24,6 +24,7 @@ from tasks.statements import Row, transaction
 from tasks.training import checkpoints as checkpoint_store
 from tasks.training import effects
 from tasks.training import sessions as store
+from tasks.training import steps as steps_store
 from tasks.training.facts import NewCheckpoint, SessionFacts
 from tasks.training.named import gone
 from workers.execution.claimed_job import clear_calls, named
@@ -272,7 +273,7 @@ def _restored(resident: Resident, row: Row) -> HeldSession:
 
 def _replay(resident: Resident, held: HeldSession, until: int) -> None:
     session = held.session
-    steps = resident.read(store.log_since, held.session_id, session.sequence, until)
+    steps = resident.read(steps_store.log_since, held.session_id, session.sequence, until)
     wanted = list(range(session.sequence + 1, until + 1))
     if [step["sequence"] for step in steps] != wanted or any(step["request"] is None for step in steps):
         raise failure(
