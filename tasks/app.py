@@ -7,9 +7,7 @@ Celery tool know the names.
 
 from __future__ import annotations
 
-from typing import Any
-
-from celery import Celery
+from celery import Celery, Task
 from kombu.entity import Exchange, Queue
 
 from device_operations.jobs import Kind
@@ -29,7 +27,7 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
     """The application for a client, for Flower, or (with `device_id`) for that device's worker."""
     url = settings.require_redis_url()
     app = Celery("device_operations", broker=url, backend=url)
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
         "socket_timeout": 10,
         "socket_connect_timeout": 5,
@@ -79,8 +77,8 @@ def make_app(settings: Settings, device_id: str | None = None) -> Celery:
     return app
 
 
-def result_options() -> dict[str, Any]:
-    """The settings of Celery's result backend, for whoever writes there."""
+def result_options() -> dict[str, object]:
+    """The settings of Celery's result backend, for every process that writes there."""
     return {
         "result_expires": 86_400,
         "result_backend_transport_options": {"socket_timeout": 10, "retry_policy": {"timeout": 5.0}},
@@ -93,7 +91,7 @@ def _queue(name: str) -> Queue:
     return Queue(name, exchange=Exchange("", type="direct"), routing_key=name, no_declare=False)
 
 
-def _never_runs(self: Any, *arguments: Any, **named: Any) -> None:
+def _never_runs(self: Task, *arguments: object, **named: object) -> None:
     raise RuntimeError(f"{self.name} runs only in a worker started by `device-operations worker`, whose pool takes it")
 
 

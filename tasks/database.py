@@ -6,7 +6,7 @@ import select
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 import psycopg2
@@ -56,13 +56,13 @@ def dialect_url(url: str) -> str:
     return "postgresql+psycopg2://" + url.partition("://")[2]
 
 
-def _on_connect(connection: Any, _record: Any) -> None:
+def _on_connect(connection: psycopg2.extensions.connection, _record: object) -> None:
     """Makes psycopg2 itself give JSON columns as Python values, and None for NULL."""
     psycopg2.extras.register_default_jsonb(connection, globally=False, loads=orjson.loads)
     psycopg2.extras.register_default_json(connection, globally=False, loads=orjson.loads)
 
 
-def refuse_closed(connection: Any, _record: Any, _proxy: Any) -> None:
+def refuse_closed(connection: psycopg2.extensions.connection, _record: object, _proxy: object) -> None:
     """Keeps a connection that the server closed while it lay in the pool from being used: a new one takes its place.
 
     An idle connection has nothing to be read, and a closed one its end: no question to the server is needed.
@@ -83,11 +83,11 @@ def _has_news(socket: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _dumps(value: Any) -> str:
+def _dumps(value: object) -> str:
     return orjson.dumps(value).decode()
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     """JSON text for a `jsonb` parameter. PostgreSQL cannot hold NUL in text: it becomes U+FFFD."""
     text = orjson.dumps(value, default=str).decode()
     return text.replace("\\u0000", "\\ufffd") if "\\u0000" in text else text

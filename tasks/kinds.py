@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
 from tasks.devices.directory import Directory
 from tasks.inference import effects as inference_effects
 from tasks.inference import plan as inference
 from tasks.jobs.effects import Effect, EndAtOnce, JointEffect
+from tasks.jobs.model import Facts
 from tasks.memory import effects as memory_effects
 from tasks.memory import plan as memory
 from tasks.owners import Asker
@@ -29,13 +31,13 @@ from tasks.training import effects as training_effects
 from tasks.training import plan as training
 
 #: Makes the plan of a checked request of the kind, under a job id; raises why it is refused. Never writes the database.
-Planner = Callable[[Context, Any, str], Plan]
+Planner: TypeAlias = Callable[[Context, Any, str], Plan]
 
 #: Notes what a planned job will make, so that later entries of the same submission can name it.
-Foresee = Callable[[Earlier, str, dict[str, Any]], None]
+Foresee: TypeAlias = Callable[[Earlier, str, FreeJson], None]
 
 #: Whether a request can be planned without reading the database and without storing anything.
-IsLight = Callable[[Directory, Asker, Any], bool]
+IsLight: TypeAlias = Callable[[Directory, Asker, Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,13 @@ class KindSpec:
         """The model of the kind's requests. What trying a job again needs to know stands there."""
         return REQUESTS[self.kind]
 
-    def changes_records(self, facts: dict[str, Any]) -> bool:
+    def changes_records(self, facts: Facts) -> bool:
         """Whether the end of a job with these facts may change other records than its own."""
         if self.effect is None:
             return self.joint_effect is not None
         return self.effect_fact is None or bool(facts.get(self.effect_fact))
 
-    def ends_at_once(self, facts: dict[str, Any]) -> EndAtOnce | None:
+    def ends_at_once(self, facts: Facts) -> EndAtOnce | None:
         """The one statement that ends a job with these facts and has all its effects; None if there is none."""
         fact, end = self.end_at_once or (None, None)
         return end if fact in facts else None
@@ -187,7 +189,7 @@ def spec_of(kind: str) -> KindSpec:
     return KINDS.get(kind, _UNKNOWN)
 
 
-def _refuse(context: Context, request: Any, job_id: str) -> Plan:
+def _refuse(context: Context, request: object, job_id: str) -> Plan:
     raise failure("validation_failed", "jobs of this kind cannot be taken here")
 
 

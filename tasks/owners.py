@@ -6,11 +6,14 @@ same reads, so that the time taken says nothing either.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from device_operations.errors import OperationError, failure
-from tasks.statements import Row
+
+#: A row with an `owner`.
+Owned = TypeVar("Owned", bound=Mapping[str, object])
 
 
 class Asker(Protocol):
@@ -49,12 +52,12 @@ _NOUNS = {
 }
 
 
-def may_see(asker: Asker, row: Row, *, shared: bool = False) -> bool:
+def may_see(asker: Asker, row: Mapping[str, object], *, shared: bool = False) -> bool:
     """Whether `asker` may use what `row` records. With `shared`, also what its owner shares for reading and running."""
     return asker.admin or row["owner"] == asker.owner or (shared and bool(row.get("shared")))
 
 
-def found(asker: Asker, row: Row | None, noun: str, thing_id: str, *, shared: bool = False) -> Row:
+def found(asker: Asker, row: Owned | None, noun: str, thing_id: str, *, shared: bool = False) -> Owned:
     """`row`, if it exists and is the asker's; else the noun's not-found error, the same in both cases."""
     if row is None or not may_see(asker, row, shared=shared):
         raise absent(noun, thing_id)

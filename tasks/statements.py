@@ -7,20 +7,22 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import psycopg2
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine.interfaces import DBAPICursor, DBAPIModule
 from sqlalchemy.exc import DBAPIError
 
-Row = dict[str, Any]
+#: A row as the driver gives it. Its type is that of the statement: functions that return rows name a `TypedDict`.
+Row: TypeAlias = Any
 T = TypeVar("T")
 
 #: A parameter of a statement, as psycopg2 has them: `%(name)s`.
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
-def rows(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+def rows(connection: Connection, sql: str, parameters: Mapping[str, object] | None = None) -> list[Any]:
     """Runs one statement and gives its rows.
 
     On psycopg2's own cursor: SQLAlchemy's result takes longer to make than most of these statements take to run.
@@ -36,7 +38,7 @@ def rows(connection: Connection, sql: str, parameters: Mapping[str, Any] | None 
         cursor.close()
 
 
-def row(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
+def row(connection: Connection, sql: str, parameters: Mapping[str, object] | None = None) -> Any | None:
     """Runs one statement and gives its first row, or None."""
     found = rows(connection, sql, parameters)
     return found[0] if found else None
@@ -58,7 +60,7 @@ class Prepared:
         parameters = ", ".join(f"%({name})s" for name in self.types)
         object.__setattr__(self, "_execution", f"EXECUTE {self.name} ({parameters})")
 
-    def rows(self, connection: Connection, parameters: Mapping[str, Any], *, before: str = "") -> list[Row]:
+    def rows(self, connection: Connection, parameters: Mapping[str, object], *, before: str = "") -> list[Any]:
         """Runs the statement and gives its rows. Statements `before` it go along, in the same transaction."""
         prepared = connection.connection.info
         if self.name not in prepared:
@@ -69,7 +71,7 @@ class Prepared:
         return rows(connection, before + self._execution, parameters)
 
 
-def execute(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> int:
+def execute(connection: Connection, sql: str, parameters: Mapping[str, object] | None = None) -> int:
     """Runs one statement and gives the number of rows that it touched."""
     return connection.exec_driver_sql(sql, dict(parameters or {})).rowcount
 
@@ -122,9 +124,10 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             yield connection
 
 
-def _as_sqlalchemy(connection: Connection, cursor: Any, sql: str, error: psycopg2.Error) -> DBAPIError:
+def _as_sqlalchemy(connection: Connection, cursor: DBAPICursor | None, sql: str, error: psycopg2.Error) -> DBAPIError:
     """The error as SQLAlchemy would raise it. After a lost connection every pooled one counts as lost too."""
-    is_lost = connection.dialect.is_disconnect(cast(Any, error), connection.connection.dbapi_connection, cursor)
+    raised = cast(DBAPIModule.Error, error)
+    is_lost = connection.dialect.is_disconnect(raised, connection.connection.dbapi_connection, cursor)
     if is_lost:
         connection.invalidate(error)
         connection.engine.dispose(close=False)

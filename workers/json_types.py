@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 #: A JSON object that the worker writes and does not read: a result, a job's error, progress, facts of a record.
 JsonObject: TypeAlias = dict[str, object]
-
-#: A job as its caller sees it (`tasks.jobs.store.view`).
-JobView: TypeAlias = Mapping[str, Any]
 
 #: A request as its job's record holds it: checked at submission against the kind's model, and completed by its planner.
 StoredRequest: TypeAlias = dict[str, Any]

@@ -39,8 +39,8 @@ from sqlalchemy.exc import DBAPIError
 
 from device_operations.errors import failure
 from tasks.devices import store
-from tasks.jobs import lifecycle
-from tasks.jobs.lifecycle import Rescue
+from tasks.jobs import rescue as rescues
+from tasks.jobs.rescue import Rescue
 from tasks.statements import Row, transaction
 
 log = structlog.get_logger(__name__)
@@ -173,7 +173,7 @@ def take(engine: Engine, facts: Row, budget_bytes: int, lease_seconds: float) ->
                     detail={"pid": row["pid"], "host": row["host"], "lease_until": row["lease_until"].isoformat()},
                 )
             if not row["buried"]:
-                rescue = lifecycle.rescue(connection, device_id, row["epoch"])
+                rescue = rescues.rescue(connection, device_id, row["epoch"])
         epoch = store.register(connection, {**facts, **own}, lease_seconds)
         store.set_budget(connection, device_id, budget_bytes)
     return Lease(engine, device_id, epoch, lease_seconds), rescue

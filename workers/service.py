@@ -34,6 +34,7 @@ from tasks.database import open_engine, until_reachable
 from tasks.devices import store as device_store
 from tasks.devices.directory import Directory
 from tasks.jobs import lifecycle
+from tasks.jobs import rescue as rescues
 from tasks.planning.context import Context
 from tasks.redis.messages import Wake
 from tasks.redis.publish import Publisher, connect
@@ -209,7 +210,7 @@ class Service:
             try:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)
-                    rescue = lifecycle.rescue(connection, self.device_id, self._lease.epoch, self.executor.running())
+                    rescue = rescues.rescue(connection, self.device_id, self._lease.epoch, self.executor.running())
                 self._announce(rescue)
             except DBAPIError as error:
                 log.warning("the epoch could not be closed; it ends with its lease", error=str(error.orig).strip())
@@ -255,7 +256,7 @@ class Service:
             )  # fmt: skip
             self._announce(rescue)
 
-    def _announce(self, rescue: lifecycle.Rescue) -> None:
+    def _announce(self, rescue: rescues.Rescue) -> None:
         lifecycle.announce(self._publisher, rescue.ended)
         self._outbox.ended_unseen(rescue.ended)
         self._outbox.requeued(rescue.requeued)
@@ -281,7 +282,7 @@ class Service:
             if status == DEVICE_LOST_STATUS:
                 with transaction(self._engine) as connection:
                     device_store.lock(connection, self.device_id)
-                    rescue = lifecycle.rescue(connection, self.device_id, self._lease.epoch, self.executor.running())
+                    rescue = rescues.rescue(connection, self.device_id, self._lease.epoch, self.executor.running())
                 self._announce(rescue)
             os._exit(status)
 

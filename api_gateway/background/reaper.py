@@ -28,8 +28,9 @@ from tasks.celery_bridge import store as celery_store
 from tasks.celery_bridge.outbox import Outbox
 from tasks.database import is_disconnect
 from tasks.devices import store as device_store
-from tasks.inference import models as model_store
+from tasks.inference import session_store
 from tasks.jobs import lifecycle, store, submit
+from tasks.jobs import rescue as rescues
 from tasks.jobs.store import Ending
 from tasks.memory import allocations as allocation_store
 from tasks.memory import plan as memory
@@ -143,7 +144,7 @@ class Reaper:
     def _expire_sessions(self) -> None:
         """Ends sessions that were idle too long; the workers free their state when they next look at the records."""
         with self._engine.connect() as connection:
-            expired = model_store.expire_sessions(connection)
+            expired = session_store.expire_sessions(connection)
         if expired:
             log.info("sessions expired", sessions=expired)
 
@@ -167,7 +168,7 @@ class Reaper:
                 # Asked after the look at the lease: a pause between the two is one before this.
                 if self._awake.seconds() <= self._settings.lease_seconds:
                     return
-                rescue = lifecycle.rescue(connection, device["device_id"], current["epoch"])
+                rescue = rescues.rescue(connection, device["device_id"], current["epoch"])
             log.warning(
                 "a worker is lost", device_id=device["device_id"], epoch=device["epoch"], ended=len(rescue.ended),
                 requeued=len(rescue.requeued), lost_allocations=len(rescue.lost_allocations),

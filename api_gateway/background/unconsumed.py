@@ -110,7 +110,7 @@ class Unconsumed:
         job = NewJob(
             id=message.headers["id"], kind=message.headers["task"].removeprefix(TASK_PREFIX), device_id=None,
             queue=queue[:200], request={}, owner="default", state=State.FAILED.value, error=error.as_job_error(),
-            celery=owed(message.headers, message.body[2]),
+            celery=owed(message.headers, message.embed),
         )  # fmt: skip
         with self._engine.connect() as connection:
             rows = store.insert(connection, [job])

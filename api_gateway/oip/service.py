@@ -99,9 +99,8 @@ async def model_ready(request: Request, caller: Known, model_name: str, model_ve
     gateway = of(request)
     models = await run_in_threadpool(_find, gateway, caller, model_name, model_version)
     devices = gateway.directory.snapshot().devices
-    can_run = any(
-        model["state"] == "loaded" and devices.get(model["device_id"], {}).get("state") == "online" for model in models
-    )
+    online = {device_id for device_id, device in devices.items() if device["state"] == "online"}
+    can_run = any(model["state"] == "loaded" and model["device_id"] in online for model in models)
     return json_response({"name": model_name, "ready": can_run}, 200 if can_run else 503)
 
 

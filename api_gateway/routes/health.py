@@ -97,9 +97,12 @@ class _Figures(Collector):
             gauges["online"].add_metric([device_id], float(device["state"] == "online"))
             gauges["queued"].add_metric([device_id], counts.get("queued", 0))
             gauges["running"].add_metric([device_id], counts.get("running", 0))
-            for name in ("free", "reserved", "budget"):
-                if device[f"{name}_bytes"] is not None:
-                    gauges[name].add_metric([device_id], device[f"{name}_bytes"])
+            sizes: dict[str, int | None] = {
+                "free": device["free_bytes"], "reserved": device["reserved_bytes"], "budget": device["budget_bytes"],
+            }  # fmt: skip
+            for name, size in sizes.items():
+                if size is not None:
+                    gauges[name].add_metric([device_id], size)
         yield from gauges.values()
         resident = GaugeMetricFamily("device_operations_gateway_resident_bytes", "Memory of this process.")
         resident.add_metric([], psutil.Process(os.getpid()).memory_info().rss)

@@ -23,7 +23,7 @@ from device_operations.requests.inference import OpenSession
 from device_operations.views import InferenceSessionView, ModelView
 from tasks.database import unavailable
 from tasks.inference import models as store
-from tasks.inference import sessions
+from tasks.inference import session_store, sessions
 from tasks.jobs import store as job_store
 from tasks.kinds import spec_of
 from tasks.owners import absent, found, may_see
@@ -111,7 +111,7 @@ async def list_sessions(
 
     def read() -> list[Row]:
         with gateway.engine.connect() as connection:
-            return store.page_sessions(connection, owner=owner, state=state, limit=limit)
+            return session_store.page_sessions(connection, owner=owner, state=state, limit=limit)
 
     return json_response({"sessions": [session_view(row) for row in await run_in_threadpool(read)]})
 
@@ -123,7 +123,7 @@ async def read_session(request: Request, caller: Known, session_id: str) -> Resp
 
     def read() -> InferenceSessionView:
         with gateway.engine.connect() as connection:
-            row = store.get_session(connection, session_id)
+            row = session_store.get_session(connection, session_id)
             if row is not None and may_see(caller, row):
                 return session_view(row)
             job = found(caller, job_store.get(connection, session_id), "inference session", session_id)

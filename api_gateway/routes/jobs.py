@@ -35,6 +35,7 @@ from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
 from tasks.jobs import store
+from tasks.jobs.model import JobView
 from tasks.jobs.options import as_asked, to_retry
 from tasks.jobs.submit import Plan
 from tasks.kinds import KINDS
@@ -76,11 +77,11 @@ async def read_job(
             return waited
         row = await read_row(gateway, job_id)
 
-    def more() -> dict[str, object]:
+    def more() -> JobView | dict[str, object]:
         with gateway.engine.connect() as connection:
             shown = store.view(row, store.queue_position(connection, row) if row["state"] in CLAIMABLE else None)
             recorded = store.asked_of(connection, job_id) if include else None
-        return shown if recorded is None else shown | {"request": as_asked(recorded)}
+        return shown if recorded is None else {**shown, "request": as_asked(recorded)}
 
     if include is None and row["state"] not in CLAIMABLE:
         return json_response(store.view(row))

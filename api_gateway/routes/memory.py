@@ -30,14 +30,14 @@ from api_gateway.submission.answer import (
 from device_operations.bounds import is_storable, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
-from device_operations.json_text import JsonObject
 from device_operations.requests.base import invalid
 from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
 from device_operations.views import AllocationView, DeviceMemoryView
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store
-from tasks.memory import plan as plans
+from tasks.memory import named
+from tasks.memory.rows import MemoryStanding
 from tasks.owners import found, may_see
 from tasks.statements import Row
 
@@ -54,7 +54,7 @@ async def read_status(request: Request, caller: Known) -> Response:
     """
     gateway = of(request)
 
-    def read() -> list[JsonObject]:
+    def read() -> list[MemoryStanding]:
         with gateway.engine.connect() as connection:
             return standing_store.standing(connection)
 
@@ -80,7 +80,7 @@ async def read_device(
             if not map:
                 return seen
             things = standing_store.lying_on(connection, device_id, None if caller.admin else caller.owner)
-        return {**seen, "map": [thing for thing in things if may_see(caller, thing)]}
+        return {**seen, "map": [{**thing} for thing in things if may_see(caller, thing)]}
 
     return json_response(await run_in_threadpool(read))
 
@@ -166,7 +166,7 @@ async def renew(request: Request, caller: Known, allocation_id: str) -> Response
         raise invalid(error, "The request does not fit the contract") from error
 
     def write() -> Row:
-        plans.find(gateway.context(caller), allocation_id)
+        named.find(gateway.context(caller), allocation_id)
         with gateway.engine.connect() as connection:
             row = store.renew(connection, allocation_id, wanted.ttl_seconds)
         if row is None:
@@ -190,8 +190,8 @@ async def write_data(
     wanted = wanted_hash(request, sha256)
 
     def check() -> None:
-        there = plans.find(gateway.context(caller), allocation_id)
-        plans.check_range(there, plans.Range(allocation_id, offset, size))
+        there = named.find(gateway.context(caller), allocation_id)
+        named.check_range(there, named.Range(allocation_id, offset, size))
 
     # Before the body is taken in: what cannot be written need not be sent. Only under a key that was used before, the
     # body says whether this is the first submission again.
@@ -234,7 +234,7 @@ def view(allocation: Row) -> AllocationView:
     return cast("AllocationView", {name: allocation[name] for name in AllocationView.__annotations__})
 
 
-def _seen_by(caller: Caller, standing: Row) -> DeviceMemoryView:
+def _seen_by(caller: Caller, standing: MemoryStanding) -> DeviceMemoryView:
     """A device's memory as the caller may see it: the shares of other owners in one figure, so that sums stay true."""
     shares: dict[str, int] = standing["by_owner"]
     own = {owner: size for owner, size in shares.items() if may_see(caller, {"owner": owner})}

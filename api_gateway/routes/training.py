@@ -59,7 +59,11 @@ async def read_status(
         shown = view(session)
         if stepping:
             shown["state"] = "stepping"
-        return {**shown, "history": steps, "checkpoints": [view_checkpoint(one) for one in checkpoints]}
+        return {
+            **shown,
+            "history": [{**one} for one in steps],
+            "checkpoints": [view_checkpoint(one) for one in checkpoints],
+        }
 
     return json_response(await run_in_threadpool(read))
 

@@ -26,6 +26,7 @@ from device_operations.tensors import INLINE_BYTES
 from tasks.database import unavailable
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store
+from tasks.jobs.model import JobRow
 from tasks.jobs.order import recall_key
 from tasks.jobs.submit import Plan, Promise, body_hash, recall_jobs
 from tasks.kinds import KINDS
@@ -208,7 +209,7 @@ def accepted(row: Row) -> Response:
     return json_response(store.view(row), status, _location(row))
 
 
-async def accepted_all(gateway: Gateway, rows: Sequence[Row], wait_seconds: float) -> Response:
+async def accepted_all(gateway: Gateway, rows: Sequence[JobRow], wait_seconds: float) -> Response:
     """202 with several jobs; 200 where all of them have ended within the time."""
     if not wait_seconds:
         return json_response({"jobs": [store.view(row) for row in rows]}, 202)
@@ -228,8 +229,8 @@ async def accepted_all(gateway: Gateway, rows: Sequence[Row], wait_seconds: floa
     return json_response({"jobs": [store.view(row) for row in found]}, status)
 
 
-async def _read_rows(gateway: Gateway, job_ids: Collection[str]) -> dict[str, Row]:
-    def read() -> dict[str, Row]:
+async def _read_rows(gateway: Gateway, job_ids: Collection[str]) -> dict[str, JobRow]:
+    def read() -> dict[str, JobRow]:
         with gateway.engine.connect() as connection:
             return store.get_many(connection, job_ids)
 

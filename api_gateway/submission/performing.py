@@ -71,7 +71,7 @@ async def ended_job(gateway: Gateway, job_id: str) -> JsonObject:
     """The succeeded job that was submitted before, once it has ended. Raises what it failed with."""
     async with gateway.waiters.awaiting(job_id) as ended:
         row = await read_row(gateway, job_id)
-        return _succeeded(store.view(row) if row["state"] in TERMINAL else orjson.loads(await ended))
+        return _succeeded({**store.view(row)} if row["state"] in TERMINAL else orjson.loads(await ended))
 
 
 def cancel(gateway: Gateway, job_id: str) -> Row:

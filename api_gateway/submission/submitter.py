@@ -24,6 +24,7 @@ from api_gateway.submission.waiting import Awaited
 from device_operations.errors import OperationError, failure
 from tasks.database import unavailable
 from tasks.jobs import queue_limit, store, submit
+from tasks.jobs.model import JobRow
 from tasks.jobs.store import NewJob
 from tasks.jobs.submit import Plan, Promise
 from tasks.redis.publish import Publisher
@@ -125,7 +126,7 @@ class Submitter:
                 together = _first(waiting)
                 del waiting[: len(together)]
                 try:
-                    answers: list[list[Row] | OperationError] | list[Exception] = self._record(together)
+                    answers: list[list[JobRow] | OperationError] | list[Exception] = self._record(together)
                 except Exception as error:  # noqa: BLE001 - handed to each of the requests that wait
                     answers = [unavailable(error)] * len(together)
                 _answer(together, answers)
@@ -136,7 +137,7 @@ class Submitter:
         groups = [[plan.job for plan in waiting.plans] for waiting in together]
         recorded = self._insert(groups, relaxed) if plans else [[] for _ in groups]
         submit.publish(self._publisher, plans, [row for rows in recorded if isinstance(rows, list) for row in rows])
-        answers: list[list[Row] | OperationError] = []
+        answers: list[list[JobRow] | OperationError] = []
         for waiting, rows in zip(together, recorded, strict=True):
             if isinstance(rows, OperationError):
                 answers.append(rows)
@@ -158,7 +159,7 @@ class Submitter:
                 else:
                     with self._engine.connect() as connection:
                         found = queue_limit.insert_far(connection, groups)
-                answers: list[list[Row] | OperationError] = [] if found is None else list(found)
+                answers: list[list[JobRow] | OperationError] = [] if found is None else list(found)
                 if found is None:
                     with transaction(self._engine) as connection:
                         if relaxed:
@@ -171,7 +172,7 @@ class Submitter:
         raise AssertionError("unreachable")
 
     def _completed(
-        self, groups: list[list[NewJob]], answers: list[list[Row] | OperationError]
+        self, groups: list[list[NewJob]], answers: list[list[JobRow] | OperationError]
     ) -> list[list[Row] | OperationError]:
         """The answers, with what an earlier attempt recorded before its connection broke. The ids are ours alone."""
         with self._engine.connect() as connection:

@@ -9,7 +9,7 @@ down_revision = "0010"
 branch_labels = None
 depends_on = None
 
-# As `tasks.jobs.states.trigger` made them from the table of transitions when this was written.
+# As `tasks.records.states.trigger` made them from the table of transitions when this was written.
 _FUNCTION = """
     CREATE FUNCTION refuse_transition() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
-from tasks.statements import Row, execute, row, rows
+from tasks.blobs.rows import BlobRow
+from tasks.statements import execute, row, rows
 
 
-def insert(connection: Connection, blob: dict[str, Any], ttl_seconds: float | None) -> None:
+def insert(connection: Connection, blob: Mapping[str, object], ttl_seconds: float | None) -> None:
     """Records a blob whose bytes are in the store; it expires after `ttl_seconds` (None: never by itself)."""
     execute(
         connection,
@@ -22,12 +23,12 @@ def insert(connection: Connection, blob: dict[str, Any], ttl_seconds: float | No
     )
 
 
-def get(connection: Connection, blob_id: str) -> Row | None:
+def get(connection: Connection, blob_id: str) -> BlobRow | None:
     """One blob, or None."""
     return row(connection, "SELECT * FROM blobs WHERE blob_id = %(id)s", {"id": blob_id})
 
 
-def get_many(connection: Connection, blob_ids: list[str]) -> dict[str, Row]:
+def get_many(connection: Connection, blob_ids: list[str]) -> dict[str, BlobRow]:
     """The blobs among `blob_ids` that exist, by id."""
     found = rows(connection, "SELECT * FROM blobs WHERE blob_id = ANY(%(ids)s)", {"ids": blob_ids})
     return {blob["blob_id"]: blob for blob in found}

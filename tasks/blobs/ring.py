@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import shared_memory
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
+
+from device_operations.json_types import FreeJson, JsonObject
 
 #: Pieces in a ring unless its taker wants more, and the bytes of each: together small enough to stay in the
 #: processor's own cache.
@@ -99,7 +100,7 @@ class Ring:
         self._settle()
         self._words[_PUT] += 1
 
-    def fail(self, error: dict[str, Any]) -> None:
+    def fail(self, error: JsonObject) -> None:
         """Tells the taker why nothing more comes."""
         text = orjson.dumps(error)[: _HEADER_BYTES - _ERROR_AT]
         self._bytes[_ERROR_AT : _ERROR_AT + len(text)] = text
@@ -151,14 +152,14 @@ class Ring:
             self._named = False
             _unlink(self._segment)
 
-    def error(self) -> dict[str, Any] | None:
+    def error(self) -> FreeJson | None:
         """What the putter failed with."""
         size = int(self._words[_ERROR])
         if not size:
             return None
         self._settle()
-        told: dict[str, Any] = orjson.loads(bytes(self._bytes[_ERROR_AT : _ERROR_AT + size]))
-        return told
+        error: FreeJson = orjson.loads(bytes(self._bytes[_ERROR_AT : _ERROR_AT + size]))
+        return error
 
     def close(self) -> None:
         """Lets this end go; the taker's also tells the putter that nobody takes any more."""

@@ -1,7 +1,7 @@
 """The blob store: immutable bytes by id, in a folder or any store that obstore knows. Rows are `tasks.blobs.records`'.
 
-Bytes are written under their final key only when they are whole (a folder's are written beside and renamed, S3
-completes the upload), so a cut-off upload leaves nothing behind; what a killed process left beside is swept by age.
+Bytes are written under their final key only when they are whole (a folder's are written elsewhere and renamed, S3
+completes the upload), so a cut-off upload leaves nothing behind; what a killed process left is swept by age.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import urllib.request
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import obstore
 import obstore.store
+from obstore.store import ObjectStore
 
 from device_operations.errors import failure
 from device_operations.folders import private_folder, sync_folder
 from device_operations.jobs import new_id
+from device_operations.json_types import FreeJson
 from tasks.blobs.writers import BLOCK_BYTES, CHUNK_BYTES, BlobWriter, FileWriter, Stored, UploadWriter
 
 __all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "BlobStore", "BlobWriter", "Stored"]
@@ -54,7 +56,7 @@ class BlobStore:
             self.folder = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
             for name in (_PARTIAL, _WHOLE):
                 private_folder(self.folder / name)
-            self.objects: Any = obstore.store.LocalStore(self.folder, mkdir=True)
+            self.objects: ObjectStore = obstore.store.LocalStore(self.folder, mkdir=True)
         else:
             self.objects = _open(url)
 
@@ -135,7 +137,7 @@ class BlobStore:
 
     # ---- out
 
-    def read(self, blob_id: str, offset: int = 0, size_bytes: int | None = None) -> Any:
+    def read(self, blob_id: str, offset: int = 0, size_bytes: int | None = None) -> memoryview:
         """A range of a blob as one buffer: mapped from its file where the store is a folder, else fetched."""
         if self.folder is not None:
             return self._mapped(blob_id, offset, size_bytes)
@@ -229,7 +231,7 @@ class BlobStore:
                 os.truncate(path, SPARE_BYTES)
             os.replace(path, self.folder / _PARTIAL / _SPARE)
         except OSError:
-            # Windows does not move a file that somebody has open.
+            # Windows does not move a file that is open.
             self.delete(blob_id)
 
     def file(self, blob_id: str) -> Path | None:
@@ -260,7 +262,7 @@ class BlobStore:
             except FileNotFoundError:
                 continue
 
-    def _mapped(self, blob_id: str, offset: int, size_bytes: int | None) -> Any:
+    def _mapped(self, blob_id: str, offset: int, size_bytes: int | None) -> memoryview:
         assert self.folder is not None
         try:
             with (self.folder / _key(blob_id)).open("rb") as file:
@@ -303,10 +305,10 @@ class _Source:
                 self._file.close()
 
 
-def _open(url: str) -> Any:
+def _open(url: str) -> ObjectStore:
     """obstore's store for a URL; options in its query, and plain HTTP where the endpoint says so."""
     parts = urllib.parse.urlsplit(url)
-    options: dict[str, Any] = dict(urllib.parse.parse_qsl(parts.query))
+    options: FreeJson = dict(urllib.parse.parse_qsl(parts.query))
     if options.pop("allow_http", "") == "true" or options.get("endpoint", "").startswith("http://"):
         options["client_options"] = {"allow_http": True}
     return obstore.store.from_url(urllib.parse.urlunsplit(parts._replace(query="")), **options)

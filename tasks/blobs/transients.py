@@ -17,7 +17,6 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import obstore
 
@@ -167,7 +166,7 @@ def _too_few(needed: int, there: int) -> OperationError:
     return failure("input_mismatch", f"{needed} bytes are needed, {there} came with the request")
 
 
-def _write_whole(file: Any, part: bytes | bytearray | memoryview) -> None:
+def _write_whole(file: FileIO, part: bytes | bytearray | memoryview) -> None:
     """Writes all of `part`: an unbuffered file may take less at a time."""
     left = memoryview(part)
     while left:

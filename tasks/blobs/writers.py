@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import obstore
+from obstore.store import ObjectStore
 
 from device_operations.errors import failure
 
@@ -154,7 +154,9 @@ def _taken(spare: Path | None, path: Path) -> FileIO | None:
 class UploadWriter(BlobWriter):
     """Feeds obstore's own upload, which runs on a thread; an error in the feed makes it give the parts up."""
 
-    def __init__(self, blob_id: str, sha256: str | None, threads: ThreadPoolExecutor, store: Any, key: str) -> None:
+    def __init__(
+        self, blob_id: str, sha256: str | None, threads: ThreadPoolExecutor, store: ObjectStore, key: str
+    ) -> None:
         super().__init__(blob_id, sha256, threads)
         self._key = key
         self._feed: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=2)
@@ -164,7 +166,7 @@ class UploadWriter(BlobWriter):
         )
         self._uploading.start()
 
-    def _upload(self, store: Any) -> None:
+    def _upload(self, store: ObjectStore) -> None:
         try:
             obstore.put(store, self._key, self._pieces(), chunk_size=CHUNK_BYTES)
         except BaseException as error:  # noqa: BLE001 - told to whoever writes or finishes

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from celery import Celery
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
+from redis.client import Pipeline
 
 from device_operations.jobs import TASK_PREFIX
+from device_operations.json_types import JsonObject
 from tasks.app import result_options
 from tasks.redis.publish import connect
 from tasks.redis.queues import ANY_QUEUE, is_device_queue, redis_key
@@ -28,7 +30,7 @@ MARK_SECONDS = 86_400
 class _Channel(kombu_redis.Channel):
     """Collects messages in a block of `Once.once`, whose transaction sends them; else sends them itself."""
 
-    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+    def _put(self, queue: str, message: JsonObject, **options: object) -> None:
         priority = self._get_message_priority(message, reverse=False)
         # Devices' queues have a list for each priority, others those few that Celery's own workers read by default.
         key = redis_key(queue, 9 - priority) if is_device_queue(queue) else self._q_for_pri(queue, priority)
@@ -53,11 +55,11 @@ _collected: ContextVar[list[tuple[str, str]] | None] = ContextVar("collected", d
 class Sent:
     """The results, in the tuples that Celery writes, of what was published under a mark."""
 
-    children: list[Any] = field(default_factory=list)
+    children: list[object] = field(default_factory=list)
 
 
 class Once:
-    """A Celery application without tasks of its own: what it sends is somebody else's to run.
+    """A Celery application without tasks of its own: what it sends runs elsewhere.
 
     `app` publishes as any does; what is sent in a block of `once` is published once.
     """
@@ -97,8 +99,8 @@ class Once:
             return
         key = f"device-operations.sent.{mark}"
 
-        def publish(pipe: Any) -> bytes | None:
-            before: bytes | None = pipe.get(key)
+        def publish(pipe: Pipeline) -> bytes | None:
+            before = cast("bytes | None", pipe.get(key))
             pipe.multi()
             if before is None:
                 for queue, message in messages:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import cast
 
 import redis
 import structlog
@@ -24,10 +24,13 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Engine
 
 from device_operations.jobs import TERMINAL, State
+from device_operations.json_types import FreeJson
 from tasks.celery_bridge import store
 from tasks.celery_bridge.results import CeleryResults
+from tasks.celery_bridge.store import PendingRow
+from tasks.jobs.model import JobRow
 from tasks.redis.messages import reason
-from tasks.statements import Relaxed, Row
+from tasks.statements import Relaxed
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +54,7 @@ _BROKER_ERRORS = (redis.RedisError, OperationalError, OSError)
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    row: Row
+    row: JobRow
 
 
 class Outbox:
@@ -66,7 +69,7 @@ class Outbox:
         self._given: list[str] = []
         self._ripe: list[str] = []
         #: What is to be given again, and when.
-        self._again: list[tuple[float, Row]] = []
+        self._again: list[tuple[float, JobRow]] = []
         self._warned_at = -math.inf
         self._settled_at = time.monotonic()
         self._thread = threading.Thread(target=self._give_until_stopped, name="outbox", daemon=True)
@@ -83,33 +86,33 @@ class Outbox:
 
     # ---- ends
 
-    def ended(self, rows: Iterable[Row]) -> None:
+    def ended(self, rows: Iterable[JobRow]) -> None:
         """Jobs have ended, and their rows say so in PostgreSQL. Most of them owe Celery nothing."""
         for row in rows:
             if row["celery"] is not None and row["id"] not in self._held:
                 self._held.add(row["id"])
                 self._queue.put(_Ended(row))
 
-    def ended_unseen(self, rows: Iterable[Row]) -> list[Row]:
-        """The same for jobs whose end no worker has reported to Flower, which is told too. Gives those it had not."""
+    def ended_unseen(self, rows: Iterable[JobRow]) -> list[JobRow]:
+        """The same for jobs whose end no worker has reported to Flower: it is reported here. Gives those it had not."""
         ended = [row for row in rows if row["id"] not in self._held]
         self.ended(ended)
         self.show(ended)
         return ended
 
-    def cancelled(self, rows: Iterable[Row]) -> None:
+    def cancelled(self, rows: Iterable[JobRow]) -> None:
         """The same for what `lifecycle.cancel` gave. A worker that meets the message of one of them reports its end."""
         ended = [row for row in rows if row["state"] in TERMINAL]
         self.ended(ended)
         self.show(row for row in ended if row["due_at"] is not None)
 
-    def show(self, rows: Iterable[Row]) -> None:
-        """Reports ends to Flower. If Redis is away, nobody hears of them."""
+    def show(self, rows: Iterable[JobRow]) -> None:
+        """Reports ends to Flower. If Redis is away, they are not reported."""
         ended = list(rows)
         if ended:
             self._queue.put(partial(self._results.send_events, ended))
 
-    def ended_before(self, row: Row) -> None:
+    def ended_before(self, row: JobRow) -> None:
         """A task's message came when its job had ended: its result is stored if the backend has lost it."""
         self._queue.put(partial(self._results.store_if_lost, row))
 
@@ -124,17 +127,17 @@ class Outbox:
 
     # ---- states before the end
 
-    def started(self, row: Row) -> None:
+    def started(self, row: JobRow) -> None:
         """A job runs: its task is `STARTED`."""
         if _wants_result(row):
             self._queue.put(partial(self._results.set_state, row, "STARTED"))
 
-    def retried(self, row: Row, error: dict[str, Any]) -> None:
+    def retried(self, row: JobRow, error: FreeJson) -> None:
         """A job failed with `error` and is tried again: its task is `RETRY`."""
         if _wants_result(row):
             self._queue.put(partial(self._results.set_retry, row, error))
 
-    def requeued(self, rows: Iterable[Row]) -> None:
+    def requeued(self, rows: Iterable[JobRow]) -> None:
         """Jobs whose worker died wait again: their tasks are `PENDING`."""
         for row in filter(_wants_result, rows):
             self._queue.put(partial(self._results.set_state, row, "PENDING"))
@@ -171,10 +174,10 @@ class Outbox:
                 self._settle()
                 self._give_again()
 
-    def _give(self, row: Row) -> None:
+    def _give(self, row: JobRow) -> None:
         """Gives one ended job to Celery. A caller's signature that cannot be published costs that one alone."""
-        owed = row["celery"]
-        children: list[Any] = owed.get("published", [])
+        owed = row["celery"] or {}
+        children: list[object] = owed.get("published", [])
         if row["state"] == State.SUCCEEDED and (owed.get("callbacks") or owed.get("chain")):
             try:
                 children = self._results.publish_next(row)
@@ -186,13 +189,14 @@ class Outbox:
         self._results.store(row, children)
         if row["state"] == State.FAILED and owed.get("errbacks"):
             self._note_published(row, children)
-        if owed.get("chord") and row.get("age_seconds", CHORD_SECONDS) < CHORD_SECONDS:
-            later = row | {"age_seconds": row["age_seconds"] + CHORD_AGAIN_SECONDS}
+        pending = cast(PendingRow, row) if "age_seconds" in row else None
+        if owed.get("chord") and pending is not None and pending["age_seconds"] < CHORD_SECONDS:
+            later: PendingRow = {**pending, "age_seconds": pending["age_seconds"] + CHORD_AGAIN_SECONDS}
             self._again.append((time.monotonic() + CHORD_AGAIN_SECONDS, later))
         else:
             self._given.append(row["id"])
 
-    def _note_published(self, row: Row, children: Sequence[Any]) -> None:
+    def _note_published(self, row: JobRow, children: Sequence[object]) -> None:
         """Takes what was published out of the outbox at once: if Redis is emptied, its mark is gone."""
         try:
             self._relaxed.run(lambda connection: store.note_published(connection, row["id"], children))
@@ -232,5 +236,5 @@ class Outbox:
             self._held.discard(item.row["id"])
 
 
-def _wants_result(row: Row) -> bool:
+def _wants_result(row: JobRow) -> bool:
     return row["celery"] is not None and not row["celery"].get("ignore_result")

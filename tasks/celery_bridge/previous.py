@@ -6,9 +6,10 @@ by keys and numbers with dots between them (`outputs.y.data`, `0.allocation_id`)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from device_operations.errors import failure
+from device_operations.json_types import FreeJson
 
 #: The key that stands for a part of the previous result.
 PREVIOUS = "$previous"
@@ -19,7 +20,7 @@ _HOW = (
 )
 
 
-def filled(request: dict[str, Any], passed: list[Any]) -> dict[str, Any]:
+def filled(request: FreeJson, passed: list[object]) -> FreeJson:
     """The request with parts of the result that was `passed` on, if one was, where it asks for them.
 
     Raises `validation_failed` where the request asks for a result and none was passed on, where one was and the
@@ -35,10 +36,11 @@ def filled(request: dict[str, Any], passed: list[Any]) -> dict[str, Any]:
             "the result of the previous task was passed on as a positional argument, and the request does not say "
             f"where it goes: {_HOW}",
         )
-    return dict(made)
+    # A request that is itself a reference becomes what that names.
+    return dict(cast(FreeJson, made))
 
 
-def _filled(value: Any, passed: list[Any], used: list[str]) -> Any:
+def _filled(value: object, passed: list[object], used: list[str]) -> object:
     if isinstance(value, list):
         return [_filled(inner, passed, used) for inner in value]
     if not isinstance(value, dict):
@@ -54,13 +56,19 @@ def _filled(value: Any, passed: list[Any], used: list[str]) -> Any:
     return _part(passed[0], path)
 
 
-def _part(result: Any, path: str) -> Any:
+def _part(result: object, path: str) -> object:
     part = result
     for name in path.split(".") if path else ():
         try:
-            part = part[int(name)] if isinstance(part, list) else part[name]
+            part = part[int(name)] if isinstance(part, list) else _named(part, name)
         except (LookupError, TypeError, ValueError):
             raise failure(
                 "validation_failed", f"the previous result has no {path[:100]!r}: nothing is at {name[:100]!r}"
             ) from None
     return part
+
+
+def _named(value: object, name: str) -> object:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value[name]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TypedDict
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import FreeJson
 from tasks.database import dumps
-from tasks.jobs.store import COLUMNS
-from tasks.statements import Row, execute, rows
+from tasks.jobs.model import JobRow
+from tasks.jobs.store.columns import SELECTED
+from tasks.statements import execute, rows
 
 #: How many revoked tasks are remembered, and for how long: Celery's own numbers.
 REVOKED_TASKS = 50_000
@@ -21,12 +23,25 @@ WORKER_SECONDS = 2.0
 OTHER_SECONDS = 0.5
 
 
-def pending(connection: Connection, limit: int) -> list[Row]:
+class PendingRow(JobRow):
+    """The row of an ended job that Celery was not given, with the seconds since its end."""
+
+    age_seconds: float
+
+
+class StampedJob(TypedDict):
+    """An open job whose Celery message was stamped, and the stamps by header."""
+
+    id: str
+    stamps: FreeJson
+
+
+def pending(connection: Connection, limit: int) -> list[PendingRow]:
     """Jobs that ended some time ago and that Celery was not given, oldest first; `age_seconds` counts from the end."""
     return rows(
         connection,
         f"""
-        SELECT extract(epoch FROM clock_timestamp() - finished_at)::float8 AS age_seconds, {COLUMNS} FROM jobs
+        SELECT extract(epoch FROM clock_timestamp() - finished_at)::float8 AS age_seconds, {SELECTED} FROM jobs
         WHERE celery IS NOT NULL AND finished_at IS NOT NULL
           AND finished_at < clock_timestamp() - make_interval(secs => CASE WHEN epoch IS NULL THEN %(other)s
               ELSE %(worker)s END)
@@ -36,7 +51,7 @@ def pending(connection: Connection, limit: int) -> list[Row]:
     )
 
 
-def note_published(connection: Connection, job_id: str, children: Sequence[Any]) -> None:
+def note_published(connection: Connection, job_id: str, children: Sequence[object]) -> None:
     """Notes that a job's callbacks, or what is linked to its error, were published, with their results' tuples."""
     execute(
         connection,
@@ -58,7 +73,7 @@ def settle(connection: Connection, job_ids: Collection[str]) -> None:
     )
 
 
-def stamped(connection: Connection) -> list[Row]:
+def stamped(connection: Connection) -> list[StampedJob]:
     """The open jobs of direct callers whose messages were stamped: their ids, and `stamps` by header."""
     return rows(
         connection,

@@ -15,12 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from queue import Empty
 from time import monotonic
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import orjson
+from kombu.asynchronous import Hub
+from kombu.connection import Connection
 from kombu.transport import redis
 from kombu.transport.virtual import base as virtual
 from kombu.utils.encoding import bytes_to_str
+from redis import Redis
+from redis.client import Pipeline, PubSub
 from redis.exceptions import RedisError, ResponseError
 
 from tasks.redis import messages
@@ -41,7 +45,7 @@ AT_ONCE = 32
 class Message(virtual.Message):
     """A message whose body is read already."""
 
-    def __init__(self, payload: Payload, channel: Any = None, **options: Any) -> None:
+    def __init__(self, payload: Payload, channel: virtual.Channel | None = None, **options: object) -> None:
         super().__init__(payload, channel=channel, **options)
         self._decoded_cache = payload.decoded
 
@@ -53,7 +57,7 @@ class QoS(redis.QoS):
         """Whether another message may be taken."""
         return bool(super().can_consume()) and Channel.has_room()
 
-    def append(self, message: Any, delivery_tag: str) -> None:
+    def append(self, message: virtual.Message, delivery_tag: str) -> None:
         """Enters a message in the book."""
         self._in_book(lambda: super(QoS, self).append(message, delivery_tag))
 
@@ -61,16 +65,16 @@ class QoS(redis.QoS):
         """Takes a message off the book."""
         self._in_book(lambda: super(QoS, self).ack(delivery_tag))
 
-    def restore_visible(self, *arguments: Any, **options: Any) -> None:
+    def restore_visible(self, *arguments: object, **options: object) -> None:
         """Puts messages back that have been in the book for longer than any worker keeps them."""
         self._in_book(lambda: super(QoS, self).restore_visible(*arguments, **options))
 
-    def restore_by_tag(self, tag: str | bytes, client: Any = None, leftmost: bool = False) -> None:
-        """Puts one message of the book back into this device's queue, whatever queue it names; or refuses it."""
+    def restore_by_tag(self, tag: str | bytes, client: Redis | None = None, leftmost: bool = False) -> None:
+        """Puts one message of the book back into this device's queue, also if it names another; or refuses it."""
 
-        def restore(pipe: Any) -> None:
+        def restore(pipe: Pipeline) -> None:
             size = pipe.hstrlen(self.unacked_key, tag)
-            kept = pipe.hget(self.unacked_key, tag) if size <= messages.KEPT_BYTES else None
+            kept = cast("bytes | None", pipe.hget(self.unacked_key, tag)) if size <= messages.KEPT_BYTES else None
             pipe.multi()
             self._remove_from_indices(tag, pipe)
             if kept is None and not size:
@@ -88,7 +92,7 @@ class QoS(redis.QoS):
             self._in_book(lambda: connection.transaction(restore, self.unacked_key))
 
     def restore_all(self) -> None:
-        """Puts everything in the book back: at a worker's start, when nobody else writes there."""
+        """Puts everything in the book back: at a worker's start, when no other process writes there."""
         with self.channel.conn_or_acquire() as client:
             for tag in self._in_book(lambda: client.hkeys(self.unacked_key)):
                 self.restore_by_tag(tag, client=client)
@@ -123,7 +127,7 @@ class Channel(redis.Channel):
     #: The keys of queues that are read together, in each order in which they are.
     _keys: ClassVar[dict[tuple[str, ...], list[str]]] = {}
 
-    def _brpop_start(self, timeout: Any = None) -> None:
+    def _brpop_start(self, timeout: float | None = None) -> None:
         if self._takes_many is None:
             version = str(self.client.info("server").get("redis_version", "0"))
             self._takes_many = int(version.partition(".")[0]) >= 7
@@ -146,7 +150,7 @@ class Channel(redis.Channel):
         """The keys of queues, the highest priority first, and their type."""
         return {self._q_for_pri(queue, step): "list" for step in self.priority_steps for queue in queues}
 
-    def _brpop_read(self, **options: Any) -> bool:
+    def _brpop_read(self, **options: object) -> bool:
         command = "BLMPOP" if self._takes_many else "BRPOP"
         client = self.client
         try:
@@ -199,14 +203,14 @@ class Channel(redis.Channel):
             self.connection._deliver(payload, queue)
         except (RedisError, OSError):
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a message leads to, the next one is read
+        except Exception as error:  # noqa: BLE001 - the next message is read after any error
             messages.refuse(item, queue, error)
             if tag is not None and tag in self.qos._delivered:
                 self.qos.ack(tag)
             if isinstance(error, UnknownTask):
                 self.connection.unknown_task(error.job_id, error.task)
 
-    def _receive_one(self, c: Any) -> bool | None:
+    def _receive_one(self, c: PubSub) -> bool | None:
         """Reads one message of Celery's remote control, which comes by publish and subscribe."""
         try:
             answer = c.parse_response()
@@ -215,13 +219,13 @@ class Channel(redis.Channel):
             raise
         if not isinstance(answer, (list, tuple)):
             return None
-        told = self._handle_message(c, answer)
-        if not bytes_to_str(told["type"]).endswith("message") or not told["data"]:
+        message = self._handle_message(c, answer)
+        if not bytes_to_str(message["type"]).endswith("message") or not message["data"]:
             return None
-        exchange = bytes_to_str(told["channel"]).partition(".")[2].split("/", 1)[0]
+        exchange = bytes_to_str(message["channel"]).partition(".")[2].split("/", 1)[0]
         queue = self._fanout_to_queue.get(exchange)
         if queue is not None:
-            self._deliver(told["data"], queue)
+            self._deliver(message["data"], queue)
         return True
 
     def _put_fanout(self, exchange: str, message: Any, routing_key: str, **options: Any) -> None:
@@ -244,7 +248,7 @@ class Channel(redis.Channel):
         with self.conn_or_acquire() as client:
             return int(with_types(client, self._lists([queue]), lambda: size(queue)))
 
-    def _queue_bind(self, exchange: str, *arguments: Any) -> None:
+    def _queue_bind(self, exchange: str, *arguments: object) -> None:
         bind = super()._queue_bind
         expected = {
             self.keyprefix_queue % exchange: "set",
@@ -262,14 +266,14 @@ class _Hub:
     that was opened anew may have the number of the one before.
     """
 
-    def __init__(self, hub: Any) -> None:
+    def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._until: dict[int, float] = {}
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._hub, name)
 
-    def add_reader(self, fd: int, callback: Callable[..., Any], *arguments: Any) -> None:
+    def add_reader(self, fd: int, callback: Callable[..., object], *arguments: object) -> None:
         now = monotonic()
         if fd not in self._hub.readers or self._until.get(fd, 0.0) < now:
             self._hub.add_reader(fd, callback, *arguments)
@@ -284,7 +288,7 @@ class Transport(redis.Transport):
     #: Set by the worker: takes a recorded job's message.
     take: ClassVar[Callable[[RecordedMessage], None]] = staticmethod(lambda message: None)
 
-    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+    def register_with_event_loop(self, connection: Connection, loop: Hub) -> None:
         """Has the loop read the connection's sockets."""
         super().register_with_event_loop(connection, _Hub(loop))
 

@@ -11,20 +11,21 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import Engine
 
 from device_operations.errors import failure
 from device_operations.settings import Settings
 from tasks.devices import store as device_store
+from tasks.devices.rows import DeviceRow
 from tasks.inference import models as model_store
+from tasks.inference.rows import ModelRow
 from tasks.jobs import store as job_store
 from tasks.owners import Asker, may_see
-from tasks.statements import Row
 from tasks.training import sessions as training_store
+from tasks.training.rows import SessionPlace
 
-#: Seconds after which a snapshot is read anew by whoever needs one.
+#: Seconds after which a snapshot is read anew by the next that needs one.
 MAX_AGE_SECONDS = 1.0
 
 #: How many training sessions are remembered.
@@ -35,21 +36,21 @@ REMEMBERED_SESSIONS = 10_000
 class DirectorySnapshot:
     """Devices with their queues, and the models that can be run or soon can."""
 
-    devices: dict[str, Row] = field(default_factory=dict)
+    devices: dict[str, DeviceRow] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    models: dict[str, Row] = field(default_factory=dict)
+    models: dict[str, ModelRow] = field(default_factory=dict)
     #: Models by name, the last load first, without those that were replaced: what names stand for.
-    by_name: dict[str, list[Row]] = field(default_factory=dict)
+    by_name: dict[str, list[ModelRow]] = field(default_factory=dict)
     read_at: float = float("-inf")
     #: What this process has placed since: else everything would go to one device until the next read.
     placed: Counter[str] = field(default_factory=Counter)
 
-    def visible(self, asker: Asker, model_id: str) -> Row | None:
+    def visible(self, asker: Asker, model_id: str) -> ModelRow | None:
         """The model of that id, if it is the asker's to run."""
         found = self.models.get(model_id)
         return found if found is not None and may_see(asker, found, shared=True) else None
 
-    def named(self, asker: Asker, name: str, version: str | None = None) -> list[Row]:
+    def named(self, asker: Asker, name: str, version: str | None = None) -> list[ModelRow]:
         """The models of that name that are the asker's to run: its own; else the last one shared and its namesakes.
 
         For an admin who has none and with whom none is shared, any owner's. The last load first; of one owner only.
@@ -64,7 +65,7 @@ class DirectorySnapshot:
         owner = min(known, key=lambda model: _distance(asker, model))["owner"]
         return [model for model in known if model["owner"] == owner]
 
-    def meant(self, asker: Asker, name: str, version: str | None = None) -> list[Row]:
+    def meant(self, asker: Asker, name: str, version: str | None = None) -> list[ModelRow]:
         """The model that the name stands for, on each device that holds it: of `named`, the last load that has ended.
 
         While none has ended, the last that is under way. Empty where the asker can run none of that name.
@@ -96,7 +97,7 @@ class DirectorySnapshot:
         return sum(self.counts.get(device_id, {}).values()) + self.placed[device_id]
 
 
-def _distance(asker: Asker, model: Row) -> int:
+def _distance(asker: Asker, model: ModelRow) -> int:
     """Own models come before shared ones, and those before what only an admin may use."""
     return 0 if model["owner"] == asker.owner else 1 if model["shared"] else 2
 
@@ -110,7 +111,7 @@ class Directory:
         self._lock = threading.Lock()
         self._snapshot = DirectorySnapshot()
         self._changed_at = float("-inf")
-        self._training_sessions: OrderedDict[str, Row] = OrderedDict()
+        self._training_sessions: OrderedDict[str, SessionPlace] = OrderedDict()
 
     def snapshot(self, max_age_seconds: float = MAX_AGE_SECONDS) -> DirectorySnapshot:
         """The snapshot, read anew where it is older than `max_age_seconds`."""
@@ -126,7 +127,7 @@ class Directory:
     def _counts(self, snapshot: DirectorySnapshot, max_age_seconds: float) -> bool:
         return snapshot.read_at > self._changed_at and time.monotonic() - snapshot.read_at <= max_age_seconds
 
-    def training_session(self, session_id: str, asker: Asker) -> Row | None:
+    def training_session(self, session_id: str, asker: Asker) -> SessionPlace | None:
         """What never changes of a training session: its id, owner and device. None where there is none.
 
         Another owner's is read each time, as one that does not exist is: neither takes longer than the other.
@@ -140,9 +141,11 @@ class Directory:
             known = self.remember_training(found)
         return known
 
-    def remember_training(self, session: Row) -> Row:
-        """Notes a training session that was read, or is about to be recorded: nobody names it before it is."""
-        known = {name: session[name] for name in ("session_id", "owner", "device_id")}
+    def remember_training(self, session: SessionPlace) -> SessionPlace:
+        """Notes a training session that was read, or is about to be recorded; no caller knows its id before."""
+        known: SessionPlace = {
+            "session_id": session["session_id"], "device_id": session["device_id"], "owner": session["owner"],
+        }  # fmt: skip
         with self._lock:
             while len(self._training_sessions) >= REMEMBERED_SESSIONS:
                 self._training_sessions.popitem(last=False)
@@ -169,7 +172,7 @@ class Directory:
                 devices = {row["device_id"]: row for row in device_store.all_devices(connection)}
                 counts = job_store.counts(connection)
                 models = {row["model_id"]: row for row in model_store.runnable(connection)}
-            by_name: dict[str, list[Row]] = {}
+            by_name: dict[str, list[ModelRow]] = {}
             for row in models.values():
                 if row["replaced_by"] is None:
                     by_name.setdefault(row["name"], []).append(row)
@@ -178,7 +181,7 @@ class Directory:
 
     # ---- placing
 
-    def device(self, device_id: str) -> Row:
+    def device(self, device_id: str) -> DeviceRow:
         """The device, which must exist and take jobs: `device_not_found`, `device_unavailable`, `device_draining`."""
         found = self.snapshot().devices.get(device_id)
         if found is None or found["state"] != "online":
@@ -188,7 +191,7 @@ class Directory:
             raise failure("device_not_found", f"there is no device {device_id!r}; there are: {known}")
         return self.require_online(found)
 
-    def require_online(self, device: Row) -> Row:
+    def require_online(self, device: DeviceRow) -> DeviceRow:
         """The device itself, or the reason why it takes no jobs."""
         if device["state"] == "draining":
             raise failure(
@@ -203,7 +206,7 @@ class Directory:
             )
         return device
 
-    def choose(self, size_bytes: int = 0, holding: list[str] | None = None) -> Row:
+    def choose(self, size_bytes: int = 0, holding: list[str] | None = None) -> DeviceRow:
         """The device for a request that names none.
 
         With `ENABLE_GPU_SCHEDULING`: the first of `holding` (devices that hold what the job needs) that takes jobs,
@@ -233,16 +236,16 @@ class Directory:
         held = [device for device in online if device["device_id"] in (holding or [])]
         return min(held or online, key=lambda device: _rank(device, snapshot, size_bytes))
 
-    def model(self, asker: Asker, model_id: str) -> Row | None:
+    def model(self, asker: Asker, model_id: str) -> ModelRow | None:
         """The model, if it can be run or soon can, and is the asker's to run."""
         return self.snapshot().visible(asker, model_id) or self.refresh().visible(asker, model_id)
 
-    def meant(self, asker: Asker, name: str, version: str | None = None) -> list[Row]:
+    def meant(self, asker: Asker, name: str, version: str | None = None) -> list[ModelRow]:
         """The model that the name stands for, on each device that holds it; empty where the asker can run none."""
         return self.snapshot().meant(asker, name, version) or self.refresh().meant(asker, name, version)
 
 
-def _rank(device: Row, snapshot: DirectorySnapshot, size_bytes: int) -> tuple[Any, ...]:
+def _rank(device: DeviceRow, snapshot: DirectorySnapshot, size_bytes: int) -> tuple[bool, int, int, str]:
     free = (device["budget_bytes"] or 0) - (device["reserved_bytes"] or 0)
     # Free memory in eighths of the budget: a few bytes more or less must not decide.
     share = 8 * free // max(device["budget_bytes"] or 1, 1)

@@ -1,13 +1,16 @@
-"""Devices: registration, leases, drain, budgets, samples. Leases are told by the database's clock only."""
+"""Devices: registration, leases, drain, budgets, samples. Only the database's clock decides whether a lease stands."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from datetime import datetime
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import FreeJson
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.devices.rows import DeviceRow, LapsedDevice, RegisteredDevice, Renewed, SampleRow
+from tasks.statements import execute, row, rows
 
 #: A device as callers see it, but for the jobs on it. `state` is derived from lease and drain.
 _VIEW = """
@@ -18,17 +21,17 @@ _VIEW = """
 """
 
 
-def all_devices(connection: Connection) -> list[Row]:
+def all_devices(connection: Connection) -> list[DeviceRow]:
     """Every device ever registered, by id."""
     return rows(connection, _VIEW + " ORDER BY d.device_id")
 
 
-def get(connection: Connection, device_id: str) -> Row | None:
+def get(connection: Connection, device_id: str) -> DeviceRow | None:
     """One device, or None."""
     return row(connection, _VIEW + " WHERE d.device_id = %(id)s", {"id": device_id})
 
 
-def lock(connection: Connection, device_id: str) -> Row | None:
+def lock(connection: Connection, device_id: str) -> RegisteredDevice | None:
     """One device, its row locked until the transaction ends."""
     return row(
         connection,
@@ -37,7 +40,7 @@ def lock(connection: Connection, device_id: str) -> Row | None:
     )
 
 
-def register(connection: Connection, device: dict[str, Any], lease_seconds: float) -> int:
+def register(connection: Connection, device: FreeJson, lease_seconds: float) -> int:
     """Writes the device's row under a new epoch, which is returned. The caller holds its lock and buried the last."""
     found = row(
         connection,
@@ -80,7 +83,7 @@ def set_budget(connection: Connection, device_id: str, budget_bytes: int) -> Non
 
 def renew(
     connection: Connection, device_id: str, epoch: int, lease_seconds: float, free_bytes: int | None
-) -> Row | None:
+) -> Renewed | None:
     """Prolongs the lease of `epoch`; None when the epoch no longer stands."""
     return row(
         connection,
@@ -112,7 +115,7 @@ def mark_buried(connection: Connection, device_id: str, epoch: int) -> None:
     )
 
 
-def lapsed(connection: Connection) -> list[Row]:
+def lapsed(connection: Connection) -> list[LapsedDevice]:
     """Devices whose lease has run out and whose last epoch is not buried."""
     return rows(
         connection,
@@ -166,7 +169,7 @@ def lock_budget(connection: Connection, device_id: str) -> tuple[int, int]:
 
 
 def adjust_reservation(connection: Connection, device_id: str, by_bytes: int) -> None:
-    """Gives back (negative) or adds to what is reserved, whatever the budget says: settling an estimate."""
+    """Gives back (negative) or adds to what is reserved, beyond the budget too: settling an estimate."""
     execute(
         connection,
         """
@@ -178,7 +181,7 @@ def adjust_reservation(connection: Connection, device_id: str, by_bytes: int) ->
     )
 
 
-def add_sample(connection: Connection, device_id: str, sample: dict[str, Any]) -> None:
+def add_sample(connection: Connection, device_id: str, sample: Mapping[str, object]) -> None:
     """Adds one point to the device's history."""
     execute(
         connection,
@@ -190,7 +193,7 @@ def add_sample(connection: Connection, device_id: str, sample: dict[str, Any]) -
     )
 
 
-def samples(connection: Connection, device_id: str, since: Any, limit: int) -> list[Row]:
+def samples(connection: Connection, device_id: str, since: datetime | str | None, limit: int) -> list[SampleRow]:
     """The device's history after `since`, oldest first."""
     return rows(
         connection,

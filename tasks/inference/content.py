@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import orjson
 
@@ -28,7 +27,7 @@ MAX_NAME_BYTES = 255
 MAX_FILES = 1000
 
 
-def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
+def content_of(context: Context, request: LoadModel) -> tuple[str, str | None, int]:
     """The key of equal content, the sha256 of the model's file, and the bytes to reserve until it is measured."""
     if request.source.path is not None:
         parts, sizes = _files(model_file(context.settings.model_cache_path, request.source.path), request.model_type)
@@ -43,12 +42,12 @@ def content_of(context: Context, request: LoadModel) -> tuple[str, str, int]:
     return key, sha256, int(size * ESTIMATE_FACTOR) + ESTIMATE_BYTES
 
 
-def key_of_files(path: Path, model_type: str, options: Mapping[str, Any]) -> str:
+def key_of_files(path: Path, model_type: str, options: Mapping[str, object]) -> str:
     """The content key of what lies at `path` now: a file (with its external data) or a folder."""
     return _content_key(model_type, _files(path, model_type)[0], options)
 
 
-def _whole(parts: Mapping[str, str]) -> str:
+def _whole(parts: Mapping[str, str | None]) -> str:
     """The sha256 over the names and hashes of several files."""
     return hashlib.sha256(orjson.dumps(sorted(parts.items()))).hexdigest()
 
@@ -62,7 +61,7 @@ def _largest_part(sizes: Mapping[str, int]) -> int:
     return max(parts.values())
 
 
-def _content_key(model_type: str, parts: Mapping[str, str], options: Mapping[str, Any]) -> str:
+def _content_key(model_type: str, parts: Mapping[str, str | None], options: Mapping[str, object]) -> str:
     # A lone file's name does not matter; the names of several, which refer to each other, do.
     names = sorted(parts.items()) if len(parts) > 1 else list(parts.values())
     shaping = {name: options.get(name) for name in SHAPING_OPTIONS}
@@ -71,7 +70,7 @@ def _content_key(model_type: str, parts: Mapping[str, str], options: Mapping[str
     return hashlib.sha256(orjson.dumps([model_type, names, shaping], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def load_key(content_key: str, options: Mapping[str, Any]) -> str:
+def load_key(content_key: str, options: Mapping[str, object]) -> str:
     """The key of equal loads: of the same content with the same options. `1.0` is `1`."""
     whole = {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
@@ -117,7 +116,7 @@ def entry_file(folder: Path) -> Path:
     return found[0]
 
 
-def _files(path: Path, model_type: str) -> tuple[dict[str, str], dict[str, int]]:
+def _files(path: Path, model_type: str) -> tuple[Mapping[str, str | None], dict[str, int]]:
     """The sha256 and the size in bytes of each of a model's files, by its path below the model's folder."""
     if path.is_dir():
         files = _pipeline_files(path) if model_type in RUNS else _graph_files(path)
@@ -160,7 +159,7 @@ def _pipeline_files(folder: Path) -> list[Path]:
     return files
 
 
-def _blobs(context: Context, request: LoadModel) -> tuple[dict[str, str], dict[str, int]]:
+def _blobs(context: Context, request: LoadModel) -> tuple[Mapping[str, str | None], dict[str, int]]:
     named = {"model.onnx": request.source.blob_id} if request.source.blob_id else dict(request.source.blobs or {})
     for relative in named:
         pure = PurePosixPath(relative.replace("\\", "/"))

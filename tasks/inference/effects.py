@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import groupby
-from typing import Any
 
 from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure
 from device_operations.jobs import State
+from device_operations.json_types import JsonObject
 from device_operations.settings import load
 from tasks.devices import store as devices
-from tasks.inference import graphs, models
-from tasks.statements import Row
+from tasks.inference import graphs, models, session_store
+from tasks.inference.facts import LoadFacts, ModelFacts, RunFacts, UnloadFacts
+from tasks.jobs.model import Fallen, JobRow, resource_of
 
 #: The error of jobs that need a session whose state died with its worker.
 SESSION_LOST = failure(
@@ -27,11 +28,11 @@ SESSION_CLOSED = failure(
 ).as_job_error()
 
 
-def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def loaded(connection: Connection, job: JobRow, facts: LoadFacts, epoch: int | None) -> Fallen:
     """An `inference.load_model` ended: the model is loaded as measured, or failed and its reservation given back."""
-    model_id = job["resource_id"]
+    model_id = resource_of(job)
     if job["state"] == State.SUCCEEDED:
-        if not facts.get("model"):
+        if "model" not in facts:
             return []  # the same content was there already
         assert epoch is not None
         settled(connection, model_id, epoch, facts["model"])
@@ -43,7 +44,7 @@ def loaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int |
     return _end_models(connection, [model_id], "failed", ("loading",), error=error)
 
 
-def settled(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> None:
+def settled(connection: Connection, model_id: str, epoch: int, facts: ModelFacts) -> None:
     """A model is on its device: what was estimated for its graph becomes what was measured, and its name means it.
 
     What the name and version meant before is replaced: it takes no new runs, and its worker lets it go once it is idle.
@@ -60,19 +61,19 @@ def settled(connection: Connection, model_id: str, epoch: int, facts: dict[str, 
     devices.adjust_reservation(connection, model["device_id"], more)
 
 
-def lost(connection: Connection, model_id: str, error: dict[str, Any]) -> None:
+def lost(connection: Connection, model_id: str, error: JsonObject) -> None:
     """A model could not be brought back by a new epoch."""
     _end_models(connection, [model_id], "failed", ("lost",), error=error)
 
 
-def unloaded(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def unloaded(connection: Connection, job: JobRow, facts: UnloadFacts, epoch: int | None) -> Fallen:
     """An `inference.unload_model` ended: its graph's reservation is free unless shared; its sessions are closed."""
     if job["state"] != State.SUCCEEDED:
         return []
     model_id = job["needs"][0]
     _end_models(connection, [model_id], "unloaded", ("loaded", "lost"), freed_bytes=facts.get("freed_bytes"))
-    still_open = [session["session_id"] for session in models.open_sessions(connection, model_id)]
-    gone = models.end_sessions(connection, still_open, "closed")
+    still_open = [session["session_id"] for session in session_store.open_sessions(connection, model_id)]
+    gone = session_store.end_sessions(connection, still_open, "closed")
     return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
@@ -81,28 +82,28 @@ def let_go(connection: Connection, model_ids: Collection[str], state: str) -> No
     _end_models(connection, model_ids, state, ("loaded", "lost"))
 
 
-def ran(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def ran(connection: Connection, job: JobRow, facts: RunFacts, epoch: int | None) -> Fallen:
     """An `inference.run` of a session ended: the session counts it."""
     session_id = facts.get("session_id") or session_of(job)
     if session_id is None:
         return []
     won = job["state"] == State.SUCCEEDED
-    models.use_session(
+    session_store.use_session(
         connection, session_id, job["id"], epoch if won else None, succeeded=int(won), failed=int(not won),
         timeout_seconds=load().inference.session_timeout_minutes * 60,
     )  # fmt: skip
     return []
 
 
-def closed(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def closed(connection: Connection, job: JobRow, facts: object, epoch: int | None) -> Fallen:
     """An `inference.close_session` ended: what was submitted for the session after it fails."""
     if job["state"] != State.SUCCEEDED:
         return []
-    gone = models.end_sessions(connection, [job["needs"][0]], "closed")
+    gone = session_store.end_sessions(connection, [job["needs"][0]], "closed")
     return [(session_id, SESSION_CLOSED) for session_id in gone]
 
 
-def session_of(job: Row) -> str | None:
+def session_of(job: JobRow) -> str | None:
     """The inference session that a run belongs to; None for a run alone, whose session is only its job's id."""
     return job["resource_id"] if job["resource_id"] != job["id"] else None
 
@@ -115,18 +116,23 @@ def lose_models(connection: Connection, device_id: str) -> list[str]:
 
 def lose_sessions(connection: Connection, device_id: str, epoch: int) -> list[str]:
     """A worker died: sessions whose state tensors lay on the device are lost."""
-    return models.end_sessions(connection, models.stateful_sessions(connection, device_id, epoch), "lost")
+    return session_store.end_sessions(connection, session_store.stateful_sessions(connection, device_id, epoch), "lost")
 
 
 def _end_models(
-    connection: Connection, model_ids: Collection[str], state: str, leaving: tuple[str, ...], **more: Any
-) -> list[tuple[str, dict[str, Any]]]:
+    connection: Connection,
+    model_ids: Collection[str],
+    state: str,
+    leaving: tuple[str, ...],
+    *,
+    error: JsonObject | None = None,
+    freed_bytes: int | None = None,
+) -> Fallen:
     for device_id in models.devices_of(connection, model_ids):
         devices.lock_budget(connection, device_id)
-    gone = models.end(connection, model_ids, state, leaving=leaving, **more)
+    gone = models.end(connection, model_ids, state, leaving=leaving, error=error, freed_bytes=freed_bytes)
     gone.sort(key=lambda model: str(model["device_id"]))
     for device_id, left in groupby(gone, key=lambda model: str(model["device_id"])):
         freed = graphs.leave(connection, device_id, [model["content_key"] for model in left])
         devices.adjust_reservation(connection, device_id, -freed)
-    error = more.get("error")
     return [(model["model_id"], error) for model in gone] if error else []

@@ -1,4 +1,4 @@
-"""Models and inference sessions: recording, settling, looking up.
+"""Models: recording, settling, looking up.
 
 What locks several models does so in the order of their ids, and after the budget of the device where it takes that too.
 """
@@ -6,23 +6,20 @@ What locks several models does so in the order of their ids, and after the budge
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import FreeJson, JsonObject
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.inference.facts import ModelFacts
+from tasks.inference.rows import EndedModel, LostModel, ModelRow
+from tasks.statements import execute, row, rows
 
 #: The states of a model that can be run, or soon can.
 LIVE = "('loading', 'loaded', 'lost')"
 
-#: Whether nothing that is open needs the model `m`: no job, and no session.
-_IDLE = """NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = m.device_id
-            AND j.finished_at IS NULL AND m.model_id = ANY(j.needs))
-        AND NOT EXISTS (SELECT 1 FROM inference_sessions s WHERE s.model_id = m.model_id AND s.state = 'active')"""
 
-
-def insert(connection: Connection, model: dict[str, Any]) -> bool:
+def insert(connection: Connection, model: FreeJson) -> bool:
     """Records a model as `loading`; False when its name and version are there already with the same load key."""
     return bool(
         execute(
@@ -40,18 +37,20 @@ def insert(connection: Connection, model: dict[str, Any]) -> bool:
     )
 
 
-def get(connection: Connection, model_id: str) -> Row | None:
+def get(connection: Connection, model_id: str) -> ModelRow | None:
     """One model, or None."""
     return row(connection, "SELECT * FROM models WHERE model_id = %(id)s", {"id": model_id})
 
 
-def get_many(connection: Connection, model_ids: Collection[str]) -> dict[str, Row]:
+def get_many(connection: Connection, model_ids: Collection[str]) -> dict[str, ModelRow]:
     """The models among `model_ids` that exist, by id."""
     found = rows(connection, "SELECT * FROM models WHERE model_id = ANY(%(ids)s)", {"ids": list(model_ids)})
     return {model["model_id"]: model for model in found}
 
 
-def same_load(connection: Connection, device_id: str, owner: str, name: str, version: str, load_key: str) -> Row | None:
+def same_load(
+    connection: Connection, device_id: str, owner: str, name: str, version: str, load_key: str
+) -> ModelRow | None:
     """The owner's model of that name and version that means the same on that device, and has not been replaced."""
     return row(
         connection,
@@ -67,7 +66,7 @@ def load_again(
     connection: Connection,
     model_id: str,
     *,
-    source: dict[str, Any],
+    source: JsonObject,
     blob_ids: list[str],
     pin: bool | None,
     shared: bool | None,
@@ -89,7 +88,7 @@ def load_again(
     )
 
 
-def revive(connection: Connection, model_id: str, job_id: str) -> Row | None:
+def revive(connection: Connection, model_id: str, job_id: str) -> ModelRow | None:
     """A model that left its device while a load of the same waited is `loading` again."""
     return row(
         connection,
@@ -103,7 +102,7 @@ def revive(connection: Connection, model_id: str, job_id: str) -> Row | None:
 
 def page(
     connection: Connection, *, owner: str | None, device_id: str | None, state: str | None, limit: int
-) -> list[Row]:
+) -> list[ModelRow]:
     """Models, newest first: those of `owner` and those that are shared, or all where it is None."""
     return rows(
         connection,
@@ -116,7 +115,7 @@ def page(
     )
 
 
-def resident(connection: Connection, device_id: str) -> list[Row]:
+def resident(connection: Connection, device_id: str) -> list[ModelRow]:
     """Models that the device was holding when its worker died, oldest first: what a new epoch brings back."""
     return rows(
         connection,
@@ -125,7 +124,7 @@ def resident(connection: Connection, device_id: str) -> list[Row]:
     )
 
 
-def runnable(connection: Connection) -> list[Row]:
+def runnable(connection: Connection) -> list[ModelRow]:
     """Models that can be run or soon can, the last load first."""
     return rows(
         connection,
@@ -133,7 +132,7 @@ def runnable(connection: Connection) -> list[Row]:
     )
 
 
-def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, Any]) -> bool:
+def settle(connection: Connection, model_id: str, epoch: int, facts: ModelFacts) -> bool:
     """A load ended well: the model is `loaded` under `epoch`, with what was measured; False where it is gone."""
     changed = execute(
         connection,
@@ -153,7 +152,7 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: dict[str, A
             "outputs": dumps(facts["outputs"]),
             "batching": dumps(facts["batching"]),
             "not_offered": dumps(facts["not_offered"]),
-            "parts": None if facts.get("parts") is None else dumps(facts["parts"]),
+            "parts": dumps(facts["parts"]) if "parts" in facts else None,
         },
     )
     return bool(changed)
@@ -178,7 +177,7 @@ def lock(connection: Connection, model_ids: Collection[str]) -> None:
     )
 
 
-def lock_namesakes(connection: Connection, model: Row) -> None:
+def lock_namesakes(connection: Connection, model: ModelRow) -> None:
     """Locks the name and version of an owner, and its models on any device that the end of a load may replace."""
     rows(
         connection,
@@ -221,10 +220,10 @@ def end(
     model_ids: Collection[str],
     state: str,
     *,
-    error: dict[str, Any] | None = None,
+    error: JsonObject | None = None,
     freed_bytes: int | None = None,
     leaving: Sequence[str] = ("loading", "loaded", "lost"),
-) -> list[Row]:
+) -> list[EndedModel]:
     """Models leave their device (`failed`, `unloaded`, `evicted`). Gives their ids, devices and content keys."""
     return rows(
         connection,
@@ -256,7 +255,7 @@ def set_freed(connection: Connection, model_id: str, freed_bytes: int | None) ->
     )
 
 
-def lose(connection: Connection, device_id: str) -> list[Row]:
+def lose(connection: Connection, device_id: str) -> list[LostModel]:
     """The device's worker died: what it had loaded is `lost` until the next epoch brings it back."""
     return rows(
         connection,
@@ -270,7 +269,7 @@ def lose(connection: Connection, device_id: str) -> list[Row]:
     )
 
 
-def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
+def add_runs(connection: Connection, uses: Sequence[JsonObject]) -> None:
     """Adds counts of runs in bulk: `[{model_id, succeeded, failed, statistics: {name: number to add}}]`."""
     execute(
         connection,
@@ -289,180 +288,3 @@ def add_runs(connection: Connection, uses: Sequence[dict[str, Any]]) -> None:
         """,
         {"uses": dumps(list(uses))},
     )
-
-
-def evictable_graphs(connection: Connection, device_id: str) -> list[Row]:
-    """Graphs that can go: all their models are loaded, idle, and unpinned or replaced. The least recently used first.
-
-    Rows have `content_key`, `reserved_bytes` and `model_ids`.
-    """
-    return rows(
-        connection,
-        f"""
-        SELECT g.content_key, g.reserved_bytes, array_agg(m.model_id) AS model_ids
-        FROM graphs g JOIN models m USING (device_id, content_key)
-        WHERE g.device_id = %(id)s AND m.state IN {LIVE} GROUP BY g.content_key, g.reserved_bytes
-        HAVING bool_and(m.state = 'loaded' AND (NOT m.pinned OR m.replaced_by IS NOT NULL) AND {_IDLE})
-        ORDER BY bool_and(m.replaced_by IS NOT NULL) DESC, max(m.last_used_at)
-        """,
-        {"id": device_id},
-    )
-
-
-def idle(connection: Connection, device_id: str, idle_seconds: float) -> list[str]:
-    """Loaded, unpinned models that nothing open needs and that were last used so long ago."""
-    found = rows(
-        connection,
-        f"""
-        SELECT m.model_id FROM models m WHERE device_id = %(id)s AND state = 'loaded' AND NOT pinned AND {_IDLE}
-          AND last_used_at < clock_timestamp() - make_interval(secs => %(idle)s)
-        """,
-        {"id": device_id, "idle": idle_seconds},
-    )
-    return [model["model_id"] for model in found]
-
-
-def replaced(connection: Connection, device_id: str, seconds_ago: float) -> list[str]:
-    """Models that were replaced so long ago and that nothing open needs."""
-    found = rows(
-        connection,
-        f"""
-        SELECT m.model_id FROM models m WHERE device_id = %(id)s AND state IN ('loaded', 'lost')
-          AND replaced_at < clock_timestamp() - make_interval(secs => %(ago)s) AND {_IDLE}
-        """,
-        {"id": device_id, "ago": seconds_ago},
-    )
-    return [model["model_id"] for model in found]
-
-
-def open_session(connection: Connection, session: dict[str, Any], limit: int) -> bool:
-    """Records a session unless `limit` are open on its device, which is counted under the device's budget row lock."""
-    execute(
-        connection,
-        "SELECT 1 FROM device_budgets WHERE device_id = %(device_id)s FOR UPDATE",
-        session,
-    )
-    return bool(
-        execute(
-            connection,
-            """
-            INSERT INTO inference_sessions (session_id, model_id, device_id, state, owner, state_map, initial, blob_ids,
-                expires_at)
-            SELECT %(session_id)s, %(model_id)s, %(device_id)s, 'active', %(owner)s, %(state_map)s::jsonb,
-                %(initial)s::jsonb, %(blob_ids)s, clock_timestamp() + make_interval(secs => %(timeout_seconds)s)
-            WHERE (SELECT count(*) FROM inference_sessions WHERE device_id = %(device_id)s AND state = 'active')
-                < %(limit)s
-            """,
-            {
-                **session,
-                "limit": limit,
-                "state_map": dumps(session["state_map"]),
-                "initial": dumps(session["initial"]),
-            },
-        )
-    )
-
-
-#: A session, with how many of its runs are open.
-_SESSION = """
-    SELECT s.*, (SELECT count(*) FROM jobs j WHERE j.device_id = s.device_id
-        AND j.finished_at IS NULL
-        AND s.session_id = ANY(j.needs)) AS running
-    FROM inference_sessions s"""
-
-
-def get_session(connection: Connection, session_id: str) -> Row | None:
-    """One inference session, with how many of its runs are open."""
-    return row(connection, f"{_SESSION} WHERE session_id = %(id)s", {"id": session_id})
-
-
-def page_sessions(connection: Connection, *, owner: str | None, state: str | None, limit: int) -> list[Row]:
-    """Inference sessions, newest first; `state` as it is recorded: active, closed, expired or lost."""
-    return rows(
-        connection,
-        f"""{_SESSION}
-        WHERE (%(owner)s::text IS NULL OR owner = %(owner)s) AND (%(state)s::text IS NULL OR state = %(state)s)
-        ORDER BY opened_at DESC LIMIT %(limit)s
-        """,
-        {"owner": owner, "state": state, "limit": limit},
-    )
-
-
-def use_session(
-    connection: Connection, session_id: str, job_id: str, epoch: int | None, *, succeeded: int, failed: int,
-    timeout_seconds: float,
-) -> None:  # fmt: skip
-    """Counts a run of the session and prolongs it. `epoch` is where its state lies from now on."""
-    execute(
-        connection,
-        """
-        UPDATE inference_sessions SET succeeded = succeeded + %(succeeded)s, failed = failed + %(failed)s,
-            last_job_id = %(job)s, last_used_at = clock_timestamp(), epoch = coalesce(%(epoch)s, epoch),
-            expires_at = clock_timestamp() + make_interval(secs => %(timeout)s)
-        WHERE session_id = %(id)s AND state = 'active'
-        """,
-        {
-            "id": session_id, "job": job_id, "epoch": epoch, "succeeded": succeeded, "failed": failed,
-            "timeout": timeout_seconds,
-        },
-    )  # fmt: skip
-
-
-def end_sessions(connection: Connection, session_ids: Collection[str], state: str) -> list[str]:
-    """Open sessions become `closed`, `expired` or `lost`."""
-    found = rows(
-        connection,
-        """
-        UPDATE inference_sessions SET state = %(state)s, ended_at = clock_timestamp()
-        WHERE session_id = ANY(%(ids)s) AND state = 'active' RETURNING session_id
-        """,
-        {"ids": list(session_ids), "state": state},
-    )
-    return [session["session_id"] for session in found]
-
-
-def expire_sessions(connection: Connection) -> list[str]:
-    """Open sessions past their expiry without an open run are `expired`: their ids."""
-    found = rows(
-        connection,
-        """
-        UPDATE inference_sessions s SET state = 'expired', ended_at = clock_timestamp()
-        WHERE state = 'active' AND expires_at <= clock_timestamp()
-          AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.device_id = s.device_id
-                AND j.finished_at IS NULL
-                AND s.session_id = ANY(j.needs))
-        RETURNING session_id
-        """,
-    )
-    return [session["session_id"] for session in found]
-
-
-def open_sessions(connection: Connection, model_id: str) -> list[Row]:
-    """The open sessions of a model: id and owner."""
-    return rows(
-        connection,
-        "SELECT session_id, owner FROM inference_sessions WHERE model_id = %(id)s AND state = 'active' "
-        "ORDER BY opened_at",
-        {"id": model_id},
-    )
-
-
-def still_open(connection: Connection, session_ids: Collection[str]) -> set[str]:
-    """Those of `session_ids` that are open."""
-    found = rows(
-        connection,
-        "SELECT session_id FROM inference_sessions WHERE session_id = ANY(%(ids)s) AND state = 'active'",
-        {"ids": list(session_ids)},
-    )
-    return {session["session_id"] for session in found}
-
-
-def stateful_sessions(connection: Connection, device_id: str, epoch: int) -> list[str]:
-    """Open sessions whose state tensors lay on the device in epochs up to `epoch`."""
-    found = rows(
-        connection,
-        "SELECT session_id FROM inference_sessions WHERE device_id = %(id)s AND state = 'active' "
-        "AND epoch <= %(epoch)s AND state_map <> '{}'::jsonb",
-        {"id": device_id, "epoch": epoch},
-    )
-    return [session["session_id"] for session in found]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any
 
 from device_operations.errors import failure
+from device_operations.json_types import FreeJson
 from device_operations.requests.pipelines import Picture, PipelineRun
 from device_operations.tensors import INLINE_BYTES
-from tasks.memory.plan import check_tensors
+from tasks.inference.rows import KnownModel
+from tasks.memory.named import check_tensors
 from tasks.planning.context import Context, check_blobs, keep_bytes, store_tensors
-from tasks.statements import Row
 
 
 def stored_run(
-    context: Context, run: PipelineRun, model: Row, owner: str
-) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
+    context: Context, run: PipelineRun, model: KnownModel, owner: str
+) -> tuple[FreeJson, tuple[str, ...], list[str]]:
     """The run as it is stored, the allocations that it reads, and the blobs that it needs.
 
     Tensors and pictures above 64 KiB become blobs of the owner's. Raises `blob_not_found`, `allocation_not_found` and

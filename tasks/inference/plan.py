@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from device_operations.requests.pipelines import RUNS, AnyPipelineRun, PipelineRun
@@ -18,6 +18,7 @@ from tasks.devices import store as device_store
 from tasks.devices.directory import Directory
 from tasks.inference import graphs as graph_store
 from tasks.inference import models as model_store
+from tasks.inference import session_store
 from tasks.inference.content import content_of, load_key
 from tasks.inference.pipelines import stored_run
 from tasks.inference.residents import (
@@ -29,15 +30,15 @@ from tasks.inference.residents import (
     no_model,
     state_inputs,
 )
+from tasks.inference.rows import KnownModel, SessionRow
 from tasks.jobs import store as job_store
 from tasks.jobs.options import asked_of
 from tasks.memory.admission import reserve
-from tasks.memory.plan import forget_hashes
+from tasks.memory.named import forget_hashes
 from tasks.owners import Asker, found, may_see
 from tasks.planning.context import Context, new_job, new_stored_job, owner_of, place, store_tensors
 from tasks.planning.earlier import Earlier
 from tasks.planning.plan import Plan, Recorded
-from tasks.statements import Row
 
 #: The types of model that can be loaded: a graph, or a pipeline (`workers.pipelines`).
 MODEL_TYPES = ("onnx", *RUNS)
@@ -83,10 +84,13 @@ def plan_load(context: Context, request: LoadModel, job_id: str) -> Plan:
     return Plan(job, together=record_loads, makes=makes)
 
 
-def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+def foresee(earlier: Earlier, made_id: str, makes: FreeJson) -> None:
     """Notes the model that an entry loads; its inputs and outputs are known once it is loaded."""
-    unknown = {"inputs": None, "outputs": None, "replaced_by": None}
-    earlier.models[made_id] = {**makes, **unknown, "state": "loading"}
+    earlier.models[made_id] = {
+        "model_id": made_id, "name": makes["name"], "version": makes["version"], "model_type": makes["model_type"],
+        "device_id": makes["device_id"], "state": "loading", "load_key": makes["load_key"], "owner": makes["owner"],
+        "load_job_id": makes["load_job_id"], "inputs": None, "outputs": None, "error": None, "replaced_by": None,
+    }  # fmt: skip
 
 
 def record_loads(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -116,14 +120,14 @@ def record_loads(connection: Connection, plans: Sequence[Plan]) -> Recorded:
 _SAME_LOAD = ("device_id", "owner", "name", "version", "load_key")
 
 
-def _load(connection: Connection, model: dict[str, Any]) -> bool:
+def _load(connection: Connection, model: FreeJson) -> bool:
     device_id, estimate = model["device_id"], model["estimate_bytes"]
     if graph_store.join(connection, device_id, model["content_key"], estimate):
         reserve(connection, device_id, estimate, "the model")
     return model_store.insert(connection, model)
 
 
-def _load_again(connection: Connection, model: dict[str, Any]) -> bool:
+def _load_again(connection: Connection, model: FreeJson) -> bool:
     return model_store.load_again(
         connection, model["model_id"], source=model["source"], blob_ids=model["blob_ids"],
         pin=model["pinned"] if "pin" in model["given"] else None,
@@ -140,7 +144,7 @@ def _is_shared(context: Context, request: LoadModel) -> bool:
 def _holding(context: Context, content_key: str, same: dict[str, str]) -> list[str]:
     """The devices that hold the same load; where none does, those that hold its graph."""
     models = context.directory.snapshot().models.values()
-    loads = [m["device_id"] for m in models if m["replaced_by"] is None and all(m[k] == v for k, v in same.items())]
+    loads = [m["device_id"] for m in models if m["replaced_by"] is None and same.items() <= m.items()]
     return loads or [model["device_id"] for model in models if model["content_key"] == content_key]
 
 
@@ -169,7 +173,7 @@ def plan_run(context: Context, request: Run | PipelineRun, job_id: str) -> Plan:
         asked=asked_of(request),
     )  # fmt: skip
     written = {place.allocation_id for place in (request.into or {}).values()}
-    # What is written into an allocation has a hash that nobody knows.
+    # The hash of what is written into an allocation is not known.
     return replace(made, record=partial(forget_hashes, allocation_ids=written)) if written else made
 
 
@@ -202,13 +206,13 @@ def plan_stored_run(
     context: Context,
     options: JobOptions,
     job_id: str,
-    model: Row,
-    payload: dict[str, Any],
+    model: KnownModel,
+    payload: FreeJson,
     *,
-    session: Row | None = None,
+    session: SessionRow | None = None,
     allocations: tuple[str, ...] = (),
     blob_ids: list[str] | None = None,
-    asked: dict[str, Any] | None = None,
+    asked: FreeJson | None = None,
 ) -> Plan:
     """The plan of a run whose tensors are checked and stored; touches no database where the model is known."""
     device = context.directory.snapshot().devices.get(model["device_id"])
@@ -233,7 +237,7 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
     """Unloads a model once the runs submitted before have ended; `force` cancels them, and closes its sessions."""
     model_id = request.model_id
     with context.engine.connect() as connection:
-        model = model_store.get(connection, model_id)
+        model: KnownModel | None = model_store.get(connection, model_id)
         if model is None and context.earlier is not None:
             model = context.earlier.model(model_id, None, None, context.owner)
         model = found(context, model, "model", model_id)
@@ -242,7 +246,7 @@ def plan_unload(context: Context, request: UnloadModel, job_id: str) -> Plan:
         before = job_store.open_ids_needing(connection, model_id)
         if context.earlier is not None:
             before += context.earlier.job_ids_needing(model_id)
-        sessions = model_store.open_sessions(connection, model_id)
+        sessions = session_store.open_sessions(connection, model_id)
     if sessions and not request.force:
         # Other owners' sessions with a shared model are counted, not named.
         known = [session["session_id"] for session in sessions if may_see(context, session)]

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from device_operations.errors import OperationError, failure
+from device_operations.json_types import FreeJson
 from device_operations.requests.inference import Run
 from device_operations.requests.pipelines import RUNS, PipelineRun
 from device_operations.tensors import carries
 from tasks.devices.directory import DirectorySnapshot
 from tasks.inference import models as model_store
-from tasks.memory.plan import Range, ranges_of
-from tasks.memory.plan import check_allocations as find_ranges
+from tasks.inference import session_store
+from tasks.inference.rows import KnownModel, ModelRow, SessionRow
+from tasks.memory.named import Range, ranges_of
+from tasks.memory.named import check_allocations as find_ranges
 from tasks.owners import absent, found
 from tasks.planning.context import Context
-from tasks.statements import Row
 
 #: How old what is known of a model may be while it loads, in seconds.
 LOADING_SECONDS = 0.05
 
 
 class Shaped(Protocol):
-    """What a tensor says of itself before anybody reads its elements."""
+    """What a tensor says of itself before its elements are read."""
 
     @property
     def dtype(self) -> str: ...
@@ -39,7 +41,7 @@ def find_model(
     *,
     owner: str | None = None,
     in_session: bool = False,
-) -> Row:
+) -> KnownModel:
     """The model to run: by id, or what the name stands for: on a device that is online, has it loaded, and the shortest
     queue.
 
@@ -65,7 +67,7 @@ def find_model(
     return min(meant, key=lambda model: _readiness(model, snapshot))
 
 
-def _model_of_id(context: Context, model_id: str, *, in_session: bool) -> Row:
+def _model_of_id(context: Context, model_id: str, *, in_session: bool) -> ModelRow:
     model = context.directory.model(context, model_id)
     if model is None:
         with context.engine.connect() as connection:
@@ -85,7 +87,7 @@ def nothing_named(name: str, version: str | None) -> OperationError:
     return failure("model_not_found", f"no model named {which} is loaded; load it with POST /api/inference/load-model")
 
 
-def no_model(model_id: str, gone: Row | None) -> OperationError:
+def no_model(model_id: str, gone: KnownModel | None) -> OperationError:
     """Why a model cannot be run: it was never there, failed to load, was replaced, or has left its device."""
     if gone is None:
         return absent("model", model_id)
@@ -103,10 +105,10 @@ def no_model(model_id: str, gone: Row | None) -> OperationError:
     return failure("model_not_found", f"model {model_id} is {gone['state']}; load it again")
 
 
-def find_session(context: Context, session_id: str) -> Row:
+def find_session(context: Context, session_id: str) -> SessionRow:
     """The open session of that id, if it is the caller's: else `session_not_found`, or what became of it."""
     with context.engine.connect() as connection:
-        session = found(context, model_store.get_session(connection, session_id), "inference session", session_id)
+        session = found(context, session_store.get_session(connection, session_id), "inference session", session_id)
     if session["state"] != "active":
         raise failure(*ended_session(session_id, session["state"]))
     return session
@@ -119,13 +121,13 @@ def ended_session(session_id: str, state: str) -> tuple[str, str]:
     return code, f"session {session_id} is {state}{': ' + why if why else ''}; open a new one"
 
 
-def state_inputs(session: Row | None) -> set[str]:
+def state_inputs(session: SessionRow | None) -> set[str]:
     """The inputs that the session itself feeds."""
     return set(session["state_map"].values()) if session else set()
 
 
 def check_against_model(
-    model: Row, inputs: Mapping[str, Shaped], outputs: Sequence[str] | None, fed: Collection[str] = ()
+    model: KnownModel, inputs: Mapping[str, Shaped], outputs: Sequence[str] | None, fed: Collection[str] = ()
 ) -> None:
     """Refuses names, dtypes and shapes that the loaded model does not take, with all that is wrong at once."""
     require_graph(model, "runs with inputs")
@@ -141,7 +143,7 @@ def check_against_model(
     for name, tensor in inputs.items():
         if name in specs:
             wrong += unfit(specs[name], tensor, f"input {name!r}")
-    known = {spec["name"] for spec in model["outputs"]}
+    known = {spec["name"] for spec in model["outputs"] or ()}
     wrong += [f"unknown output {name!r}" for name in outputs or () if name not in known]
     if wrong:
         takes = [{key: spec[key] for key in ("name", "dtype", "shape")} for spec in model["inputs"]]
@@ -152,7 +154,7 @@ def check_against_model(
         )
 
 
-def require_graph(model: Row, what: str) -> None:
+def require_graph(model: KnownModel, what: str) -> None:
     """Refuses `what` of a pipeline, which has no inputs and outputs of its own. Raises `validation_failed`."""
     if model["model_type"] in RUNS:
         fields = RUNS[model["model_type"]].model_fields
@@ -164,7 +166,7 @@ def require_graph(model: Row, what: str) -> None:
         )
 
 
-def unfit(spec: dict[str, Any], tensor: Shaped, what: str) -> list[str]:
+def unfit(spec: FreeJson, tensor: Shaped, what: str) -> list[str]:
     """What is wrong with a tensor for one of a model's inputs."""
     wrong = []
     if tensor.dtype != spec["dtype"] and not carries(tensor.dtype, spec["dtype"]):
@@ -205,10 +207,10 @@ def check_allocations(context: Context, request: Run, device_id: str) -> dict[st
     return {name: there for name, there in lying.items() if there != device_id}
 
 
-def _readiness(model: Row, snapshot: DirectorySnapshot) -> tuple[Any, ...]:
-    device = snapshot.devices.get(model["device_id"], {})
+def _readiness(model: ModelRow, snapshot: DirectorySnapshot) -> tuple[bool, bool, int, float]:
+    device = snapshot.devices.get(model["device_id"])
     return (
-        device.get("state") != "online",
+        device is None or device["state"] != "online",
         model["state"] != "loaded",
         snapshot.load_of(model["device_id"]),
         -model["named_at"].timestamp(),

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import new_id
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import OpenSession
-from tasks.inference import models as store
+from tasks.inference import session_store as store
 from tasks.inference.residents import find_model, require_graph, unfit
+from tasks.inference.rows import KnownModel, SessionRow
 from tasks.jobs.submit import Promise, keep, recall
-from tasks.memory.plan import check_tensors
+from tasks.memory.named import check_tensors
 from tasks.planning.context import Context, owner_of, store_tensors
-from tasks.statements import Row, transaction
+from tasks.statements import transaction
 
 
-def open_session(context: Context, request: OpenSession, promise: Promise | None = None) -> Row:
+def open_session(context: Context, request: OpenSession, promise: Promise | None = None) -> SessionRow:
     """Records a session with a model and gives its row; under a key that was used before, the session of that time.
 
     Raises `input_mismatch` where a state output cannot feed its input, `too_many_sessions` over the device's limit,
@@ -32,13 +32,13 @@ def open_session(context: Context, request: OpenSession, promise: Promise | None
         return earlier
 
 
-def _earlier(context: Context, promise: Promise) -> Row | None:
+def _earlier(context: Context, promise: Promise) -> SessionRow | None:
     with context.engine.connect() as connection:
         made = recall(connection, promise)
         return None if made is None else store.get_session(connection, made[0])
 
 
-def _open_session(context: Context, request: OpenSession, promise: Promise | None) -> Row:
+def _open_session(context: Context, request: OpenSession, promise: Promise | None) -> SessionRow:
     owner = owner_of(context, JobOptions(owner=request.owner))
     model = find_model(context, request.model_id, request.model_name, owner=owner)
     require_graph(model, "sessions")
@@ -74,15 +74,15 @@ def _open_session(context: Context, request: OpenSession, promise: Promise | Non
     return made
 
 
-def _check_state(model: Row, request: OpenSession) -> None:
+def _check_state(model: KnownModel, request: OpenSession) -> None:
     """Refuses state that the model cannot go round with; a model that is still loading is checked by its runs."""
     fed = list(request.state.values())
     if len(set(fed)) != len(fed):
         raise failure("validation_failed", "state feeds one input from two outputs")
     if not model["inputs"]:
         return
-    inputs: dict[str, Any] = {spec["name"]: spec for spec in model["inputs"]}
-    outputs: dict[str, Any] = {spec["name"]: spec for spec in model["outputs"]}
+    inputs = {spec["name"]: spec for spec in model["inputs"]}
+    outputs = {spec["name"]: spec for spec in model["outputs"] or ()}
     wrong = [f"unknown output {name!r}" for name in request.state if name not in outputs]
     wrong += [f"unknown input {name!r}" for name in fed if name not in inputs]
     for output, name in request.state.items():
@@ -99,7 +99,7 @@ def _check_state(model: Row, request: OpenSession) -> None:
         )
 
 
-def _unlike(output: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _unlike(output: FreeJson, wanted: FreeJson) -> list[str]:
     """Why an output can never feed an input: another dtype, another rank, or two numbers that differ."""
     pair = f"output {output['name']!r} cannot feed input {wanted['name']!r}"
     if output["dtype"] == "json":

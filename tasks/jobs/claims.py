@@ -15,14 +15,15 @@ from sqlalchemy import Connection
 
 from device_operations.jobs import BEGIN, CLAIM_AHEAD, State
 from tasks.database import dumps
-from tasks.jobs.states import listed
-from tasks.jobs.store import Claims
-from tasks.statements import Prepared, Row
+from tasks.jobs.model import ClaimedRow
+from tasks.jobs.store.claiming import Claims
+from tasks.records.states import listed
+from tasks.statements import Prepared
 
 _CLAIM_AHEAD = Claims("claim_jobs_ahead", CLAIM_AHEAD, "started_at = NULL", returns="clock_timestamp() AS claimed_at,")
 
 
-def claim_ahead(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[Row]:
+def claim_ahead(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int) -> list[ClaimedRow]:
     """Claims jobs that the device is to begin with later, under the same conditions as `jobs.claim`.
 
     Their rows have `claimed_at` besides: the database's clock at the claim, from which the worker counts on.

@@ -1,33 +1,32 @@
 """What the end of a job does to the records of what it made or used, one module for each noun.
 
-An `Effect` is called with the ended job's row, the worker's facts and the epoch, and returns the resources that fell
-with the job, each with the error that jobs needing it fail with. `tasks.kinds` says which kind has which. `lose` is
-what a worker's death does to the records of every noun.
+An `Effect` is called with the ended job's row, the worker's facts and the epoch, and returns the resources that are
+gone with the job. `tasks.kinds` says which kind has which. `lose` is what a worker's death does to every noun's
+records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import JsonObject
 from tasks.inference import effects as inference
-from tasks.jobs.store import Ending
+from tasks.jobs.model import Ending, Facts, Fallen, JobRow
 from tasks.memory import effects as memory
-from tasks.statements import Row
 from tasks.training import effects as training
 
-#: Resources that fell, each with the error that the jobs needing it fail with.
-Fallen = list[tuple[str, dict[str, Any]]]
-Effect = Callable[[Connection, Row, dict[str, Any], int | None], Fallen]
+#: What the end of one job does, given the facts about it and the epoch that ran it.
+Effect: TypeAlias = Callable[[Connection, JobRow, Facts, int | None], Fallen]
 
 #: The same for all jobs of a kind that ended together, with the facts of each by job id.
-JointEffect = Callable[[Connection, list[Row], dict[str, dict[str, Any]], int | None], Fallen]
+JointEffect: TypeAlias = Callable[[Connection, list[JobRow], Mapping[str, Facts], int | None], Fallen]
 
 #: Ends one job and has all its effects, after which nothing falls; gives the rows that ended. Raises if it is refused.
-EndAtOnce = Callable[[Connection, Ending, dict[str, Any], int], list[Row]]
+EndAtOnce: TypeAlias = Callable[[Connection, Ending, Facts, int], list[JobRow]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +37,14 @@ class Lost:
     models: list[str] = field(default_factory=list)
     sessions: list[str] = field(default_factory=list)
 
-    def failing(self) -> list[tuple[list[str], dict[str, Any]]]:
+    def failing(self) -> list[tuple[list[str], JsonObject]]:
         """The lost resources whose jobs fail, with the error. Models come back by themselves."""
-        told = []
+        failing: list[tuple[list[str], JsonObject]] = []
         if self.allocations:
-            told.append((self.allocations, memory.LOST))
+            failing.append((self.allocations, memory.LOST))
         if self.sessions:
-            told.append((self.sessions, inference.SESSION_LOST))
-        return told
+            failing.append((self.sessions, inference.SESSION_LOST))
+        return failing
 
 
 def lose(connection: Connection, device_id: str, epoch: int) -> Lost:

@@ -2,7 +2,7 @@
 
     claim ─▶ (the device works, no transaction open) ─▶ finish ─▶ announce
                                                      └▶ retry
-    end, rescue, put_back: what is done to jobs that no worker will end
+    end, cancel, and tasks.jobs.rescue: what is done to jobs that no worker will end
 
 Whoever ends a job runs its kind's effects (`tasks.jobs.effects`) in the same transaction, so a failed allocation gives
 its reservation back whether a worker, a cancellation or a death ended it.
@@ -10,64 +10,55 @@ its reservation back whether a worker, a cancellation or a death ended it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import structlog
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, State
+from device_operations.json_types import JsonObject
 from tasks.database import dumps
-from tasks.devices import store as device_store
-from tasks.jobs import effects, store
 from tasks.jobs import lost_ends as ends
-from tasks.jobs.effects import Fallen
-from tasks.jobs.store import Ending
+from tasks.jobs import store
+from tasks.jobs.model import ClaimedRow, Ending, Facts, FailedPredecessor, Fallen, JobRow, JobView, Outcome
 from tasks.jobs.unflushed import Unflushed
 from tasks.kinds import spec_of
 from tasks.redis.publish import Publisher
-from tasks.statements import Row, transaction
+from tasks.statements import transaction
+
+__all__ = [
+    "CANCELLED",
+    "Outcome",
+    "announce",
+    "cancel",
+    "cancel_successors",
+    "end",
+    "expired",
+    "expired_on_receipt",
+    "fail_needing",
+    "finish",
+    "leaves_nothing",
+    "log_end",
+    "predecessor_failed",
+    "recover",
+    "settle",
+]
 
 log = structlog.get_logger(__name__)
 
 _CLAIMABLE = tuple(sorted(CLAIMABLE))
 
-#: Deaths of a worker on one job after which the job itself is suspected.
-POISON_DEATHS = 3
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What came of a job on a device. `facts` are for the kind's effects: measured sizes, shapes, hashes."""
-
-    job_id: str
-    state: State
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-    device_ms: float | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    #: Where making the result takes time that the device need not wait for: called once, before the end is recorded.
-    pending: Callable[[], dict[str, Any]] | None = None
-
-    def ending(self, claimed: Row) -> Ending:
-        """The same, as the store records it; `claimed` is the job's row as the worker has it."""
-        device_ms = None if self.device_ms is None else round(self.device_ms, 3)
-        # Only who claimed ahead of the device knows when that began.
-        started_at = claimed["started_at"] if "claimed_at" in claimed else None
-        return Ending(self.job_id, self.state.value, self.result, self.error, device_ms, started_at)
-
 
 def finish(
     engine: Engine,
     outcomes: Sequence[Outcome],
-    claimed: Mapping[str, Row],
+    claimed: Mapping[str, ClaimedRow],
     epoch: int,
     unflushed: Unflushed | None = None,
-) -> list[Row]:
+) -> list[JobRow]:
     """Ends jobs that ran under `epoch`, and everything that falls with them. Gives all rows that ended.
 
     `claimed` are the jobs' rows as they were claimed. A job that is not among the rows had been ended by someone else:
@@ -93,7 +84,7 @@ def finish(
         return rows + settle(connection, rows, facts, epoch)
 
 
-def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
+def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, ClaimedRow], epoch: int) -> list[JobRow]:
     """The rows of jobs that `finish` did not find running, and that ended as `outcomes` say all the same.
 
     Either an earlier try was carried out although its connection broke before it said so; or PostgreSQL crashed and
@@ -102,20 +93,19 @@ def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, R
     """
     with engine.connect() as connection:
         found = store.get_many(connection, [outcome.job_id for outcome in outcomes])
-    recorded: list[Row] = []
-    unclaimed: list[Row] = []
+    recorded: list[JobRow] = []
+    unclaimed: list[JobRow] = []
     for outcome in outcomes:
         before, now = claimed[outcome.job_id], found.get(outcome.job_id)
         if now is not None and now["state"] in TERMINAL:
             if (now["state"], now["epoch"], now["attempt"]) == (outcome.state, epoch, before["attempt"]):
                 recorded.append(now)
         elif leaves_nothing(before["kind"], before["needs"]):
-            unclaimed.append(
-                {
-                    **before, "state": outcome.state.value, "result": outcome.result, "error": outcome.error,
-                    "device_ms": outcome.device_ms, "finished_at": None,
-                }
-            )  # fmt: skip
+            lost: ClaimedRow = {
+                **before, "state": outcome.state.value, "result": outcome.result, "error": outcome.error,
+                "device_ms": outcome.device_ms, "finished_at": None,
+            }  # fmt: skip
+            unclaimed.append(lost)
     if unclaimed:
         with engine.connect() as connection:
             again = ends.record_unclaimed(connection, dumps(unclaimed))
@@ -125,7 +115,7 @@ def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, R
     return recorded
 
 
-def _endings(outcomes: Sequence[Outcome], claimed: Mapping[str, Row]) -> list[Ending]:
+def _endings(outcomes: Sequence[Outcome], claimed: Mapping[str, ClaimedRow]) -> list[Ending]:
     return [outcome.ending(claimed[outcome.job_id]) for outcome in outcomes]
 
 
@@ -137,7 +127,9 @@ def leaves_nothing(kind: str, needs: Sequence[str]) -> bool:
     return len(needs) == 1 and spec_of(kind).leaves_nothing
 
 
-def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, Row], epoch: int) -> list[Row]:
+def _finish_each(
+    engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, ClaimedRow], epoch: int
+) -> list[JobRow]:
     """Ends jobs whose kind has one statement for all of it. One that is refused has failed, and changed nothing.
 
     Those of one resource that waited together commit together, so that a slow disk does not slow them; each alone
@@ -161,7 +153,7 @@ def _finish_each(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[s
     return rows + _end_successors(engine, rows)
 
 
-def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, Row], epoch: int) -> list[Row]:
+def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, ClaimedRow], epoch: int) -> list[JobRow]:
     row = claimed[outcome.job_id]
     end = spec_of(row["kind"]).ends_at_once(outcome.facts)
     assert end is not None
@@ -170,12 +162,12 @@ def _end_alone(connection: Connection, outcome: Outcome, claimed: Mapping[str, R
 
 def settle(
     connection: Connection,
-    rows: Sequence[Row],
-    facts: dict[str, dict[str, Any]] | None = None,
+    rows: Sequence[JobRow],
+    facts: Mapping[str, Facts] | None = None,
     epoch: int | None = None,
-) -> list[Row]:
+) -> list[JobRow]:
     """Runs the effects of jobs that have just ended, and ends those that cannot do without them; gives the latter."""
-    fallen: list[Row] = []
+    fallen: list[JobRow] = []
     ended = list(rows)
     while ended:
         lost = _apply_effects(connection, ended, facts or {}, epoch)
@@ -187,11 +179,11 @@ def settle(
 
 
 def _apply_effects(
-    connection: Connection, jobs: Sequence[Row], facts: dict[str, dict[str, Any]], epoch: int | None
+    connection: Connection, jobs: Sequence[JobRow], facts: Mapping[str, Facts], epoch: int | None
 ) -> Fallen:
     """Runs the effects of jobs that have just ended, with what the worker found out about each."""
     fallen: Fallen = []
-    by_kind: dict[str, list[Row]] = {}
+    by_kind: dict[str, list[JobRow]] = {}
     for job in jobs:
         by_kind.setdefault(job["kind"], []).append(job)
     for kind, ended in by_kind.items():
@@ -200,11 +192,11 @@ def _apply_effects(
             fallen += spec.joint_effect(connection, ended, facts, epoch)
         elif spec.effect is not None:
             for job in ended:
-                fallen += spec.effect(connection, job, facts.get(job["id"], {}), epoch)
+                fallen += spec.effect(connection, job, facts.get(job["id"], Facts()), epoch)
     return fallen
 
 
-def cancel_successors(connection: Connection, rows: Sequence[Row]) -> list[Row]:
+def cancel_successors(connection: Connection, rows: Sequence[FailedPredecessor]) -> list[JobRow]:
     """Cancels what requires those of `rows` to succeed that ended otherwise. Effects, and their own, are the caller's.
 
     A worker that dies before it comes to this leaves it to the claim, which refuses such a job.
@@ -219,7 +211,7 @@ def cancel_successors(connection: Connection, rows: Sequence[Row]) -> list[Row]:
     return store.end_open(connection, endings, sorted(CLAIMABLE)) if endings else []
 
 
-def _end_successors(engine: Engine, rows: Sequence[Row]) -> list[Row]:
+def _end_successors(engine: Engine, rows: Sequence[JobRow]) -> list[JobRow]:
     """The same where the ends of `rows` are recorded already, with all that falls then."""
     if all(row["state"] == State.SUCCEEDED for row in rows):
         return []
@@ -228,7 +220,7 @@ def _end_successors(engine: Engine, rows: Sequence[Row]) -> list[Row]:
         return cancelled + settle(connection, cancelled)
 
 
-def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dict[str, Any]) -> list[Row]:
+def fail_needing(connection: Connection, resource_ids: Sequence[str], error: JsonObject) -> list[JobRow]:
     """Fails jobs that have not started and need any of the resources, with `error`. Effects are the caller's."""
     waiting = store.open_needing(connection, resource_ids)
     endings = [
@@ -237,14 +229,14 @@ def fail_needing(connection: Connection, resource_ids: Sequence[str], error: dic
     return store.end_open(connection, endings) if endings else []
 
 
-def end(engine: Engine, endings: Sequence[Ending], leaving: Sequence[State]) -> list[Row]:
+def end(engine: Engine, endings: Sequence[Ending], leaving: Sequence[State]) -> list[JobRow]:
     """Ends jobs from the states `leaving`, with their effects, and gives every row that ended."""
     with transaction(engine) as connection:
         rows = store.end_open(connection, endings, leaving)
         return rows + settle(connection, rows)
 
 
-def cancel(engine: Engine, publisher: Publisher, job_ids: Collection[str]) -> list[Row]:
+def cancel(engine: Engine, publisher: Publisher, job_ids: Collection[str]) -> list[JobRow]:
     """Cancels those of `job_ids` that wait, and asks the workers of those that are claimed. Gives the open ones' rows.
 
     What a worker has claimed ahead of its device is the worker's to end: it alone knows that it will not begin it.
@@ -252,7 +244,7 @@ def cancel(engine: Engine, publisher: Publisher, job_ids: Collection[str]) -> li
     with engine.connect() as connection:
         rows = store.request_cancel(connection, job_ids)
     waiting = [row for row in rows if row["state"] in CLAIMABLE and not store.is_claimed(row)]
-    ended: list[Row] = []
+    ended: list[JobRow] = []
     if waiting:
         ended = end(engine, [Ending(row["id"], State.CANCELLED.value, error=CANCELLED) for row in waiting], _CLAIMABLE)
         announce(publisher, ended)
@@ -263,7 +255,7 @@ def cancel(engine: Engine, publisher: Publisher, job_ids: Collection[str]) -> li
     return list(by_id.values())
 
 
-def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def announce(publisher: Publisher, rows: Sequence[JobRow]) -> list[JobView]:
     """Publishes to all gateways, and to the log, that jobs have ended. Gives the jobs as callers see them."""
     views = [store.view(row) for row in rows]
     publisher.done(views)
@@ -272,7 +264,7 @@ def announce(publisher: Publisher, rows: Sequence[Row]) -> list[dict[str, Any]]:
     return views
 
 
-def log_end(row: Row) -> None:
+def log_end(row: JobRow) -> None:
     """One line for a job that has ended."""
     timings = store.timings(row)
     log.info(
@@ -283,101 +275,13 @@ def log_end(row: Row) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Rescue:
-    """What a worker's death led to."""
-
-    ended: list[Row]
-    requeued: list[Row]
-    lost_allocations: list[str]
-    lost_models: list[str]
-    lost_sessions: list[str]
-
-
-def rescue(connection: Connection, device_id: str, epoch: int, begun: Collection[str] | None = None) -> Rescue:
-    """Declares lost what `device_id` held up to `epoch`, in the caller's transaction, which holds the device's lock.
-
-    Jobs that the device had begun and that are safe to repeat go back to the queue, the others fail with
-    `worker_lost`; the third death on one job makes it `poison`. What was claimed and not begun goes back as if nothing
-    had happened. Jobs that need what was lost fail with its code.
-
-    `begun` are the ids of the jobs that the device had begun, where the worker itself says so.
-    """
-    lost = effects.lose(connection, device_id, epoch)
-    claimed = store.claimed_under(connection, device_id, epoch)
-    died = _may_have_begun(claimed) if begun is None else set(begun)
-    requeued, ended = _give_up(connection, device_id, claimed, died)
-    for resource_ids, error in lost.failing():
-        ended += fail_needing(connection, resource_ids, error)
-    ended += settle(connection, ended)
-    gone = {row["id"] for row in ended}
-    device_store.mark_buried(connection, device_id, epoch)
-    return Rescue(
-        ended,
-        [row for row in requeued if row["id"] not in gone],
-        lost.allocations,
-        lost.models,
-        lost.sessions,
-    )
-
-
-def put_back(connection: Connection, device_id: str, epoch: int, job_ids: Collection[str]) -> Rescue | None:
-    """Treats jobs claimed under a living epoch, and that its worker does not hold, as if the worker had died.
-
-    Those of `job_ids` that are still claimed so, in the caller's transaction; None when `epoch` no longer stands. What
-    the epoch holds on the device stays.
-    """
-    device = device_store.lock(connection, device_id)
-    if device is None or device["epoch"] != epoch or device["buried"]:
-        return None
-    unheld = [job for job in store.claimed_under(connection, device_id, epoch) if job["id"] in job_ids]
-    died = {job["id"] for job in unheld if job["state"] == State.RUNNING}
-    requeued, ended = _give_up(connection, device_id, unheld, died)
-    ended += settle(connection, ended)
-    return Rescue(ended, requeued, [], [], [])
-
-
-def _give_up(
-    connection: Connection, device_id: str, claimed: Sequence[Row], died: Collection[str]
-) -> tuple[list[Row], list[Row]]:
-    """Claimed jobs that no worker will end: those that went back to the queue, and those that ended.
-
-    `died` are the ids of those that the device had begun, for which this counts as a death.
-    """
-    endings: list[Ending] = []
-    again: list[str] = []
-    for job in claimed:
-        if job["id"] in died and job["deaths"] + 1 >= POISON_DEATHS:
-            endings.append(Ending(job["id"], State.FAILED.value, error=_poison(job)))
-        elif job["cancel_requested"]:
-            endings.append(Ending(job["id"], State.CANCELLED.value, error=CANCELLED))
-        elif job["id"] not in died or spec_of(job["kind"]).repeatable:
-            again.append(job["id"])
-        else:
-            endings.append(Ending(job["id"], State.FAILED.value, error=_worker_lost(device_id)))
-    requeued: list[Row] = []
-    for counts in (True, False):
-        ids = [job_id for job_id in again if (job_id in died) is counts]
-        requeued += store.requeue(connection, ids, died=counts) if ids else []
-    return requeued, store.end_open(connection, endings) if endings else []
-
-
-def _may_have_begun(claimed: Sequence[Row]) -> set[str]:
-    """The jobs that a worker which died may have had on its device.
-
-    `running` is recorded a little after the device began with a job that was claimed ahead. So where nothing stands as
-    running, any of those that were claimed ahead may have been on the device, and killed the worker.
-    """
-    running = {job["id"] for job in claimed if job["state"] == State.RUNNING}
-    return running or {job["id"] for job in claimed}
-
-
 #: The error of a job that was cancelled.
 CANCELLED = failure("cancelled", "The job was cancelled.").as_job_error()
 
 
-def expired(job: Row) -> dict[str, Any]:
+def expired(job: JobRow) -> JsonObject:
     """The error of a job that waited past its expiry."""
+    assert job["expires_at"] is not None
     seconds = round((job["expires_at"] - job["submitted_at"]).total_seconds(), 3)
     return failure(
         "expired",
@@ -386,14 +290,14 @@ def expired(job: Row) -> dict[str, Any]:
     ).as_job_error()
 
 
-def expired_on_receipt(seconds_ago: float) -> dict[str, Any]:
+def expired_on_receipt(seconds_ago: float) -> JsonObject:
     """The error of a Celery task whose message came after its `expires`."""
     return failure(
         "expired", f"The task had expired {seconds_ago:.3g} s before its message was received."
     ).as_job_error()
 
 
-def predecessor_failed(before: Row) -> dict[str, Any]:
+def predecessor_failed(before: FailedPredecessor) -> JsonObject:
     """The error of a job that requires `before` to succeed: a row with its id, kind, state and error."""
     why = (before["error"] or {}).get("message", "")
     return failure(
@@ -401,21 +305,4 @@ def predecessor_failed(before: Row) -> dict[str, Any]:
         f"Job {before['id']} ({before['kind']}), which has to succeed first (job.after_success), is "
         f"{before['state']}{': ' + why if why else ''}",
         detail={"job_id": before["id"], "state": before["state"], "code": (before["error"] or {}).get("code")},
-    ).as_job_error()
-
-
-def _worker_lost(device_id: str) -> dict[str, Any]:
-    return failure(
-        "worker_lost",
-        f"The worker of {device_id} died while the job ran, and the job is not safe to repeat by itself; "
-        "what it changed on the device is lost. Submit it again.",
-        detail={"device_id": device_id},
-    ).as_job_error()
-
-
-def _poison(job: Row) -> dict[str, Any]:
-    return failure(
-        "poison",
-        f"{job['deaths'] + 1} workers died while they ran this job; it is not tried again.",
-        detail={"deaths": job["deaths"] + 1},
     ).as_job_error()

@@ -10,25 +10,11 @@ from collections.abc import Collection
 from sqlalchemy import Connection
 
 from device_operations.jobs import RECOVER, State
-from tasks.jobs.states import listed
-from tasks.jobs.store import CLAIMED_UNDER, COLUMNS
-from tasks.statements import Row, row, rows
-
-#: What is kept of an ended job, with PostgreSQL's types: all of its row that lasts, so that a row can be made anew.
-_KEPT = {
-    "id": "text", "kind": "text", "state": "text", "device_id": "text", "queue": "text", "priority": "smallint",
-    "attempt": "int", "max_attempts": "int", "deaths": "int", "request": "jsonb", "resource_type": "text",
-    "resource_id": "text", "needs": "text[]", "after": "text[]", "owner": "text", "labels": "jsonb",
-    "submitted_at": "timestamptz", "started_at": "timestamptz", "finished_at": "timestamptz",
-    "expires_at": "timestamptz", "timeout_seconds": "float8", "device_ms": "float8", "epoch": "int",
-    "cancel_requested": "boolean", "progress": "jsonb", "result": "jsonb", "error": "jsonb", "celery": "jsonb",
-    "webhook_url": "text", "retried_from": "text",
-}  # fmt: skip
-
-#: What an end changes in a row that is still there.
-_CHANGED = (
-    "state", "device_id", "attempt", "started_at", "finished_at", "device_ms", "epoch", "progress", "result", "error",
-)  # fmt: skip
+from tasks.jobs.model import ClaimedRow, ClaimedSince, JobRow
+from tasks.jobs.store.claiming import CLAIMED_UNDER
+from tasks.jobs.store.columns import ENDED, KEPT, SELECTED
+from tasks.records.states import listed
+from tasks.statements import row, rows
 
 
 def _given(name: str) -> str:
@@ -38,15 +24,15 @@ def _given(name: str) -> str:
 
 
 _RECORD = f"""
-    INSERT INTO jobs ({", ".join(_KEPT)}, webhook_attempt, webhook_due_at)
-    SELECT {", ".join(map(_given, _KEPT))}, CASE WHEN kept.webhook_url IS NOT NULL THEN 0 END,
+    INSERT INTO jobs ({", ".join(KEPT)}, webhook_attempt, webhook_due_at)
+    SELECT {", ".join(map(_given, KEPT))}, CASE WHEN kept.webhook_url IS NOT NULL THEN 0 END,
         CASE WHEN kept.webhook_url IS NOT NULL THEN clock_timestamp() END
-    FROM jsonb_to_recordset(%(jobs)s::jsonb) AS kept ({", ".join(f"{name} {kind}" for name, kind in _KEPT.items())})
+    FROM jsonb_to_recordset(%(jobs)s::jsonb) AS kept ({", ".join(f"{name} {kind}" for name, kind in KEPT.items())})
     {{where}}
-    ON CONFLICT (id) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _CHANGED)}, due_at = NULL,
+    ON CONFLICT (id) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in ENDED)}, due_at = NULL,
         webhook_attempt = excluded.webhook_attempt, webhook_due_at = excluded.webhook_due_at
     WHERE jobs.state IN {listed(RECOVER.leaving)} {{guard}}
-    RETURNING {COLUMNS}
+    RETURNING {SELECTED}
 """
 
 _ANNOUNCED = _RECORD.format(where="", guard="")
@@ -59,7 +45,7 @@ _UNANNOUNCED = _RECORD.format(
 )
 
 
-def record_again(connection: Connection, jobs: str) -> list[Row]:
+def record_again(connection: Connection, jobs: str) -> list[JobRow]:
     """Records ends that were announced, whatever became of their rows; gives those that had been lost.
 
     `jobs` is a JSON array of whole rows with their requests. What was announced is final: no epoch is asked for.
@@ -67,7 +53,7 @@ def record_again(connection: Connection, jobs: str) -> list[Row]:
     return rows(connection, _ANNOUNCED, {"jobs": jobs})
 
 
-def record_unclaimed(connection: Connection, jobs: str) -> list[Row]:
+def record_unclaimed(connection: Connection, jobs: str) -> list[JobRow]:
     """Records ends of jobs whose claim was lost, if the epoch that ran them stands; gives those that ended so.
 
     The form is the same; `finished_at` may be null, and is now. Nothing changes of a row that was put back, claimed or
@@ -76,12 +62,14 @@ def record_unclaimed(connection: Connection, jobs: str) -> list[Row]:
     return rows(connection, _UNANNOUNCED, {"jobs": jobs})
 
 
-def held_by(connection: Connection, job_ids: Collection[str], device_id: str, epoch: int, *, ahead: bool) -> list[Row]:
+def held_by(
+    connection: Connection, job_ids: Collection[str], device_id: str, epoch: int, *, ahead: bool
+) -> list[ClaimedRow]:
     """Those of `job_ids` that were claimed under `epoch`, for the device or `ahead` of it, as that claim gives them."""
     claimed_at = "clock_timestamp() AS claimed_at," if ahead else ""
     return rows(
         connection,
-        f"SELECT request, {claimed_at} {COLUMNS} FROM jobs WHERE id = ANY(%(ids)s) AND state = %(state)s "
+        f"SELECT request, {claimed_at} {SELECTED} FROM jobs WHERE id = ANY(%(ids)s) AND state = %(state)s "
         "AND device_id = %(device)s AND epoch = %(epoch)s AND finished_at IS NULL",
         {
             "ids": list(job_ids),
@@ -92,12 +80,14 @@ def held_by(connection: Connection, job_ids: Collection[str], device_id: str, ep
     )
 
 
-def on_disk(connection: Connection, job_id: str) -> Row | None:
+def on_disk(connection: Connection, job_id: str) -> JobRow | None:
     """The job's row, which is on the disk now, and all that was recorded before; None where there is none.
 
     A commit waits until the log is on the disk up to its own end. This one is the row's own, and changes nothing.
     """
-    return row(connection, f"UPDATE jobs SET priority = priority WHERE id = %(id)s RETURNING {COLUMNS}", {"id": job_id})
+    return row(
+        connection, f"UPDATE jobs SET priority = priority WHERE id = %(id)s RETURNING {SELECTED}", {"id": job_id}
+    )
 
 
 def flushed(connection: Connection) -> tuple[int, int]:
@@ -111,7 +101,7 @@ def flushed(connection: Connection) -> tuple[int, int]:
     return found["written"], found["flushed"]
 
 
-def claimed(connection: Connection, device_id: str, epoch: int) -> list[Row]:
+def claimed(connection: Connection, device_id: str, epoch: int) -> list[ClaimedSince]:
     """What is claimed under `epoch`, begun or not: id, whether it is to be cancelled, and an age.
 
     `age_seconds` counts from the start, or from the submission where the device has not begun with it.

@@ -1,4 +1,4 @@
-"""What the caller of a job asked for: kept beside the stored request, told again, and submitted again.
+"""What the caller of a job asked for: kept with the stored request, shown again, and submitted again.
 
 request ─▶ kept with the job ─▶ as_asked: in the request's own terms, without what planning added ─▶ to_retry
 
@@ -9,24 +9,24 @@ came up to 64 KiB, else as blobs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, State
 from device_operations.json_text import loads
+from device_operations.json_types import FreeJson, JsonObject
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
 from device_operations.tensors import TEXT_DTYPES, Tensor
 from device_operations.texts import unpack_texts
-from tasks.statements import Row
+from tasks.jobs.model import AskedRow
 
 #: Where a tensor's elements are.
 _SOURCES = ("data", "base64", "blob_id", "allocation_id")
 
 
-def asked_of(request: JobRequest) -> dict[str, Any]:
+def asked_of(request: JobRequest) -> FreeJson:
     """What is kept of a checked request: just what its caller gave, no defaults."""
-    kept: dict[str, Any]
+    kept: FreeJson
     if request.carries_tensors:
         kept = {"fields": sorted(request.model_fields_set - {"job"})}
     else:
@@ -36,18 +36,18 @@ def asked_of(request: JobRequest) -> dict[str, Any]:
     return kept
 
 
-def as_asked(job: Row) -> dict[str, Any]:
+def as_asked(job: AskedRow) -> FreeJson:
     """The request of a job as its caller gave it; `job` has the stored request and what was kept with it."""
     stored, kept = job["request"], job["asked"]
     if kept is None:
         kept = {"fields": _known_fields(Kind(job["kind"]), stored)}
-    told = kept.get("request")
-    if told is None:
-        told = {name: _tensors_as_asked(stored[name]) for name in kept["fields"] if name in stored}
-    return {**told, "job": kept["job"]} if "job" in kept else dict(told)
+    given = kept.get("request")
+    if given is None:
+        given = {name: _tensors_as_asked(stored[name]) for name in kept["fields"] if name in stored}
+    return {**given, "job": kept["job"]} if "job" in kept else dict(given)
 
 
-def to_retry(job: Row, changes: dict[str, Any], read_blob: Callable[[str], Any]) -> dict[str, Any]:
+def to_retry(job: AskedRow, changes: FreeJson, read_blob: Callable[[str], memoryview]) -> FreeJson:
     """The request that tries an ended job again, with the fields of `changes` in place of the first ones.
 
     A field that is null is left out; `job` is changed option by option. What is made gets a new id, except for an
@@ -73,7 +73,7 @@ def to_retry(job: Row, changes: dict[str, Any], read_blob: Callable[[str], Any])
     return {**request, **{name: _sendable(value, job["id"], read_blob) for name, value in kept.items()}}
 
 
-def _known_fields(kind: Kind, stored: dict[str, Any]) -> list[str]:
+def _known_fields(kind: Kind, stored: FreeJson) -> list[str]:
     """The fields that the request's model knows, for a job of which nothing was kept: it came over /v2, or long ago."""
     known = [name for name in REQUESTS[kind].model_fields if name in stored]
     resolved = {"model_id"} if {"model_name", "session_id"} & set(known) else set()
@@ -82,24 +82,24 @@ def _known_fields(kind: Kind, stored: dict[str, Any]) -> list[str]:
     return [name for name in known if name not in resolved]
 
 
-def _is_tensor(value: dict[str, Any]) -> bool:
+def _is_tensor(value: JsonObject) -> bool:
     return "dtype" in value and "shape" in value
 
 
-def _tensors_as_asked(value: Any) -> Any:
+def _tensors_as_asked(value: object) -> object:
     """The value without what planning added to its tensors."""
     if isinstance(value, list):
         return [_tensors_as_asked(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     if _is_tensor(value):
-        # One that came over /v2 is gone once its run has ended; where it lay is nobody's to know.
+        # One that came over /v2 is gone once its run has ended; where it lay is not shown.
         kept = Tensor.model_fields if any(source in value for source in _SOURCES) else ("dtype", "shape")
         return {name: inner for name, inner in value.items() if name in kept}
     return {name: _tensors_as_asked(inner) for name, inner in value.items()}
 
 
-def _sendable(value: Any, job_id: str, read_blob: Callable[[str], Any]) -> Any:
+def _sendable(value: object, job_id: str, read_blob: Callable[[str], memoryview]) -> object:
     """The value with tensors that can be sent again: text above 64 KiB, which lies in a blob, is read from there."""
     if not isinstance(value, dict):
         return value

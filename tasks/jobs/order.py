@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection
 
-from tasks.statements import Prepared, Row, execute, row
+from tasks.jobs.model import KeyAnswer
+from tasks.statements import Prepared, execute, row
 
 
 def lock_order(connection: Connection, resource_ids: Collection[str]) -> dict[str, str | None]:
@@ -46,7 +47,7 @@ _SET = Prepared(
 
 def remember_key(
     connection: Connection, owner: str, route: str, key: str, body_sha256: str, job_ids: Sequence[str]
-) -> Row | None:
+) -> KeyAnswer | None:
     """Keeps the answer for an idempotency key; gives the earlier answer where there is one."""
     parameters = {"owner": owner, "route": route, "key": key, "sha": body_sha256, "ids": list(job_ids)}
     inserted = execute(
@@ -69,7 +70,7 @@ def amend_key(connection: Connection, owner: str, route: str, key: str, job_ids:
     )
 
 
-def recall_key(connection: Connection, owner: str, route: str, key: str) -> Row | None:
+def recall_key(connection: Connection, owner: str, route: str, key: str) -> KeyAnswer | None:
     """What was answered for an idempotency key: `body_sha256`, and the ids of the jobs (or of the session) in order."""
     return row(
         connection,

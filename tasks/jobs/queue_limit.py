@@ -27,8 +27,8 @@ from sqlalchemy import Connection
 
 from device_operations.errors import OperationError, failure
 from tasks.jobs import store
-from tasks.jobs.store import NewJob
-from tasks.statements import Row, execute, rows
+from tasks.jobs.model import JobRow, NewJob
+from tasks.statements import execute, rows
 
 #: Transactions that may count one device's queue at once, and the jobs for it that each may record.
 SLOTS, SLOT_JOBS = 8, 100
@@ -66,7 +66,7 @@ class _Look:
 _Looks = dict[tuple[str, int], _Look]
 
 
-def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
+def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow]:
     """Records jobs in their order, all or none, inside a transaction. `queue_full` where a queue has no place for them.
 
     Ids that exist are left as they are and not returned.
@@ -80,7 +80,7 @@ def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[Row]:
 
 def insert_far(
     connection: Connection, groups: Sequence[Sequence[NewJob]], *, savepoint: bool = False
-) -> list[list[Row]] | None:
+) -> list[list[JobRow]] | None:
     """Records all jobs of all groups if every queue is far from its limit; else None, and nothing is recorded.
 
     With `savepoint`, for a connection inside a transaction, the slot is given up where nothing is recorded. Without, on
@@ -111,7 +111,7 @@ def insert_far(
     return None
 
 
-def _insert_uncounted(connection: Connection, jobs: Sequence[NewJob], limits: Mapping[str, int]) -> list[Row]:
+def _insert_uncounted(connection: Connection, jobs: Sequence[NewJob], limits: Mapping[str, int]) -> list[JobRow]:
     """Records jobs where the looks at their queues say that there are places; else nothing."""
     if len(limits) > MOST_DEVICES:
         return []
@@ -143,14 +143,14 @@ def _look(connection: Connection, limits: Mapping[str, int], looks: _Looks) -> b
     return True
 
 
-def insert_near(connection: Connection, groups: Sequence[Sequence[NewJob]]) -> list[list[Row] | OperationError]:
+def insert_near(connection: Connection, groups: Sequence[Sequence[NewJob]]) -> list[list[JobRow] | OperationError]:
     """Records, in a transaction, each group that finds a place for all of its jobs; `queue_full` for each other."""
     limits = _limits([job for group in groups for job in group])
     waiting: Counter[str | None] = Counter()
     if limits:
         rows(connection, _ALL_SLOTS.format(slots=SLOTS), {"keys": _keys(tuple(limits))})
         waiting.update(store.waiting_counts(connection, limits))
-    answers: list[list[Row] | OperationError] = []
+    answers: list[list[JobRow] | OperationError] = []
     admitted: list[Sequence[NewJob]] = []
     for group in groups:
         wanted = Counter(job.device_id for job in group if job.queue_limit is not None)
@@ -185,7 +185,7 @@ def _keys(device_ids: tuple[str, ...]) -> list[int]:
     return sorted({zlib.crc32(device_id.encode()) - 2**31 for device_id in device_ids})
 
 
-def _grouped(groups: Sequence[Sequence[NewJob]], recorded: list[Row]) -> list[list[Row]]:
+def _grouped(groups: Sequence[Sequence[NewJob]], recorded: list[JobRow]) -> list[list[JobRow]]:
     if len(groups) == 1:
         return [recorded]
     by_id = {row["id"]: row for row in recorded}

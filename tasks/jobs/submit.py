@@ -6,20 +6,19 @@ it last; the resources are locked in order of id, so several gateways agree and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sqlalchemy import Connection, Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import OPEN, State
 from tasks.jobs import lifecycle, order, queue_limit, store
-from tasks.jobs.store import NewJob
+from tasks.jobs.model import JobRow, KeyAnswer, NewJob, Predecessor
 from tasks.owners import Owner, may_see
-from tasks.planning.plan import Plan, Recorded, body_hash
+from tasks.planning.plan import Plan, Recorded, Together, body_hash
 from tasks.redis.publish import Publisher
-from tasks.statements import Row, execute, transaction
+from tasks.statements import execute, transaction
 
 __all__ = ["Plan", "Promise", "Recorded", "body_hash", "keep", "publish", "recall", "recall_jobs", "record", "submit"]
 
@@ -41,7 +40,7 @@ def submit(
     promise: Promise | None = None,
     *,
     relaxed: bool = False,
-) -> list[Row]:
+) -> list[JobRow]:
     """Records all of `plans` or none, publishes them, and gives their rows in order.
 
     `relaxed` does not wait for the disk: only where the caller is promised nothing before the job has ended, or is
@@ -56,7 +55,7 @@ def submit(
     return rows
 
 
-def record(connection: Connection, plans: Sequence[Plan], promise: Promise | None = None) -> list[Row]:
+def record(connection: Connection, plans: Sequence[Plan], promise: Promise | None = None) -> list[JobRow]:
     """Records plans inside the caller's transaction."""
     if promise is not None:
         earlier = keep(connection, promise, [plan.job.id for plan in plans])
@@ -83,7 +82,7 @@ def record(connection: Connection, plans: Sequence[Plan], promise: Promise | Non
     return rows
 
 
-def _without_those_in_vain(connection: Connection, jobs: Sequence[NewJob], rows: list[Row]) -> list[Row]:
+def _without_those_in_vain(connection: Connection, jobs: Sequence[NewJob], rows: list[JobRow]) -> list[JobRow]:
     """The rows, where those of jobs whose predecessors have failed already end at once, and what falls with them."""
     failed = store.failed_before(connection, [job.id for job in jobs if job.requires])
     cancelled = lifecycle.cancel_successors(connection, list(failed.values()))
@@ -92,7 +91,7 @@ def _without_those_in_vain(connection: Connection, jobs: Sequence[NewJob], rows:
 
 
 def _record_together(connection: Connection, plans: Sequence[Plan]) -> Recorded:
-    groups: dict[Any, list[Plan]] = {}
+    groups: dict[Together, list[Plan]] = {}
     for plan in plans:
         if plan.together is not None:
             groups.setdefault(plan.together, []).append(plan)
@@ -106,8 +105,8 @@ def _record_together(connection: Connection, plans: Sequence[Plan]) -> Recorded:
 
 
 def _with_answered(
-    connection: Connection, plans: Sequence[Plan], rows: Sequence[Row], answered: dict[str, str]
-) -> list[Row]:
+    connection: Connection, plans: Sequence[Plan], rows: Sequence[JobRow], answered: dict[str, str]
+) -> list[JobRow]:
     """The rows in the order of `plans`, with the earlier jobs where those answer."""
     by_id = {row["id"]: row for row in rows} | store.get_many(connection, set(answered.values()))
     gone = sorted(set(answered.values()) - by_id.keys())
@@ -116,7 +115,7 @@ def _with_answered(
     return [by_id[answered.get(plan.job.id, plan.job.id)] for plan in plans]
 
 
-def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[Row]) -> None:
+def publish(publisher: Publisher, plans: Sequence[Plan], rows: Sequence[JobRow]) -> None:
     """Publishes what was recorded and is due, and announces what ended as it was recorded."""
     requests = {plan.job.id: plan.job.request for plan in plans}
     publisher.jobs(
@@ -146,7 +145,7 @@ def recall(connection: Connection, promise: Promise) -> list[str] | None:
     return None if earlier is None else _same_body(promise, earlier)
 
 
-def recall_jobs(engine: Engine, promise: Promise | None) -> list[Row] | None:
+def recall_jobs(engine: Engine, promise: Promise | None) -> list[JobRow] | None:
     """The jobs that were made under a key, as they stand; None where the key is new, or there is none."""
     if promise is None:
         return None
@@ -155,7 +154,7 @@ def recall_jobs(engine: Engine, promise: Promise | None) -> list[Row] | None:
         return None if job_ids is None else _in_order(connection, job_ids)
 
 
-def _same_body(promise: Promise, earlier: Row) -> list[str]:
+def _same_body(promise: Promise, earlier: KeyAnswer) -> list[str]:
     if earlier["body_sha256"] != promise.body_sha256:
         raise failure(
             "idempotency_conflict",
@@ -166,7 +165,7 @@ def _same_body(promise: Promise, earlier: Row) -> list[str]:
     return made
 
 
-def _in_order(connection: Connection, job_ids: list[str]) -> list[Row]:
+def _in_order(connection: Connection, job_ids: list[str]) -> list[JobRow]:
     known = store.get_many(connection, job_ids)
     return [known[job_id] for job_id in job_ids if job_id in known]
 
@@ -204,7 +203,7 @@ def _with_predecessors(
     return jobs
 
 
-def _others(plans: Sequence[Plan], known: dict[str, Row]) -> set[str]:
+def _others(plans: Sequence[Plan], known: Mapping[str, Predecessor]) -> set[str]:
     """Predecessors that callers have named and that are other owners' jobs."""
     return {
         job_id

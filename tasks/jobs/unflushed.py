@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -20,8 +21,8 @@ from sqlalchemy import Connection, Engine
 from tasks.database import dumps, is_disconnect
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store
-from tasks.jobs.store import Ending
-from tasks.statements import Relaxed, Row
+from tasks.jobs.model import ClaimedRow, Ending, JobRow
+from tasks.statements import Relaxed
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +44,7 @@ class _Batch:
     as Python has them take several times their text.
     """
 
-    rows: list[Row] | str
+    rows: list[ClaimedRow] | str
     job_ids: list[str]
     size_bytes: int
     position: int | None = None
@@ -77,17 +78,19 @@ class Unflushed:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def end(self, endings: Sequence[Ending], epoch: int, claimed: Mapping[str, Row]) -> list[Row]:
+    def end(self, endings: Sequence[Ending], epoch: int, claimed: Mapping[str, ClaimedRow]) -> list[JobRow]:
         """Ends jobs that run under `epoch` and gives their rows; `claimed` are theirs as claimed, with requests."""
         if self._bytes > KEPT_BYTES or not self._can_ask:
             with self._engine.connect() as connection:
                 return store.end_running(connection, endings, epoch, claimed)
 
-        def end(connection: Connection) -> list[Row]:
+        def end(connection: Connection) -> list[JobRow]:
             rows = store.end_running(connection, endings, epoch, claimed)
             if rows:
                 # What the database read back itself comes without the request.
-                self._keep([row if "request" in row else {**claimed[row["id"]], **row} for row in rows])
+                self._keep(
+                    [cast(ClaimedRow, row) if "request" in row else {**claimed[row["id"]], **row} for row in rows]
+                )
             return rows
 
         return self.relaxed.run(end)
@@ -166,7 +169,7 @@ class Unflushed:
             log.warning("PostgreSQL had lost ends that were announced; they are recorded again", jobs=len(lost))
         self._forget(batches)
 
-    def _keep(self, rows: list[Row]) -> None:
+    def _keep(self, rows: list[ClaimedRow]) -> None:
         told = [(row["request"], row["result"], row["labels"]) for row in rows]
         batch = _Batch(rows, [row["id"] for row in rows], len(dumps(told)) + _ROW_BYTES * len(rows))
         if batch.size_bytes > _LARGE_BYTES:

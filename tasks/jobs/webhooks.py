@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from sqlalchemy import Connection
 
-from tasks.jobs.store import COLUMNS
-from tasks.statements import Row, execute, rows
+from tasks.jobs.model import WebhookRow
+from tasks.jobs.store.columns import SELECTED
+from tasks.statements import execute, rows
 
 
-def due(connection: Connection, limit: int, lease_seconds: float) -> list[Row]:
+def due(connection: Connection, limit: int, lease_seconds: float) -> list[WebhookRow]:
     """Webhooks to deliver now; each is put off by `lease_seconds`, so that another gateway leaves it alone."""
     return rows(
         connection,
@@ -17,7 +18,7 @@ def due(connection: Connection, limit: int, lease_seconds: float) -> list[Row]:
             webhook_due_at = clock_timestamp() + make_interval(secs => %(lease)s)
         WHERE id IN (SELECT id FROM jobs WHERE webhook_due_at <= clock_timestamp() ORDER BY webhook_due_at
             LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
-        RETURNING webhook_attempt, {COLUMNS}
+        RETURNING webhook_attempt, {SELECTED}
         """,
         {"limit": limit, "lease": lease_seconds},
     )

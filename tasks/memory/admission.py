@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from tasks.devices import store as devices
-from tasks.inference import models
+from tasks.inference import idle
 from tasks.memory import allocations
 
 
@@ -27,7 +27,7 @@ def reserve(connection: Connection, device_id: str, size_bytes: int, what: str) 
     free = max(0, budget - reserved)
     freeing = allocations.being_freed(connection, device_id)
     coming = sum(row["size_bytes"] for row in freeing)
-    evictable = sum(graph["reserved_bytes"] for graph in models.evictable_graphs(connection, device_id))
+    evictable = sum(graph["reserved_bytes"] for graph in idle.evictable_graphs(connection, device_id))
     if reserved - coming - evictable + size_bytes > budget:
         raise failure(
             "insufficient_memory",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import JsonObject
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.memory.rows import AllocationBeingFreed, AllocationRow, FreedAllocation, LostAllocation
+from tasks.statements import execute, row, rows
 
 #: The states in which an allocation counts against its device's budget, as SQL.
 _LIVE = "state IN ('pending', 'active')"
 
 
-def insert(connection: Connection, allocations: Sequence[dict[str, Any]]) -> dict[str, str]:
+def insert(connection: Connection, allocations: Sequence[JsonObject]) -> dict[str, str]:
     """Records allocations as `pending`; gives `{allocation_id: job_id}` of those recorded.
 
     An id whose allocation has ended is used anew by the same owner; any other id that is taken is left as it is.
@@ -43,12 +44,12 @@ def insert(connection: Connection, allocations: Sequence[dict[str, Any]]) -> dic
     return {entry["allocation_id"]: entry["job_id"] for entry in found}
 
 
-def get(connection: Connection, allocation_id: str) -> Row | None:
+def get(connection: Connection, allocation_id: str) -> AllocationRow | None:
     """One allocation, or None."""
     return row(connection, "SELECT * FROM allocations WHERE allocation_id = %(id)s", {"id": allocation_id})
 
 
-def get_many(connection: Connection, allocation_ids: Collection[str]) -> dict[str, Row]:
+def get_many(connection: Connection, allocation_ids: Collection[str]) -> dict[str, AllocationRow]:
     """The allocations among `allocation_ids` that exist, by id."""
     found = rows(
         connection, "SELECT * FROM allocations WHERE allocation_id = ANY(%(ids)s)", {"ids": list(allocation_ids)}
@@ -73,10 +74,12 @@ def names_another(connection: Connection, ids: Collection[str]) -> set[str]:
     return {entry["id"] for entry in found}
 
 
-def page(connection: Connection, *, filters: dict[str, Any], before: tuple[str, str] | None, limit: int) -> list[Row]:
+def page(
+    connection: Connection, *, filters: Mapping[str, object], before: tuple[str, str] | None, limit: int
+) -> list[AllocationRow]:
     """Allocations newest first, at most `limit`, after the place `before` (creation time and id) in that order."""
     conditions = [f"{name} = %({name})s" for name in filters]
-    parameters: dict[str, Any] = {**filters, "limit": limit}
+    parameters: dict[str, object] = {**filters, "limit": limit}
     if before is not None:
         conditions.append("(created_at, allocation_id) < (%(before_at)s::timestamptz, %(before_id)s)")
         parameters |= {"before_at": before[0], "before_id": before[1]}
@@ -101,8 +104,8 @@ def activate(connection: Connection, allocation_ids: Collection[str], epoch: int
 
 
 def end(
-    connection: Connection, ended: Collection[tuple[str, str]], state: str, error: dict[str, Any] | None = None
-) -> list[Row]:
+    connection: Connection, ended: Collection[tuple[str, str]], state: str, error: JsonObject | None = None
+) -> list[FreedAllocation]:
     """Live allocations become `freed` or `failed`; gives the rows of those that were live.
 
     `ended` are pairs of allocation and job: one is `failed` only by the job that was to make it.
@@ -125,7 +128,7 @@ def end(
     )
 
 
-def lose(connection: Connection, device_id: str, epoch: int) -> list[Row]:
+def lose(connection: Connection, device_id: str, epoch: int) -> list[LostAllocation]:
     """What the device's epochs up to `epoch` held is `lost`."""
     return rows(
         connection,
@@ -161,7 +164,7 @@ def clear_freeing(connection: Connection, job_ids: Collection[str]) -> None:
     )
 
 
-def being_freed(connection: Connection, device_id: str) -> list[Row]:
+def being_freed(connection: Connection, device_id: str) -> list[AllocationBeingFreed]:
     """Live allocations of the device whose deallocation waits its turn or runs: id, size and that job's id."""
     return rows(
         connection,
@@ -204,7 +207,7 @@ def forget_sha256(connection: Connection, allocation_ids: Collection[str]) -> No
     )
 
 
-def renew(connection: Connection, allocation_id: str, ttl_seconds: float) -> Row | None:
+def renew(connection: Connection, allocation_id: str, ttl_seconds: float) -> AllocationRow | None:
     """Gives a live allocation that is not being freed a new time to live, counted from now."""
     return row(
         connection,
@@ -216,7 +219,7 @@ def renew(connection: Connection, allocation_id: str, ttl_seconds: float) -> Row
     )
 
 
-def expired(connection: Connection, limit: int) -> list[Row]:
+def expired(connection: Connection, limit: int) -> list[AllocationRow]:
     """Live allocations on living devices whose time is up and that nothing frees yet."""
     return rows(
         connection,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import Connection
 
 from tasks.inference.models import LIVE
+from tasks.memory.rows import HeldRow, MemoryStanding
 from tasks.statements import Row, rows
 
 #: What lies on devices or is about to, with what it holds of their budgets, for whom, and since when. A graph is one
@@ -26,7 +25,7 @@ _THINGS = f"""
     FROM training_sessions WHERE state IN ('initializing', 'ready', 'restored')"""
 
 
-def standing(connection: Connection, device_id: str | None = None) -> list[dict[str, Any]]:
+def standing(connection: Connection, device_id: str | None = None) -> list[MemoryStanding]:
     """Every device's memory (or one's), in one statement, so that the figures fit together.
 
     `used_bytes` is what allocations, models and training sessions hold; `reserved_bytes` counts what is about to be
@@ -64,7 +63,7 @@ def standing(connection: Connection, device_id: str | None = None) -> list[dict[
         """,
         {"id": device_id},
     )
-    return [_told(row) for row in found]
+    return [_shown(row) for row in found]
 
 
 def rooms(connection: Connection, device_id: str, allocation_ids: list[str]) -> dict[str, int]:
@@ -87,7 +86,7 @@ def rooms(connection: Connection, device_id: str, allocation_ids: list[str]) -> 
     return {row["id"]: row["room"] for row in found}
 
 
-def _told(row: Row) -> dict[str, Any]:
+def _shown(row: Row) -> MemoryStanding:
     budget, promised = row["budget_bytes"], row["promised_bytes"]
     return {
         "device_id": row["device_id"],
@@ -107,7 +106,7 @@ def _told(row: Row) -> dict[str, Any]:
     }
 
 
-def lying_on(connection: Connection, device_id: str, owner: str | None = None) -> list[Row]:
+def lying_on(connection: Connection, device_id: str, owner: str | None = None) -> list[HeldRow]:
     """What lies on a device or is about to: allocations, models and training sessions, largest first.
 
     Of models that share a graph the first has its bytes and the others 0. For `owner`, its own come before others',

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure
 from device_operations.jobs import State
 from tasks.devices import store as devices
+from tasks.jobs.model import Fallen, JobRow, resource_of
 from tasks.memory import allocations
-from tasks.statements import Row
+from tasks.memory.facts import HashFacts
+from tasks.memory.rows import FreedAllocation
 
 #: The error of jobs that need an allocation which died with its worker.
 LOST = failure(
@@ -24,61 +25,59 @@ FREED = failure(
 ).as_job_error()
 
 
-def allocated(
-    connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None
-) -> list[Any]:
+def allocated(connection: Connection, jobs: list[JobRow], facts: Mapping[str, HashFacts], epoch: int | None) -> Fallen:
     """`memory.allocate` ended: allocations are active, or failed and their reservations given back."""
-    won = [job["resource_id"] for job in jobs if job["state"] == State.SUCCEEDED]
+    won = [resource_of(job) for job in jobs if job["state"] == State.SUCCEEDED]
     if won:
         assert epoch is not None
         allocations.activate(connection, won, epoch)
-    fallen: list[Any] = []
-    gone: list[Row] = []
+    fallen: Fallen = []
+    gone: list[FreedAllocation] = []
     for job in jobs:
         if job["state"] == State.SUCCEEDED:
             continue
         error = error_of(job["error"], job["state"], "The allocation's job")
-        failed = allocations.end(connection, [(job["resource_id"], job["id"])], "failed", error)
+        failed = allocations.end(connection, [(resource_of(job), job["id"])], "failed", error)
         if failed:
             gone += failed
-            fallen.append((job["resource_id"], error))
+            fallen.append((resource_of(job), error))
     _give_back(connection, gone)
     return fallen
 
 
 def deallocated(
-    connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None
-) -> list[Any]:
+    connection: Connection, jobs: list[JobRow], facts: Mapping[str, HashFacts], epoch: int | None
+) -> Fallen:
     """`memory.deallocate` ended: the reservations are free again, and what was to use the allocations fails."""
     failed = [job["id"] for job in jobs if job["state"] != State.SUCCEEDED]
     if failed:
         allocations.clear_freeing(connection, failed)
-    freed = [(job["resource_id"], job["id"]) for job in jobs if job["state"] == State.SUCCEEDED]
+    freed = [(resource_of(job), job["id"]) for job in jobs if job["state"] == State.SUCCEEDED]
     gone = allocations.end(connection, freed, "freed") if freed else []
     _give_back(connection, gone)
     return [(row["allocation_id"], FREED) for row in gone]
 
 
-def changed(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
-    """A copy, clear or write ended: the hash of the bytes is what it told, or, if it had begun, no longer known."""
+def changed(connection: Connection, jobs: list[JobRow], facts: Mapping[str, HashFacts], epoch: int | None) -> Fallen:
+    """A copy, clear or write ended: the hash of the bytes is what it found, or, if it had begun, no longer known."""
     _note_hashes(connection, jobs, facts, forget=True)
     return []
 
 
-def was_read(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], epoch: int | None) -> list[Any]:
-    """A read ended: the hash of the bytes is what it told, or as known as before."""
+def was_read(connection: Connection, jobs: list[JobRow], facts: Mapping[str, HashFacts], epoch: int | None) -> Fallen:
+    """A read ended: the hash of the bytes is what it found, or what was known before."""
     _note_hashes(connection, jobs, facts, forget=False)
     return []
 
 
-def _note_hashes(connection: Connection, jobs: list[Row], facts: dict[str, dict[str, Any]], *, forget: bool) -> None:
+def _note_hashes(connection: Connection, jobs: list[JobRow], facts: Mapping[str, HashFacts], *, forget: bool) -> None:
     hashes: dict[str, tuple[str | None, str]] = {}
     for job in sorted(jobs, key=lambda job: job["seq"]):
-        told = facts.get(job["id"], {})
-        if "sha256" in told:
-            hashes[job["resource_id"]] = (told["sha256"], job["id"])
+        found = facts.get(job["id"], HashFacts())
+        if "sha256" in found:
+            hashes[resource_of(job)] = (found["sha256"], job["id"])
         elif forget and job["started_at"] is not None:
-            hashes[job["resource_id"]] = (None, job["id"])
+            hashes[resource_of(job)] = (None, job["id"])
     if hashes:
         allocations.set_sha256(connection, hashes)
 
@@ -90,7 +89,7 @@ def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
     return [row["allocation_id"] for row in gone]
 
 
-def _give_back(connection: Connection, gone: Sequence[Row]) -> None:
+def _give_back(connection: Connection, gone: Sequence[FreedAllocation]) -> None:
     by_device: dict[str, int] = {}
     for row in gone:
         by_device[row["device_id"]] = by_device.get(row["device_id"], 0) + row["size_bytes"]

@@ -7,40 +7,30 @@ them can be submitted without waiting.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from device_operations.errors import OperationError, failure, from_job_error
+from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind, new_id
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.memory import Allocate, Clear, Copy, Deallocate, Read, Write
-from device_operations.tensors import FIXED_DTYPES, Tensor
-from tasks.jobs.store import NewJob
+from tasks.devices.rows import DeviceRow
+from tasks.jobs.model import NewJob
 from tasks.memory import allocations as store
 from tasks.memory.admission import reserve
-from tasks.owners import absent, found
+from tasks.memory.named import Range, check_range, find, find_many, gone
+from tasks.memory.rows import AllocationRow, KnownAllocation
 from tasks.planning.context import Context, check_blobs, new_job, owner_of, place
 from tasks.planning.earlier import Earlier
 from tasks.planning.plan import Plan, Recorded, body_hash
 from tasks.redis.queues import device_queue
-from tasks.statements import Row
 
 GIB = 2**30
 
 #: The form of the ids that the service itself gives (`new_id`): only an id of this form can be another thing's too.
 _LIKE_OURS = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bytes of an allocation that a job will use; `size_bytes` None is the rest from `offset`."""
-
-    allocation_id: str
-    offset: int = 0
-    size_bytes: int | None = None
 
 
 def plan_allocate(context: Context, request: Allocate, job_id: str) -> Plan:
@@ -70,9 +60,13 @@ def plan_allocate(context: Context, request: Allocate, job_id: str) -> Plan:
     return Plan(job, exclusive=(allocation_id,), together=record_allocations, makes=makes)
 
 
-def foresee(earlier: Earlier, made_id: str, makes: dict[str, Any]) -> None:
+def foresee(earlier: Earlier, made_id: str, makes: FreeJson) -> None:
     """Notes the allocation that an entry makes; of several with one id the first counts."""
-    earlier.allocations.setdefault(made_id, {**makes, "state": "pending", "error": None})
+    allocation: KnownAllocation = {
+        "allocation_id": made_id, "device_id": makes["device_id"], "state": "pending",
+        "size_bytes": makes["size_bytes"], "owner": makes["owner"], "error": None,
+    }  # fmt: skip
+    earlier.allocations.setdefault(made_id, allocation)
 
 
 def record_allocations(connection: Connection, plans: Sequence[Plan]) -> Recorded:
@@ -131,12 +125,12 @@ def record_freeing(connection: Connection, plans: Sequence[Plan]) -> Recorded:
     for plan in late:
         there = known.get(str(plan.job.resource_id))
         if there is None or there["freeing_job_id"] is None:
-            raise _gone(str(plan.job.resource_id), there)
+            raise gone(str(plan.job.resource_id), there)
         answered[plan.job.id] = there["freeing_job_id"]
     return Recorded(answered)
 
 
-def plan_expiry(allocation: Row) -> Plan:
+def plan_expiry(allocation: AllocationRow) -> Plan:
     """Frees an allocation whose time is up, for its owner, also on a device that takes no new jobs of callers."""
     job = NewJob(
         id=new_id(), kind=Kind.MEMORY_DEALLOCATE.value, device_id=allocation["device_id"],
@@ -211,99 +205,27 @@ def plan_read(context: Context, request: Read, job_id: str) -> Plan:
     )
 
 
-def check_allocations(context: Context, ranges: Iterable[Range]) -> dict[str, Row]:
-    """The allocations that another noun's request names, by id, once owner, state and every range are known to fit.
-
-    Raises `allocation_not_found`, `allocation_lost`, `out_of_range`. Whether they lie on the job's device is for the
-    caller to see (`device_id`).
-    """
-    wanted = list(ranges)
-    known = find_many(context, [one.allocation_id for one in wanted])
-    for one in wanted:
-        check_range(known[one.allocation_id], one)
-    return known
-
-
-def ranges_of(tensors: Mapping[str, Tensor], what: str = "input {!r}") -> dict[str, Range]:
-    """The range of each tensor that lies in an allocation, by the tensor's name, which errors put into `what`.
-
-    Raises `dtype_unsupported` for text, whose elements have no fixed size.
-    """
-    ranges = {}
-    for name, tensor in tensors.items():
-        if tensor.allocation_id is None:
-            continue
-        if tensor.dtype not in FIXED_DTYPES:
-            raise failure("dtype_unsupported", f"{what.format(name)}: {tensor.dtype} has no place in an allocation")
-        ranges[name] = Range(tensor.allocation_id, tensor.offset, tensor.size_bytes)
-    return ranges
-
-
-def check_tensors(
-    context: Context, tensors: Mapping[str, Tensor], device_id: str, what: str = "input {!r}"
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The allocations that hold tensors, in order of id, and the device of each tensor that lies elsewhere, by name.
-
-    Raises for allocations that are not the caller's, are gone, or end before their tensor does.
-    """
-    ranges = ranges_of(tensors, what)
-    if not ranges:
-        return (), {}
-    known = check_allocations(context, ranges.values())
-    lying = {name: str(known[one.allocation_id]["device_id"]) for name, one in ranges.items()}
-    return tuple(sorted(known)), {name: there for name, there in lying.items() if there != device_id}
-
-
-def forget_hashes(connection: Connection, allocation_ids: Iterable[str]) -> None:
-    """Another noun's job is about to change these allocations' bytes."""
-    store.forget_sha256(connection, list(allocation_ids))
-
-
-def find(context: Context, allocation_id: str) -> Row:
-    """A usable allocation of the caller's: pending or active."""
-    return find_many(context, [allocation_id])[allocation_id]
-
-
-def find_many(context: Context, allocation_ids: Sequence[str]) -> dict[str, Row]:
-    """Several usable allocations of the caller's, by id; the first that is not usable is refused by its code."""
-    if not allocation_ids:
-        return {}
-    with context.engine.connect() as connection:
-        known = store.get_many(connection, set(allocation_ids))
-    if context.earlier is not None:
-        known = {**context.earlier.allocations, **known}
-    for allocation_id in allocation_ids:
-        there = found(context, known.get(allocation_id), "allocation", allocation_id)
-        if there["state"] not in ("pending", "active"):
-            raise _gone(allocation_id, there)
-    return known
-
-
-def check_range(allocation: Row, wanted: Range) -> int:
-    """The bytes of the range, known to lie inside the allocation; else `out_of_range`."""
-    there = allocation["size_bytes"]
-    size = int(there - wanted.offset) if wanted.size_bytes is None else wanted.size_bytes
-    if wanted.offset + size > there or (wanted.size_bytes is None and size <= 0):
-        raise failure(
-            "out_of_range",
-            f"allocation {allocation['allocation_id']} has {there} bytes; {max(size, 0)} from offset {wanted.offset} "
-            "do not lie inside",
-            detail={"offset": wanted.offset, "size_bytes": max(size, 0), "allocation_bytes": there},
-        )
-    return size
-
-
-def _job_on(context: Context, kind: Kind, request: JobRequest, job_id: str, allocation: Row, **more: Any) -> Any:
-    """The job of a request on the device that holds an allocation."""
+def _job_on(
+    context: Context,
+    kind: Kind,
+    request: JobRequest,
+    job_id: str,
+    allocation: KnownAllocation,
+    *,
+    payload: FreeJson | None = None,
+    needs: Sequence[str] = (),
+    blob_ids: Sequence[str] = (),
+) -> NewJob:
+    """The job of a request on the device that holds an allocation, which it needs unless `needs` says more."""
     owner_of(context, request.job)
-    more.setdefault("needs", [allocation["allocation_id"]])
     return new_job(
-        context, kind, request, job_id, _require_online(context, allocation["device_id"]),
-        resource_type="allocation", resource_id=allocation["allocation_id"], **more,
+        context, kind, request, job_id, _require_online(context, allocation["device_id"]), payload=payload,
+        resource_type="allocation", resource_id=allocation["allocation_id"],
+        needs=needs or [allocation["allocation_id"]], blob_ids=blob_ids,
     )  # fmt: skip
 
 
-def _require_online(context: Context, device_id: str) -> Row:
+def _require_online(context: Context, device_id: str) -> DeviceRow:
     """The device, which must take jobs; a worker that plans for itself takes them."""
     if context.device_id == device_id:
         return context.directory.snapshot().devices[device_id]
@@ -314,20 +236,3 @@ def _taken(allocation_id: str) -> OperationError:
     return failure(
         "allocation_exists", f"the allocation id {allocation_id!r} is taken by another request; choose another"
     )
-
-
-def _gone(allocation_id: str, there: Row | None) -> Exception:
-    """Why an allocation cannot be used."""
-    if there is None:
-        return absent("allocation", allocation_id)
-    if there["state"] == "lost":
-        return failure(
-            "allocation_lost",
-            f"allocation {allocation_id} was lost with the worker of {there['device_id']}; allocate and write it again",
-        )
-    if there["state"] == "failed" and there["error"]:
-        error = from_job_error(there["error"])
-        error.message = f"allocation {allocation_id} failed: {error.message}"
-        error.args = (error.message,)
-        return error
-    return failure("allocation_not_found", f"allocation {allocation_id} was freed")

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, State
+from device_operations.json_types import FreeJson
 from device_operations.requests.addresses import refuse_private
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
 from device_operations.tensors import INLINE_BYTES, TEXT_DTYPES, Tensor, decode, to_bytes
 from device_operations.texts import pack_texts
 from tasks.blobs import records as blob_store
+from tasks.blobs.rows import BlobRow
 from tasks.blobs.store import BlobStore
 from tasks.devices.directory import Directory
+from tasks.devices.rows import DeviceRow
+from tasks.jobs.model import NewJob
 from tasks.jobs.options import asked_of
-from tasks.jobs.store import NewJob
 from tasks.owners import absent, found
 from tasks.planning.earlier import Earlier
 from tasks.redis.queues import device_queue
-from tasks.statements import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Context:
     admin: bool = False
     device_id: str | None = None
     #: What Celery is to be given at the end of a direct caller's task.
-    celery: dict[str, Any] | None = None
+    celery: FreeJson | None = None
     #: What earlier entries of the same submission make; None for a submission of one.
     earlier: Earlier | None = None
 
@@ -52,7 +53,7 @@ def owner_of(context: Context, options: JobOptions) -> str:
     return options.owner
 
 
-def place(context: Context, wanted: str | None, *, size_bytes: int = 0, holding: list[str] | None = None) -> Row:
+def place(context: Context, wanted: str | None, *, size_bytes: int = 0, holding: list[str] | None = None) -> DeviceRow:
     """The device that the job is for: the one given, the one wanted, or the best."""
     if context.device_id is not None and wanted in (None, context.device_id):
         return context.directory.snapshot().devices[context.device_id]
@@ -66,18 +67,37 @@ def new_job(
     kind: Kind,
     request: JobRequest,
     job_id: str,
-    device: Row,
+    device: DeviceRow,
     *,
-    payload: dict[str, Any] | None = None,
-    **more: Any,
+    resource_type: str,
+    resource_id: str,
+    payload: FreeJson | None = None,
+    needs: Sequence[str] = (),
+    blob_ids: Sequence[str] = (),
+    after: Sequence[str] = (),
 ) -> NewJob:
     """The job of a request on a device, with the options that came with it."""
     stored = request.payload() if payload is None else payload
-    return new_stored_job(context, kind, request.job, job_id, device, stored, asked=asked_of(request), **more)
+    return new_stored_job(
+        context, kind, request.job, job_id, device, stored, resource_type=resource_type, resource_id=resource_id,
+        needs=needs, blob_ids=blob_ids, after=after, asked=asked_of(request),
+    )  # fmt: skip
 
 
 def new_stored_job(
-    context: Context, kind: Kind, options: JobOptions, job_id: str, device: Row, payload: dict[str, Any], **more: Any
+    context: Context,
+    kind: Kind,
+    options: JobOptions,
+    job_id: str,
+    device: DeviceRow,
+    payload: FreeJson,
+    *,
+    resource_type: str,
+    resource_id: str,
+    needs: Sequence[str] = (),
+    blob_ids: Sequence[str] = (),
+    after: Sequence[str] = (),
+    asked: FreeJson | None = None,
 ) -> NewJob:
     """The same for a request that is stored as `payload` already."""
     device_id = device["device_id"]
@@ -94,7 +114,7 @@ def new_stored_job(
         priority=options.priority,
         state=(State.SCHEDULED if options.delay_seconds else State.QUEUED).value,
         max_attempts=options.max_attempts,
-        after=[*more.pop("after", ()), *options.after],
+        after=[*after, *options.after],
         own_after=() if context.admin else options.after,
         requires=options.after if options.after_success and options.after else None,
         labels=options.labels,
@@ -105,7 +125,11 @@ def new_stored_job(
         celery=context.celery,
         # A direct message waits already, in Redis: refusing its record would not make the queue shorter.
         queue_limit=context.settings.queue.max_length if context.device_id is None else None,
-        **more,
+        resource_type=resource_type,
+        resource_id=resource_id,
+        needs=needs,
+        blob_ids=blob_ids,
+        asked=asked,
     )
 
 
@@ -152,7 +176,7 @@ def keep_bytes(context: Context, data: bytes | memoryview, owner: str) -> str:
     return stored.blob_id
 
 
-def check_blobs(context: Context, blob_ids: list[str], tensors: dict[str, Tensor] | None = None) -> dict[str, Row]:
+def check_blobs(context: Context, blob_ids: list[str], tensors: dict[str, Tensor] | None = None) -> dict[str, BlobRow]:
     """The rows of blobs that the caller may read; a blob shorter than its tensor is an `input_mismatch`."""
     if not blob_ids:
         return {}

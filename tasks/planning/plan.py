@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import orjson
 from sqlalchemy import Connection
 
-from tasks.jobs.store import NewJob
+from device_operations.json_types import FreeJson
+from tasks.jobs.model import NewJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class Plan:
     job: NewJob
     exclusive: tuple[str, ...] = ()
     record: Callable[[Connection], None] | None = None
-    together: Callable[[Connection, Sequence[Plan]], Recorded] | None = None
-    makes: dict[str, Any] = field(default_factory=dict)
+    together: Together | None = None
+    makes: FreeJson = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Recorded:
     """What came to light while plans were recorded together, by job id.
 
     `answered` names the earlier job that already does what this one was to do: the caller is given that one instead.
-    `dropped` are not needed any more, and nobody waits for them. `after` adds predecessors.
+    `dropped` are not needed any more, and no caller waits for them. `after` adds predecessors.
     """
 
     answered: dict[str, str] = field(default_factory=dict)
@@ -43,6 +44,10 @@ class Recorded:
     after: dict[str, list[str]] = field(default_factory=dict)
 
 
-def body_hash(body: Any) -> str:
+#: Records what several plans make, in the transaction that records their jobs.
+Together: TypeAlias = Callable[[Connection, Sequence[Plan]], Recorded]
+
+
+def body_hash(body: object) -> str:
     """The hash by which two bodies count as the same: of their canonical JSON."""
     return hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -18,8 +18,8 @@ from sqlalchemy import (
 )
 
 from device_operations.jobs import TERMINAL
-from tasks.jobs.states import listed
 from tasks.records.base import Json, Texts, Time, metadata
+from tasks.records.states import listed
 
 #: The states that have ended, as SQL.
 ENDED_SQL = f"state IN {listed(TERMINAL)}"

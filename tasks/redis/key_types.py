@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import redis
 import structlog
 from redis.exceptions import ResponseError, WatchError
 
@@ -12,7 +13,7 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-def with_types(client: Any, expected: Mapping[str, str], step: Callable[[], T]) -> T:
+def with_types(client: redis.Redis, expected: Mapping[str, str], step: Callable[[], T]) -> T:
     """What `step` gives; once more if it failed because one of our keys had another type than `expected` names."""
     try:
         return step()
@@ -24,7 +25,7 @@ def with_types(client: Any, expected: Mapping[str, str], step: Callable[[], T]) 
         return step()
 
 
-def remove_wrong_types(client: Any, expected: Mapping[str, str]) -> None:
+def remove_wrong_types(client: redis.Redis, expected: Mapping[str, str]) -> None:
     """Removes those of our keys whose type is not the one `expected` names (`list`, `hash`, …).
 
     What lies there was not put there by this service and is no message, and while it lies there none can come.
@@ -33,7 +34,8 @@ def remove_wrong_types(client: Any, expected: Mapping[str, str]) -> None:
         with client.pipeline() as pipe:
             try:
                 pipe.watch(key)
-                found = pipe.type(key).decode()
+                answer = pipe.type(key)
+                found = answer.decode() if isinstance(answer, bytes) else answer
                 if found in (kind, "none"):
                     continue
                 pipe.multi()

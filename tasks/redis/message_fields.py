@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TypeGuard
 
 from device_operations.ids import is_job_id
 from device_operations.jobs import Kind
+from device_operations.json_types import FreeJson
 
 #: A part's fields, and whether a value may be theirs.
-Fields = Mapping[str, Callable[[Any], bool]]
+Fields = Mapping[str, Callable[[object], bool]]
 
 #: Characters of a header's text at most. Celery cuts what it makes of arguments at 1,024.
 TEXT_CHARACTERS = 8192
@@ -30,14 +31,14 @@ class Unreadable(Exception):
     """The message is not what it should be. The text says why, in one line, without any of its content."""
 
 
-def object_of(value: Any, what: str) -> dict[str, Any]:
+def object_of(value: object, what: str) -> FreeJson:
     """`value`, which must be an object; `what` names it in the error."""
     if type(value) is not dict:
         raise Unreadable(f"{what} is no object")
     return value
 
 
-def checked(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
+def checked(given: FreeJson, fields: Fields) -> FreeJson:
     """The known fields of an object, as far as they are given."""
     known = {}
     for name, fits in fields.items():
@@ -49,7 +50,7 @@ def checked(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
     return known
 
 
-def checked_all(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
+def checked_all(given: FreeJson, fields: Fields) -> FreeJson:
     """The known fields of an object, all of them; None where one is absent."""
     known = {}
     for name, fits in fields.items():
@@ -59,7 +60,7 @@ def checked_all(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
     return known
 
 
-def is_kind(task: Any) -> bool:
+def is_kind(task: object) -> TypeGuard[str]:
     """Whether the task is one of a job's kind."""
     return type(task) is str and task in _TASKS
 
@@ -67,36 +68,36 @@ def is_kind(task: Any) -> bool:
 _TASKS = frozenset(kind.task for kind in Kind)
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: object) -> bool:
     return type(value) is str and 0 < len(value) <= 255 and value.isprintable()
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return value is None or (type(value) is str and len(value) <= TEXT_CHARACTERS and "\0" not in value)
 
 
-def _is_other_id(value: Any) -> bool:
+def _is_other_id(value: object) -> bool:
     return value is None or is_job_id(value)
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     return value is None or type(value) is bool
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return value is None or (type(value) is int and 0 <= value <= _MAX_NUMBER)
 
 
-def _is_clock(value: Any) -> bool:
+def _is_clock(value: object) -> bool:
     # Celery's clocks go on counting from the highest that they were given.
     return value is None or (type(value) is int and 0 <= value < 2**53)
 
 
-def _is_seconds(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and 0 <= value <= 2**53)
+def _is_seconds(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 2**53)
 
 
-def _is_time(value: Any) -> bool:
+def _is_time(value: object) -> bool:
     if value is None:
         return True
     if type(value) is not str or len(value) > 64:
@@ -108,23 +109,23 @@ def _is_time(value: Any) -> bool:
         return False
 
 
-def _is_timelimit(value: Any) -> bool:
+def _is_timelimit(value: object) -> bool:
     return value is None or (type(value) is list and len(value) == 2 and all(map(_is_seconds, value)))
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return value is None or type(value) is list
 
 
-def _is_object(value: Any) -> bool:
+def _is_object(value: object) -> bool:
     return value is None or type(value) is dict
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return value is None or (type(value) is list and all(map(_is_name, value)))
 
 
-def _is_job_ids(value: Any) -> bool:
+def _is_job_ids(value: object) -> bool:
     return type(value) is list and all(map(is_job_id, value))
 
 

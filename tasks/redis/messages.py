@@ -10,21 +10,18 @@ them is made anew from fields that were checked; what they do not know is left o
 
 from __future__ import annotations
 
-import base64
-import bz2
 import json
-import lzma
 import os
 import re
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 import structlog
 
+from device_operations.json_types import FreeJson
 from tasks.redis import message_fields as fields
+from tasks.redis.message_bodies import body_of, parsed, text_of
 from tasks.redis.message_fields import Unreadable, checked, checked_all, is_kind, object_of
 from tasks.redis.queues import MESSAGE_BYTES, NOTED
 
@@ -46,28 +43,33 @@ class UnknownTask(Unreadable):
         self.task = task
 
 
-class Payload(dict[str, Any]):
+class Payload(FreeJson):
     """A message as kombu takes it, with its body as it was read, so that it is not read a second time."""
 
-    decoded: Any
+    decoded: object
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedMessage:
     """A recorded job's message: the headers `id`, `task`, `argsrepr`, `kwargsrepr`, `NOTED`, and the request."""
 
-    headers: dict[str, Any]
-    request: dict[str, Any]
+    headers: FreeJson
+    request: FreeJson
 
 
 @dataclass(frozen=True, slots=True)
 class Direct:
     """A Celery caller's message: checked headers and properties, the body `[args, kwargs, embed]`, and its text."""
 
-    headers: dict[str, Any]
-    properties: dict[str, Any]
-    body: list[Any]
+    headers: FreeJson
+    properties: FreeJson
+    body: list[object]
     text: str
+
+    @property
+    def embed(self) -> FreeJson:
+        """What Celery passes on to callbacks, chains and chords."""
+        return object_of(self.body[2], "embed")
 
     @property
     def step(self) -> int:
@@ -83,7 +85,7 @@ class Direct:
 
 def read(raw: bytes) -> RecordedMessage | Direct:
     """A message of a device's queue. Raises `Unreadable`."""
-    return _read(_parsed(raw))
+    return _read(parsed(raw))
 
 
 def read_kept(raw: bytes | None, size_bytes: int) -> Direct:
@@ -93,7 +95,7 @@ def read_kept(raw: bytes | None, size_bytes: int) -> Direct:
     """
     if raw is None:
         raise Unreadable(f"the book's entry has {size_bytes} bytes, and {KEPT_BYTES} are allowed")
-    kept = _parsed(raw, KEPT_BYTES)
+    kept = parsed(raw, KEPT_BYTES)
     if type(kept) is not list or not kept:
         raise Unreadable("the book's entry is no list that begins with a message")
     message = _read(kept[0])
@@ -102,18 +104,18 @@ def read_kept(raw: bytes | None, size_bytes: int) -> Direct:
     return message
 
 
-def read_notice(raw: bytes, queue: str, body_fields: Mapping[str, Callable[[Any], bool]] | None = None) -> Payload:
+def read_notice(raw: bytes, queue: str, body_fields: Mapping[str, Callable[[object], bool]] | None = None) -> Payload:
     """A message that is no task, whose body is an object, of `body_fields` where given. Raises `Unreadable`."""
-    envelope = object_of(_parsed(raw), "the message")
-    body, text = _body(envelope)
+    envelope = object_of(parsed(raw), "the message")
+    body, text = body_of(envelope)
     headers = checked(object_of(envelope.get("headers") or {}, "headers"), fields.NOTICE_HEADERS)
     body = object_of(body, "the body")
-    made = _payload(_text(text), headers, {}, queue)
+    made = _payload(text_of(text), headers, {}, queue)
     made.decoded = body if body_fields is None else checked(body, body_fields)
     return made
 
 
-def _payload(text: str, headers: dict[str, Any], properties: dict[str, Any], queue: str) -> Payload:
+def _payload(text: str, headers: FreeJson, properties: FreeJson, queue: str) -> Payload:
     """What kombu is given. The tag is new each time: one that a caller chose may be another message's."""
     return Payload(
         {
@@ -140,10 +142,10 @@ class Wake:
 
     cancel: str | None
     follow: str | None
-    send: dict[str, Any] | None
+    send: FreeJson | None
 
 
-def read_wake(body: Any) -> Wake:
+def read_wake(body: object) -> Wake:
     """The body of a control queue's message. Raises `Unreadable`."""
     asked = checked(object_of(body, "the body"), fields.WAKE)
     send = asked.get("send")
@@ -157,7 +159,7 @@ def refuse(raw: bytes, queue: str, error: Exception) -> None:
     log.warning("message refused", queue=queue, reason=reason(error), size_bytes=len(raw), excerpt=_excerpt(raw))
 
 
-def unstorable(value: Any) -> str | None:
+def unstorable(value: object) -> str | None:
     """Why `value`, made of JSON, can be stored by neither JSON's other readers nor PostgreSQL; None if it can."""
     try:
         text = orjson.dumps(value)
@@ -176,116 +178,44 @@ _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 # ---- the envelope
 
 
-def _parsed(raw: bytes, limit_bytes: int = MESSAGE_BYTES) -> Any:
-    if len(raw) > limit_bytes:
-        raise Unreadable(f"it has {len(raw)} bytes, and {limit_bytes} are allowed; send big payloads as blobs")
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        raise Unreadable("it is no JSON") from None
-
-
-def _read(envelope: Any) -> RecordedMessage | Direct:
+def _read(envelope: object) -> RecordedMessage | Direct:
     envelope = object_of(envelope, "the message")
     headers = object_of(envelope.get("headers"), "headers")
     if NOTED in headers:
         return _recorded(envelope, headers)
     properties = checked(object_of(envelope.get("properties"), "properties"), fields.PROPERTIES)
-    body, text = _body(envelope)
+    body, text = body_of(envelope)
     if "task" not in headers and type(body) is dict:
         headers, body = _from_protocol_1(body)
         text = json.dumps(body)
     headers = checked(headers, fields.HEADERS)
-    _check_body(body)
+    parts = _check_body(body)
     if not is_kind(headers["task"]):
         raise UnknownTask(headers["id"], headers["task"])
-    return Direct(headers, properties, body, _text(text))
+    return Direct(headers, properties, parts, text_of(text))
 
 
-def _recorded(envelope: dict[str, Any], headers: dict[str, Any]) -> RecordedMessage:
+def _recorded(envelope: FreeJson, headers: FreeJson) -> RecordedMessage:
     """Each job over HTTP comes this way, so only what is used of the message is looked at."""
     known = checked_all(headers, fields.NOTED_HEADERS)
     known[NOTED] = checked_all(object_of(headers[NOTED], NOTED), fields.NOTED)
     return RecordedMessage(known, object_of(envelope.get("request"), "request"))
 
 
-def _from_protocol_1(body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def _from_protocol_1(body: FreeJson) -> tuple[FreeJson, list[object]]:
     """Celery's older protocol keeps the headers in the body."""
     embed = {name: body.get(name) for name in ("callbacks", "errbacks", "chord")}
     return body, [body.get("args", []), body.get("kwargs", {}), {**embed, "chain": None}]
 
 
-def _check_body(body: Any) -> None:
+def _check_body(body: object) -> list[object]:
     if type(body) is not list or len(body) != 3:
         raise Unreadable("the body is not [args, kwargs, embed]")
     if type(body[0]) is not list:
         raise Unreadable("args is no list")
     object_of(body[1], "kwargs")
     body[2] = checked(object_of(body[2] or {}, "embed"), fields.EMBED)
-
-
-def _body(envelope: dict[str, Any]) -> tuple[Any, str | bytes]:
-    """The body, read as JSON, and its text, which is UTF-8."""
-    if envelope.get("content-type") != "application/json":
-        raise Unreadable("its content type is not application/json")
-    charset = envelope.get("content-encoding", "utf-8")
-    if type(charset) is not str or charset.lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise Unreadable("its content encoding is not utf-8")
-    body = envelope.get("body")
-    if type(body) is not str:
-        raise Unreadable("the body is no text")
-    text = _unpacked(envelope, body)
-    try:
-        return orjson.loads(text), text
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        # Python's own JSON, which Celery writes, has NaN and infinities: they are read as the words that tensors take.
-        return json.loads(_text(text), parse_constant=str), text
-    except (ValueError, RecursionError):
-        raise Unreadable("the body is no JSON") from None
-
-
-def _text(text: str | bytes) -> str:
-    return text if isinstance(text, str) else text.decode()
-
-
-def _unpacked(envelope: dict[str, Any], body: str) -> str | bytes:
-    properties, headers = envelope.get("properties"), envelope.get("headers")
-    encoding = properties.get("body_encoding") if type(properties) is dict else None
-    compression = headers.get("compression") if type(headers) is dict else None
-    if encoding is None or (type(encoding) is str and encoding.lower() == "utf-8"):
-        if compression is not None:
-            raise Unreadable("the body is compressed and no base64")
-        return body
-    if encoding != "base64":
-        raise Unreadable("the body's encoding is neither base64 nor utf-8")
-    try:
-        data = base64.b64decode(body, validate=True)
-    except ValueError:
-        raise Unreadable("the body is no base64") from None
-    return data if compression is None else _decompressed(data, compression)
-
-
-def _decompressed(data: bytes, compression: Any) -> bytes:
-    opener = _OPENERS.get(compression) if type(compression) is str else None
-    if opener is None:
-        raise Unreadable("the body's compression is not known")
-    try:
-        text: bytes = opener(data)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
-        raise Unreadable("the body cannot be decompressed") from None
-    if len(text) > MESSAGE_BYTES:
-        raise Unreadable(f"decompressed, the body has more than {MESSAGE_BYTES} bytes")
-    return text
-
-
-#: By kombu's names; each gives one byte more than is allowed at most.
-_OPENERS: dict[str, Callable[[bytes], bytes]] = {
-    "application/x-gzip": lambda data: zlib.decompressobj().decompress(data, MESSAGE_BYTES + 1),
-    "application/x-bz2": lambda data: bz2.BZ2Decompressor().decompress(data, MESSAGE_BYTES + 1),
-    "application/x-lzma": lambda data: lzma.LZMADecompressor(memlimit=256 << 20).decompress(data, MESSAGE_BYTES + 1),
-}
+    return body
 
 
 # ---- the log

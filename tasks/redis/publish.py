@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import orjson
 import redis
 import structlog
 
+from device_operations.json_types import FreeJson, JsonObject
+from tasks.jobs.model import JobRow, JobView
 from tasks.redis.queues import DONE_CHANNEL, control_queue, job_channel, message, redis_key
-from tasks.statements import Row
 
 log = structlog.get_logger(__name__)
 
@@ -33,27 +33,27 @@ class Line:
     def __init__(self, client: redis.Redis) -> None:
         self._pool = client.connection_pool
         self._lock = threading.Lock()
-        self._connection: Any = None
+        self._connection: redis.Connection | None = None
 
-    def send(self, *command: str | bytes) -> Any:
+    def send(self, *command: str | bytes) -> object:
         """The answer to one command, which is sent once more over a new connection where the old one is broken."""
         with self._lock:
             if self._connection is None:
                 self._connection = self._pool.get_connection()
             try:
-                return self._answer(command)
+                return self._answer(self._connection, command)
             except (redis.ConnectionError, redis.TimeoutError):
-                return self._answer(command)
+                return self._answer(self._connection, command)
 
-    def _answer(self, command: Sequence[str | bytes]) -> Any:
+    def _answer(self, connection: redis.Connection, command: Sequence[str | bytes]) -> object:
         try:
-            self._connection.send_command(*command)
-            return self._connection.read_response()
+            connection.send_command(*command)
+            return connection.read_response()
         except redis.ResponseError:
             raise
         except BaseException:
-            # Whatever is still to come over it would be taken for the next command's answer.
-            self._connection.disconnect()
+            # What is still to come over it would be taken for the next command's answer.
+            connection.disconnect()
             raise
 
 
@@ -64,7 +64,7 @@ class Publisher:
         self._client = client
         self._line = Line(client)
 
-    def jobs(self, recorded: Sequence[tuple[Row, dict[str, Any]]]) -> bool:
+    def jobs(self, recorded: Sequence[tuple[JobRow, FreeJson]]) -> bool:
         """Puts recorded jobs, with their requests, into their queues; False when Redis did not take them."""
         if not recorded:
             return True
@@ -87,7 +87,7 @@ class Publisher:
             return False
         return True
 
-    def done(self, views: Iterable[dict[str, Any]]) -> None:
+    def done(self, views: Iterable[JobView]) -> None:
         """Announces ended jobs to all gateways: of each a line with its id, a space, and the job as callers see it."""
         lines = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
         try:
@@ -96,20 +96,20 @@ class Publisher:
         except redis.RedisError as error:
             log.warning("announcing failed; waiters read the records at their next look", error=str(error))
 
-    def progress(self, events: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    def progress(self, events: Iterable[tuple[str, Mapping[str, object]]]) -> None:
         """Announces states and progress of open jobs: `(job_id, {"event": …, "data": …})`."""
         try:
             with self._client.pipeline(transaction=False) as pipe:
-                for job_id, told in events:
-                    pipe.publish(job_channel(job_id), orjson.dumps(told, option=orjson.OPT_UTC_Z))
+                for job_id, event in events:
+                    pipe.publish(job_channel(job_id), orjson.dumps(event, option=orjson.OPT_UTC_Z))
                 pipe.execute()
         except redis.RedisError as error:
             log.warning("announcing progress failed", error=str(error))
 
-    def wake(self, device_id: str, told: dict[str, Any]) -> None:
+    def wake(self, device_id: str, asked: JsonObject) -> None:
         """Sends a control message to a device's worker. `tasks.redis.messages.Wake` says what its loss means."""
         body = {
-            "body": orjson.dumps(told).decode(),
+            "body": orjson.dumps(asked).decode(),
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": {},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import orjson
 
 from device_operations.jobs import TASK_PREFIX
+from device_operations.json_types import FreeJson
 from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, is_device_queue, short
+from tasks.jobs.model import JobRow
 
 __all__ = [
     "ANY_QUEUE",
@@ -60,8 +60,8 @@ def redis_keys(queue: str) -> list[str]:
     return [redis_key(queue, priority) for priority in range(9, -1, -1)]
 
 
-def message(job: dict[str, Any], request: dict[str, Any]) -> bytes:
-    """A recorded job's message, which this project's workers alone read: the request beside the headers they use.
+def message(job: JobRow, request: FreeJson) -> bytes:
+    """A recorded job's message, which this project's workers alone read: the request, and the headers that they use.
 
     `job` is a recorded row. Messages without the header `NOTED` come from direct callers, in Celery's own form. A
     request that is too big for a message is left to the record: the claim reads it there.

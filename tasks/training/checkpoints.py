@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
+from device_operations.json_types import JsonObject
 from tasks.database import dumps
-from tasks.statements import Row, execute, row, rows
+from tasks.statements import execute, row, rows
+from tasks.training.facts import NewCheckpoint
+from tasks.training.rows import CheckpointBeingMade, CheckpointRow
 
 #: Whether a session may be brought back from its checkpoint `c`: one taken in the middle of a job serves only while
 #: that job is open, or once it was applied; the log's row says so.
@@ -15,9 +18,9 @@ _OF_ITS_LINE = """(c.run_job_id IS NULL OR EXISTS (SELECT 1 FROM training_steps 
     WHERE l.session_id = c.session_id AND l.sequence = c.sequence + 1 AND l.job_id = c.run_job_id))"""
 
 
-def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None = None) -> bool:
+def insert(connection: Connection, checkpoint: NewCheckpoint, epoch: int | None = None) -> bool:
     """Records a whole checkpoint and its blobs, which do not expire. With `epoch`, only while it holds the session."""
-    stored = {"checkpoint_id": checkpoint["checkpoint_id"], "epoch": epoch, **checkpoint}
+    stored = {**checkpoint, "epoch": epoch, "blobs": dumps(checkpoint["blobs"])}
     return bool(
         execute(
             connection,
@@ -33,17 +36,17 @@ def insert(connection: Connection, checkpoint: dict[str, Any], epoch: int | None
             SELECT %(checkpoint_id)s, %(session_id)s, %(owner)s, %(name)s, %(job_id)s, %(step)s, %(sequence)s,
                 %(run_job_id)s, %(sha256)s, %(size_bytes)s, %(blob_id)s, %(onnx_blob_id)s FROM held
             """,
-            {**stored, "blobs": dumps(checkpoint["blobs"])},
+            stored,
         )
     )
 
 
-def get(connection: Connection, checkpoint_id: str) -> Row | None:
+def get(connection: Connection, checkpoint_id: str) -> CheckpointRow | None:
     """One checkpoint, or None."""
     return row(connection, "SELECT * FROM checkpoints WHERE checkpoint_id = %(id)s", {"id": checkpoint_id})
 
 
-def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
+def being_made(connection: Connection, checkpoint_id: str) -> CheckpointBeingMade | None:
     """The open job that makes a checkpoint, with its request; None where there is none."""
     return row(
         connection,
@@ -53,7 +56,7 @@ def being_made(connection: Connection, checkpoint_id: str) -> Row | None:
     )
 
 
-def page(connection: Connection, session_id: str | None, owner: str | None, limit: int) -> list[Row]:
+def page(connection: Connection, session_id: str | None, owner: str | None, limit: int) -> list[CheckpointRow]:
     """Checkpoints newest first, of one session (the furthest first) or owner where given."""
     # Two that were on their way to the disk together may be recorded in either order.
     order = "created_at DESC" if session_id is None else "sequence DESC, step DESC, created_at DESC"
@@ -68,7 +71,7 @@ def page(connection: Connection, session_id: str | None, owner: str | None, limi
     )
 
 
-def to_restore(connection: Connection, session_id: str, applied_sequence: int) -> list[Row]:
+def to_restore(connection: Connection, session_id: str, applied_sequence: int) -> list[CheckpointRow]:
     """The checkpoints that a session may be brought back from, the furthest first: none ahead of what is recorded."""
     return rows(
         connection,
@@ -133,7 +136,7 @@ def is_needed(connection: Connection, checkpoint_id: str) -> bool:
     return found is not None
 
 
-def mark_damaged(connection: Connection, checkpoint_id: str, damage: dict[str, Any]) -> None:
+def mark_damaged(connection: Connection, checkpoint_id: str, damage: JsonObject) -> None:
     """Notes why a checkpoint could not be read."""
     execute(
         connection,
@@ -142,7 +145,7 @@ def mark_damaged(connection: Connection, checkpoint_id: str, damage: dict[str, A
     )
 
 
-def _delete(connection: Connection, chosen: str, parameters: dict[str, Any]) -> list[str]:
+def _delete(connection: Connection, chosen: str, parameters: Mapping[str, object]) -> list[str]:
     """Deletes the chosen checkpoints; their blobs expire at once, and are swept when nothing open refers to them."""
     found = rows(
         connection,

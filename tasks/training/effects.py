@@ -6,17 +6,16 @@ step unapplied   its number is free again, and queued steps with higher numbers 
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import State
+from device_operations.json_types import JsonObject
 from tasks.devices import store as devices
-from tasks.jobs.store import Ending
-from tasks.statements import Row
-from tasks.training import checkpoints
+from tasks.jobs.model import Ending, Fallen, JobRow, resource_of
+from tasks.training import checkpoints, steps
 from tasks.training import sessions as store
+from tasks.training.facts import CheckpointFacts, InitializeFacts, NewCheckpoint, SessionFacts, StepFacts
 
 #: The error of jobs that were submitted for a session after what ended it.
 SESSION_CLOSED = failure(
@@ -34,9 +33,9 @@ def number_of(session_id: str, sequence: int) -> str:
     return f"{session_id}#{sequence}"
 
 
-def initialized(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def initialized(connection: Connection, job: JobRow, facts: InitializeFacts, epoch: int | None) -> Fallen:
     """A `training.initialize` ended: the session is ready as measured, or failed and its reservation given back."""
-    session_id = job["resource_id"]
+    session_id = resource_of(job)
     if job["state"] == State.SUCCEEDED:
         assert epoch is not None
         settled(connection, session_id, epoch, facts["session"])
@@ -45,7 +44,7 @@ def initialized(connection: Connection, job: Row, facts: dict[str, Any], epoch: 
     return over(connection, session_id, "failed", error)
 
 
-def settled(connection: Connection, session_id: str, epoch: int, facts: dict[str, Any]) -> None:
+def settled(connection: Connection, session_id: str, epoch: int, facts: SessionFacts) -> None:
     """A session is on its device: what was reserved for it becomes what was measured.
 
     Raises `session_closed` where it has ended meanwhile, or the device has another epoch.
@@ -56,7 +55,7 @@ def settled(connection: Connection, session_id: str, epoch: int, facts: dict[str
     devices.adjust_reservation(connection, before["device_id"], facts["memory_bytes"] - before["before"])
 
 
-def over(connection: Connection, session_id: str, state: str, error: dict[str, Any] | None) -> list[Any]:
+def over(connection: Connection, session_id: str, state: str, error: JsonObject | None) -> Fallen:
     """A session is over: its reservation is free again, and jobs that need it fail with `error`."""
     gone = store.end(connection, session_id, state, error=error if state != "ended" else None)
     if gone is None:
@@ -65,35 +64,35 @@ def over(connection: Connection, session_id: str, state: str, error: dict[str, A
     return [(session_id, error)] if error else []
 
 
-def applied(connection: Connection, ending: Ending, facts: dict[str, Any], epoch: int) -> list[Row]:
+def applied(connection: Connection, ending: Ending, facts: StepFacts, epoch: int) -> list[JobRow]:
     """Ends a `training.step` that was applied. One that was cut short counts with the steps that it made.
 
     Raises, with nothing written, where the step is not the session's next one under `epoch`: who held the session
     before has nothing to say about it any more.
     """
-    told = facts["applied"]
-    held, ended = store.end_applied(connection, ending, epoch, told)
+    step = facts["applied"]
+    held, ended = steps.end_applied(connection, ending, epoch, step)
     if held and ended is None:
-        session = store.get(connection, told["session_id"])
-        if session is not None and session["epoch"] == epoch and session["applied_sequence"] < told["sequence"] - 1:
+        session = store.get(connection, step["session_id"])
+        if session is not None and session["epoch"] == epoch and session["applied_sequence"] < step["sequence"] - 1:
             # It ran while the step before was being recorded, and that could not be.
             raise from_job_error(SEQUENCE_GAP)
-        raise failure("internal_error", f"step {told['sequence']} of session {told['session_id']} is not the next one")
+        raise failure("internal_error", f"step {step['sequence']} of session {step['session_id']} is not the next one")
     return [ended] if ended else []
 
 
-def stepped(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def stepped(connection: Connection, job: JobRow, facts: object, epoch: int | None) -> Fallen:
     """A `training.step` ended that was not applied, or changes nothing."""
-    session_id = job["resource_id"]
+    session_id = resource_of(job)
     sequence = _sequence_of(job)
     if job["state"] == State.SUCCEEDED or sequence is None:
         store.touch(connection, session_id)
         return []
-    freed = store.free_numbers(connection, session_id, sequence, job["id"])
+    freed = steps.free_numbers(connection, session_id, sequence, job["id"])
     return [(number_of(session_id, number), SEQUENCE_GAP) for number in freed]
 
 
-def checkpointed(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def checkpointed(connection: Connection, job: JobRow, facts: CheckpointFacts, epoch: int | None) -> Fallen:
     """A `training.checkpoint` ended: the checkpoint is recorded with the job's end, or is not there."""
     if job["state"] == State.SUCCEEDED:
         kept(connection, facts["checkpoint"])
@@ -101,7 +100,7 @@ def checkpointed(connection: Connection, job: Row, facts: dict[str, Any], epoch:
     return []
 
 
-def kept(connection: Connection, checkpoint: dict[str, Any], epoch: int | None = None) -> bool:
+def kept(connection: Connection, checkpoint: NewCheckpoint, epoch: int | None = None) -> bool:
     """Records a whole checkpoint, and lets go of older ones and of the log behind it; False unless `epoch` holds it."""
     if not checkpoints.insert(connection, checkpoint, epoch):
         return False
@@ -112,7 +111,7 @@ def kept(connection: Connection, checkpoint: dict[str, Any], epoch: int | None =
     return True
 
 
-def ended(connection: Connection, job: Row, facts: dict[str, Any], epoch: int | None) -> list[Any]:
+def ended(connection: Connection, job: JobRow, facts: CheckpointFacts, epoch: int | None) -> Fallen:
     """A `training.end_session` ended: what was submitted for the session after it fails."""
     if job["state"] != State.SUCCEEDED:
         return []
@@ -126,7 +125,7 @@ def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
     return store.lose(connection, device_id, epoch)
 
 
-def _sequence_of(job: Row) -> int | None:
+def _sequence_of(job: JobRow) -> int | None:
     """The number that a step was given, which it tells by what it needs of its predecessor."""
     numbers = [need.rpartition("#")[2] for need in job["needs"] if "#" in need]
     return int(numbers[0]) + 1 if numbers else None

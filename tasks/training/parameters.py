@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+
+from device_operations.json_types import FreeJson
 
 
-def count_parameters(layers: list[dict[str, Any]]) -> int:
+def count_parameters(layers: list[FreeJson]) -> int:
     """Parameters of checked layers, nested ones too. An estimate: the worker measures what it has built."""
     return sum(_count(layer) + count_parameters(layer.get("layers", [])) for layer in layers)
 
 
-def _count(layer: dict[str, Any]) -> int:
+def _count(layer: FreeJson) -> int:
     kind = layer["type"]
     bias = 1 if layer.get("bias", True) else 0
     if kind == "linear":
@@ -32,7 +33,7 @@ def _count(layer: dict[str, Any]) -> int:
     return int(2 * (layer.get("num_features") or layer.get("num_channels") or 0))
 
 
-def _recurrent(layer: dict[str, Any], gates: int, biases: int) -> int:
+def _recurrent(layer: FreeJson, gates: int, biases: int) -> int:
     hidden, directions = layer["hidden_size"], 2 if layer.get("bidirectional") else 1
     total = 0
     for index in range(layer.get("num_layers", 1)):

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from tasks.database import open_engine
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store as jobs
-from tasks.jobs.lifecycle import Rescue
+from tasks.jobs.rescue import Rescue
 from tasks.jobs.store import Ending
 from tasks.statements import Row, execute
 from tests.faults.test_spine_faults import load

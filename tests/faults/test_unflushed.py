@@ -15,6 +15,7 @@ from device_operations.stack.servers import Servers
 from tasks.database import open_engine
 from tasks.jobs import lifecycle, unflushed
 from tasks.jobs import lost_ends as ends
+from tasks.jobs import rescue as rescues
 from tasks.jobs import store as jobs
 from tasks.jobs.lifecycle import Outcome
 from tasks.jobs.store import Ending
@@ -176,7 +177,7 @@ def test_what_a_death_put_back_is_not_ended_by_the_one_who_held_it(bench: Bench)
 def test_a_lost_claim_of_an_epoch_that_is_over_ends_nothing(bench: Bench) -> None:
     row = bench.lost(lambda: bench.begun(1), "queued")
     with transaction(bench.engine) as connection:
-        lifecycle.rescue(connection, "cpu_0", bench.epoch)
+        rescues.rescue(connection, "cpu_0", bench.epoch)
     assert bench.finish(row) == []
     assert (bench.found(row) or {})["state"] == "queued"
 

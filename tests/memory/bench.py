@@ -21,6 +21,7 @@ from tasks.database import open_engine
 from tasks.devices import store as device_store
 from tasks.devices.directory import Directory
 from tasks.jobs import lifecycle, submit
+from tasks.jobs import rescue as rescues
 from tasks.jobs import store as job_store
 from tasks.jobs.lifecycle import Outcome
 from tasks.memory import budgets as memory_store
@@ -125,7 +126,7 @@ class Bench:
             self.resident.device.release(buffer)
         with submit.transaction(self.engine) as connection:
             device_store.lock(connection, "cpu_0")
-            lifecycle.rescue(connection, "cpu_0", self.lease.epoch)
+            rescues.rescue(connection, "cpu_0", self.lease.epoch)
         self.engine.dispose()
 
 

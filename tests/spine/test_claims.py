@@ -11,6 +11,7 @@ from device_operations.jobs import new_id
 from tasks.database import open_engine
 from tasks.jobs import claims, lifecycle
 from tasks.jobs import lost_ends as ends
+from tasks.jobs import rescue as rescues
 from tasks.jobs import store as jobs
 from tasks.jobs.lifecycle import Outcome, State
 from tasks.jobs.store import Ending, NewJob
@@ -134,7 +135,7 @@ def test_only_its_worker_ends_it(engine: Engine, epoch: int) -> None:
 
 def buried(engine: Engine, epoch: int, begun: list[str] | None = None) -> None:
     with transaction(engine) as connection:
-        lifecycle.rescue(connection, "cpu_0", epoch, begun)
+        rescues.rescue(connection, "cpu_0", epoch, begun)
 
 
 def test_behind_what_ran_a_death_is_not_counted(engine: Engine, epoch: int) -> None:

@@ -13,7 +13,7 @@ from device_operations.errors import failure
 from device_operations.jobs import new_id
 from tasks.database import open_engine
 from tasks.devices import store as devices
-from tasks.inference import effects, graphs, models
+from tasks.inference import effects, graphs, idle, models
 from tasks.inference.plan import record_loads
 from tasks.jobs.store import NewJob
 from tasks.jobs.submit import Plan
@@ -117,8 +117,8 @@ def test_the_load_that_was_submitted_last_is_meant_whichever_ends_first(engine: 
             effects.settled(connection, model_id, 1, FACTS)
     with engine.connect() as connection:
         known = models.get_many(connection, [older, newer])
-        assert models.replaced(connection, "cpu_0", -1) == [older]
-        assert models.replaced(connection, "cpu_0", 60) == []
+        assert idle.replaced(connection, "cpu_0", -1) == [older]
+        assert idle.replaced(connection, "cpu_0", 60) == []
     assert (known[older]["replaced_by"], known[newer]["replaced_by"]) == (newer, None)
 
 

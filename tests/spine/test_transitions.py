@@ -14,8 +14,8 @@ from tasks.database import dumps, open_engine
 from tasks.jobs import claims
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store as jobs
-from tasks.jobs.states import TRIGGER, trigger
 from tasks.jobs.store import Ending
+from tasks.records.states import TRIGGER, trigger
 from tasks.statements import Row, execute, row
 from tests.support.records import make_device
 

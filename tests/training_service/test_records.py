@@ -12,11 +12,12 @@ from tasks.blobs import records as blobs
 from tasks.database import open_engine
 from tasks.devices import store as devices
 from tasks.jobs import lifecycle
+from tasks.jobs import rescue as rescues
 from tasks.jobs import store as jobs
 from tasks.jobs.lifecycle import Outcome
 from tasks.jobs.store import NewJob
 from tasks.statements import execute, row, transaction
-from tasks.training import checkpoints
+from tasks.training import checkpoints, steps
 from tasks.training import sessions as store
 from tasks.training.effects import kept, number_of
 from tests.support.records import make_device
@@ -61,7 +62,7 @@ def make_step(engine: Engine, session_id: str, sequence: int, epoch: int, blob_i
         needs=[session_id, number_of(session_id, sequence - 1)],
     )  # fmt: skip
     with transaction(engine) as connection:
-        assert store.take_number(connection, session_id, sequence, job.id, "sha", blob_ids) == sequence
+        assert steps.take_number(connection, session_id, sequence, job.id, "sha", blob_ids) == sequence
         jobs.insert(connection, [job])
         jobs.claim(connection, [job.id], "cpu_0", epoch)
     return job.id
@@ -187,7 +188,7 @@ def test_what_a_replay_may_need_is_kept_until_two_checkpoints_lie_behind_it(engi
         jobs.forget(connection, 1, 100)
         assert jobs.get(connection, job_id) is None
         # Its number still answers for what it was.
-        there = store.numbered(connection, session_id, 1)
+        there = steps.numbered(connection, session_id, 1)
         assert there and there["job_id"] == job_id
         assert checkpoints.delete(connection, last)
         gone = row(connection, "SELECT count(*) AS n FROM blobs WHERE expires_at <= clock_timestamp()", {})
@@ -241,7 +242,7 @@ def test_a_worker_s_death_leaves_sessions_to_be_brought_back_and_their_steps_que
     session_id = make_session(engine, epoch)
     running = make_step(engine, session_id, 1, epoch)
     with transaction(engine) as connection:
-        rescue = lifecycle.rescue(connection, "cpu_0", epoch)
+        rescue = rescues.rescue(connection, "cpu_0", epoch)
     assert running in [job["id"] for job in rescue.requeued]
     session = read(engine, session_id)
     assert (session["state"], session["epoch"], session["submitted_sequence"]) == ("initializing", None, 1)

@@ -24,9 +24,10 @@ from celery.worker.request import Request, create_request_cls
 from device_operations.errors import from_job_error
 from device_operations.jobs import TASK_PREFIX
 from tasks.celery_bridge.results import owed
+from tasks.jobs.model import JobView
 from tasks.redis.queues import NOTED
 from workers.celery_bridge.events import Dispatcher, Untyped
-from workers.json_types import JobView, JsonObject
+from workers.json_types import JsonObject
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +104,7 @@ class Handle:
         if view["state"] == "succeeded":
             self._request.on_success((0, _brief(view), runtime))
         elif view["state"] == "failed":
-            self._request.on_success((1, Failure(from_job_error(view["error"])), runtime))
+            self._request.on_success((1, Failure(from_job_error(view["error"] or {})), runtime))
         else:
             self._request.send_event("task-revoked", terminated=False, signum=None, expired=view["state"] == "expired")
             self._forget()
@@ -163,7 +164,7 @@ class Note:
         if view["state"] == "succeeded":
             Dispatcher.note("task-succeeded", self.job_id, result=_brief(view), runtime=runtime)
         elif view["state"] == "failed":
-            exception = repr(from_job_error(view["error"]))
+            exception = repr(from_job_error(view["error"] or {}))
             Dispatcher.note("task-failed", self.job_id, retry=False, exception=exception, traceback="")
         else:
             expired = view["state"] == "expired"

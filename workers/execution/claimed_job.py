@@ -8,12 +8,13 @@ import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
 from tasks.database import is_disconnect
 from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.model import Facts
 from tasks.statements import Row
 from workers.devices.libraries import tidy
 from workers.devices.onnx.session import Cancel
@@ -59,7 +60,7 @@ class ClaimedJob:
         """Milliseconds since the job got the device."""
         return round((time.perf_counter() - self.started) * 1000, 3)
 
-    def succeeded(self, result: JsonObject, *, device_ms: float | None = None, **facts: object) -> Outcome:
+    def succeeded(self, result: JsonObject, *, device_ms: float | None = None, **facts: Unpack[Facts]) -> Outcome:
         """The outcome of a job that did what it was asked."""
         took = self.elapsed_ms() if device_ms is None else device_ms
         return Outcome(self.job_id, State.SUCCEEDED, result=result, device_ms=took, facts=facts)
@@ -68,7 +69,7 @@ class ClaimedJob:
         """The outcome of a job that the device never began."""
         return Outcome(self.job_id, state, error=error)
 
-    def failed(self, error: OperationError, **facts: object) -> Outcome:
+    def failed(self, error: OperationError, **facts: Unpack[Facts]) -> Outcome:
         """The outcome of a job that failed; being cancelled is an outcome of its own."""
         state = State.CANCELLED if error.code == "cancelled" else State.FAILED
         return Outcome(self.job_id, state, error=error.as_job_error(), device_ms=self.elapsed_ms(), facts=facts)

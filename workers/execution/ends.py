@@ -14,6 +14,7 @@ from tasks.celery_bridge.outbox import Outbox
 from tasks.database import until_reachable
 from tasks.jobs import lifecycle, store
 from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.model import Facts
 from tasks.jobs.unflushed import Unflushed
 from tasks.kinds import spec_of
 from tasks.redis.publish import Publisher
@@ -41,7 +42,8 @@ class FinishedJob:
         try:
             self.outcome.result, self.outcome.pending = self.outcome.pending(), None
         except Exception as error:  # noqa: BLE001 - a full blob store is this job's failure, not the completer's
-            facts = {name: value for name, value in self.outcome.facts.items() if name == "session_id"}
+            known = self.outcome.facts
+            facts: Facts = {"session_id": known["session_id"]} if "session_id" in known else {}
             return FinishedJob(self.job, self.job.failed(named(error), **facts))
         return self
 

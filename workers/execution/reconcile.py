@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import structlog
 from sqlalchemy import Engine
 
-from tasks.jobs import lifecycle
-from tasks.jobs.lifecycle import Rescue
+from tasks.jobs import rescue as rescues
+from tasks.jobs.rescue import Rescue
 from tasks.statements import Row, transaction
 
 log = structlog.get_logger(__name__)
@@ -53,7 +53,7 @@ class Reconciler:
         if not lost:
             return
         with transaction(self._engine) as connection:
-            given_up = lifecycle.put_back(connection, self._device_id, self._epoch, lost)
+            given_up = rescues.put_back(connection, self._device_id, self._epoch, lost)
         if given_up is None or not (given_up.ended or given_up.requeued):
             return
         log.warning(

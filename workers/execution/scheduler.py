@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from workers.json_types import JobView
+from tasks.jobs.model import JobView
 
 #: Ended jobs that are remembered, so that a successor admitted later does not need to ask for them.
 REMEMBERED = 20_000

@@ -20,15 +20,16 @@ from device_operations.errors import OperationError, failure
 from tasks.devices import store as device_store
 from tasks.devices.directory import MAX_AGE_SECONDS
 from tasks.inference import graphs as graph_store
+from tasks.inference import idle, session_store
 from tasks.inference import models as store
 from tasks.inference.content import ESTIMATE_BYTES
 from tasks.inference.effects import let_go, lost, settled
+from tasks.inference.facts import ModelFacts
 from tasks.inference.residents import no_model
 from tasks.statements import Row, transaction
 from workers import pipelines
 from workers.devices.onnx.runtime import Cancel, LoadedGraph
 from workers.execution.claimed_job import named
-from workers.json_types import JsonObject
 from workers.resident import batching
 from workers.resident.files import files_of, folder_of
 from workers.resident.loaders import load_onnx
@@ -125,7 +126,7 @@ def _made(row: Row, graph: Graph, cancel: Cancel | None) -> ResidentModel:
     )
 
 
-def model_facts(model: ResidentModel) -> JsonObject:
+def model_facts(model: ResidentModel) -> ModelFacts:
     """What the model's record is to hold of it, as found and measured."""
     pipeline = model.pipeline
     if pipeline is not None:
@@ -202,7 +203,7 @@ def evict_one(resident: Resident) -> bool:
     """Takes the least recently used graph that can go off the device, with its models; False when there is none."""
 
     def of_one_graph(connection: Connection) -> list[str]:
-        for graph in store.evictable_graphs(connection, resident.device_id):
+        for graph in idle.evictable_graphs(connection, resident.device_id):
             if resident.models.keys() >= set(graph["model_ids"]):
                 return list(graph["model_ids"])
         return []
@@ -214,12 +215,12 @@ def look_after_models(resident: Resident) -> None:
     """Frees the state of sessions that have ended, and unloads unpinned models that were idle too long."""
     if resident.sessions:
         with resident.engine.connect() as connection:
-            still_open = store.still_open(connection, list(resident.sessions))
+            still_open = session_store.still_open(connection, list(resident.sessions))
         for session_id in [key for key in resident.sessions if key not in still_open]:
             del resident.sessions[session_id]
     if any(not model.pinned for model in resident.models.values()):
         idle_seconds = resident.settings.inference.session_timeout_minutes * 60
-        _let_go(resident, "unloaded", lambda connection: store.idle(connection, resident.device_id, idle_seconds))
+        _let_go(resident, "unloaded", lambda connection: idle.idle(connection, resident.device_id, idle_seconds))
 
 
 def let_replaced_go(resident: Resident) -> None:
@@ -229,7 +230,7 @@ def let_replaced_go(resident: Resident) -> None:
 
 def replaced(connection: Connection, device_id: str) -> list[str]:
     """The models of a device that are replaced and can go."""
-    return store.replaced(connection, device_id, REPLACED_SECONDS)
+    return idle.replaced(connection, device_id, REPLACED_SECONDS)
 
 
 def _let_go(resident: Resident, state: str, choose: Callable[[Connection], list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from device_operations.errors import failure
 from device_operations.tensors import numpy_dtype
-from tasks.inference import models as store
+from tasks.inference import session_store
 from tasks.inference.effects import SESSION_LOST
 from tasks.inference.residents import ended_session
 from tasks.memory import allocations
@@ -35,7 +35,7 @@ def begun_session(resident: Resident, model: ResidentModel, session_id: str) -> 
     known = resident.sessions.get(session_id)
     if known is not None:
         return known
-    row = resident.read(store.get_session, session_id)
+    row = resident.read(session_store.get_session, session_id)
     if row is None:
         raise failure("session_not_found", f"there is no inference session {session_id!r}")
     if row["state"] != "active":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from workers.devices.arrays import BufferView, flat_bytes
-from workers.json_types import JsonObject, StoredRequest
+from workers.json_types import StoredRequest
 from workers.operations.tensors import feed, keep
 from workers.operations.training.files import local_file
 from workers.resident.residents import Resident
@@ -79,12 +79,12 @@ def resident_tensors(request: StoredRequest) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in decoded.items() if isinstance(tensor.place, InAllocation)}
 
 
-def spooled(resident: Resident, request: StoredRequest, owner: str) -> dict[str, JsonObject]:
+def spooled(resident: Resident, request: StoredRequest, owner: str) -> dict[str, StoredRequest]:
     """Copies of a request's resident tensors as blobs, by name."""
     return {name: _spool(resident, name, tensor, owner) for name, tensor in resident_tensors(request).items()}
 
 
-def _spool(resident: Resident, name: str, tensor: StoredTensor, owner: str) -> JsonObject:
+def _spool(resident: Resident, name: str, tensor: StoredTensor, owner: str) -> StoredRequest:
     found = feed(resident, name, tensor)
     if isinstance(found, BufferView):
         raw = resident.device.read(found.buffer, found.offset, tensor.size_bytes)

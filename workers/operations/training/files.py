@@ -18,7 +18,8 @@ from device_operations.jobs import new_id
 from device_operations.requests.training import Initialize, OnnxModel
 from tasks.blobs.store import Stored
 from tasks.inference.content import model_file
-from tasks.statements import Row
+from tasks.training.facts import NewCheckpoint
+from workers.json_types import StoredRequest
 from workers.resident.residents import Resident
 from workers.training import checkpoints
 from workers.training.checkpoints import Snapshot, WrittenFile
@@ -66,9 +67,9 @@ def read_checkpoint(resident: Resident, blob_id: str, sha256: str, session_id: s
 def keep_checkpoint(
     resident: Resident,
     snapshot: Snapshot,
-    row: Mapping[str, object],
+    row: StoredRequest,
     onnx: bytes | None = None,
-) -> Row:
+) -> NewCheckpoint:
     """Writes a snapshot and its export as blobs, off the device's thread; what its record is to hold.
 
     `row` names the session, the owner and what else the record says. Raises `storage_full`.
@@ -82,7 +83,9 @@ def keep_checkpoint(
             resident.blobs.delete(stored.blob_id)
             raise
     return {
-        "name": None, "job_id": None, "run_job_id": None, "keep_last": None, **row,
+        "checkpoint_id": row["checkpoint_id"], "session_id": row["session_id"], "owner": row["owner"],
+        "name": row.get("name"), "job_id": row.get("job_id"), "run_job_id": row.get("run_job_id"),
+        "keep_last": row.get("keep_last"),
         "step": snapshot.step, "sequence": int(snapshot.state["sequence"]),
         "sha256": stored.sha256, "size_bytes": stored.size_bytes, "blob_id": stored.blob_id,
         "onnx_blob_id": blobs[1].blob_id if onnx is not None else None,
@@ -90,7 +93,7 @@ def keep_checkpoint(
     }  # fmt: skip
 
 
-def drop_checkpoint(resident: Resident, checkpoint: Row) -> None:
+def drop_checkpoint(resident: Resident, checkpoint: NewCheckpoint) -> None:
     """Deletes the files of a checkpoint that was not recorded."""
     for blob in checkpoint["blobs"]:
         resident.blobs.delete(blob["blob_id"])

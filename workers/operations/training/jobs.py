@@ -12,6 +12,7 @@ from device_operations.errors import OperationError, failure
 from tasks.jobs.lifecycle import Outcome
 from tasks.statements import Row
 from tasks.training import sessions as store
+from tasks.training.facts import NewCheckpoint
 from workers.devices.arrays import Array as HostArray
 from workers.devices.onnx.tensors import Feed
 from workers.devices.values import SessionOptions
@@ -134,7 +135,7 @@ def _described(held: HeldSession) -> JsonObject:
 
 def _keep(
     resident: Resident, work: ClaimedJob, held: HeldSession, snapshot: Snapshot, onnx: bytes | None = None
-) -> Row:
+) -> NewCheckpoint:
     request = work.request
     return keep_checkpoint(
         resident, snapshot,
@@ -159,13 +160,17 @@ def _finish_checkpoint(
         raise
     held.checkpoint_step = max(held.checkpoint_step, snapshot.step)
     held.checkpoint_sequence = max(held.checkpoint_sequence, made["sequence"])
-    result = {name: made[name] for name in _CHECKPOINT_FACTS}
+    result = _shown(made)
     return work.succeeded(result, checkpoint=made)
 
 
 _CHECKPOINT_FACTS = (
     "checkpoint_id", "session_id", "name", "step", "sequence", "sha256", "size_bytes", "blob_id", "onnx_blob_id",
 )  # fmt: skip
+
+
+def _shown(checkpoint: NewCheckpoint) -> JsonObject:
+    return {name: value for name, value in checkpoint.items() if name in _CHECKPOINT_FACTS}
 
 
 def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
@@ -178,7 +183,7 @@ def _kept_and_ended(resident: Resident, work: ClaimedJob) -> Steps:
     resident.training.pop(held.session_id, None)
     result = {
         "session_id": held.session_id, "freed_bytes": held.session.memory_bytes(),
-        "checkpoint_id": made["checkpoint_id"], "checkpoint": {name: made[name] for name in _CHECKPOINT_FACTS},
+        "checkpoint_id": made["checkpoint_id"], "checkpoint": _shown(made),
     }  # fmt: skip
     return work.succeeded(result, checkpoint=made)
 

@@ -18,6 +18,7 @@ from tasks.statements import Row, transaction
 from tasks.training import checkpoints as checkpoint_store
 from tasks.training import effects
 from tasks.training import sessions as store
+from tasks.training import steps as steps_store
 from tasks.training.named import gone
 from workers.execution.claimed_job import named
 from workers.operations.training.batches import data_of, options_of, plan_of
@@ -156,7 +157,7 @@ def _restored(resident: Resident, row: Row) -> HeldSession:
 
 def _replay(resident: Resident, held: HeldSession, until: int) -> None:
     session = held.session
-    steps = resident.read(store.log_since, held.session_id, session.sequence, until)
+    steps = resident.read(steps_store.log_since, held.session_id, session.sequence, until)
     wanted = list(range(session.sequence + 1, until + 1))
     if [step["sequence"] for step in steps] != wanted or any(step["request"] is None for step in steps):
         raise failure(
@@ -165,6 +166,7 @@ def _replay(resident: Resident, held: HeldSession, until: int) -> None:
         )
     for step in steps:
         request = step["request"]
+        assert request is not None
         for name, tensor in (step["spooled"] or {}).items():
             place = request.get("dataset") or request
             if name == "targets":

@@ -15,11 +15,11 @@ from device_operations.errors import OperationError
 from device_operations.jobs import new_id
 from device_operations.requests.training import Initialize
 from tasks.devices import store as device_store
-from tasks.statements import Row, transaction
+from tasks.statements import transaction
 from tasks.training import effects
 from tasks.training import sessions as store
+from tasks.training.facts import NewCheckpoint, SessionFacts
 from workers.execution.claimed_job import clear_calls, named
-from workers.json_types import JsonObject
 from workers.operations.training.files import (
     clear_scratch,
     drop_checkpoint,
@@ -127,7 +127,7 @@ def checkpoint_beside(resident: Resident, held: HeldSession, *, leaving: bool = 
     resident.background.submit(write)
 
 
-def session_facts(held: HeldSession, state: str = "ready") -> JsonObject:
+def session_facts(held: HeldSession, state: str = "ready") -> SessionFacts:
     """What the session's record is to hold of it, as built and measured."""
     session = held.session
     return {
@@ -142,7 +142,7 @@ def session_facts(held: HeldSession, state: str = "ready") -> JsonObject:
 # ---- leaving
 
 
-def _record(resident: Resident, held: HeldSession, checkpoint: Row) -> None:
+def _record(resident: Resident, held: HeldSession, checkpoint: NewCheckpoint) -> None:
     with transaction(resident.engine) as connection:
         recorded = effects.kept(connection, checkpoint, resident.epoch)
         if recorded:

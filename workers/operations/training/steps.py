@@ -11,8 +11,9 @@ from dataclasses import asdict
 
 from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
-from tasks.training import sessions as store
+from tasks.training import steps as store
 from tasks.training.effects import number_of
+from tasks.training.facts import AppliedStep, Standing
 from workers.execution.claimed_job import ClaimedJob, PlaceReleased, Progress, Steps
 from workers.json_types import JsonObject, StoredRequest
 from workers.operations.tensors import staged_bytes
@@ -144,7 +145,7 @@ class _Notes:
 
         self._resident.record(write)
 
-    def rest(self) -> JsonObject:
+    def rest(self) -> Standing:
         """Where the session stands, with the history that was not noted yet."""
         history, self._history = self._history, []
         # None where a death came between a job's last step and its end: then all of it is in the checkpoint.
@@ -165,7 +166,7 @@ class _Notes:
         return time.perf_counter() - self._began
 
 
-def _applied(notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, JsonObject]) -> JsonObject:
+def _applied(notes: _Notes, sequence: int, steps_applied: int | None, copies: dict[str, StoredRequest]) -> AppliedStep:
     """What the end of an applied step writes into the session's record."""
     return {
         **notes.rest(),
