@@ -10,7 +10,6 @@ that was recorded without waiting for the disk and is gone was lost with Postgre
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -28,6 +27,7 @@ from device_operations.jobs import TERMINAL
 from device_operations.json_text import JsonObject
 from tasks.jobs import store
 from tasks.kinds import KINDS
+from tasks.redis.announcements import read_lines
 from tasks.redis.queues import DONE_CHANNEL, job_channel
 
 log = structlog.get_logger(__name__)
@@ -36,10 +36,8 @@ LOOK_SECONDS = 2.0
 
 _DONE = DONE_CHANNEL.encode()
 
-#: How the announcement of a load or an unload begins; reading those as JSON that is not awaited here would cost more
-#: than the rest.
-_CHANGING = frozenset(kind for kind, spec in KINDS.items() if spec.changes_models)
-_CHANGES_MODEL = re.compile(rf'\{{"job_id":"[^"]*","kind":"(?:{"|".join(map(re.escape, sorted(_CHANGING)))})"'.encode())
+#: The kinds of jobs after which a model is, or is no longer, on its device.
+_CHANGING = frozenset(kind.encode() for kind, spec in KINDS.items() if spec.changes_models)
 
 
 def _is_end(job_id: bytes, announced: JsonObject) -> bool:
@@ -170,16 +168,16 @@ class Waiters:
                 for follower in self._followers.get(channel, ()):
                     follower.put_nowait(announced)
             return
-        for line in data.split(b"\n"):
-            job_id, _, text = line.partition(b" ")
-            waiting = self._awaited.get(job_id)
-            job = _object(text) if waiting else {}
-            if job.get("kind") in _CHANGING if waiting else _CHANGES_MODEL.match(text):
+        for announced in read_lines(data):
+            if announced.kind in _CHANGING:
                 self._on_models_changed()
+            waiting = self._awaited.get(announced.job_id)
             if not waiting:
                 continue
-            if not _is_end(job_id, job):
-                log.warning("announcement refused", size_bytes=len(line))
+            text = announced.text
+            job = _object(text)
+            if not _is_end(announced.job_id, job):
+                log.warning("announcement refused", size_bytes=len(text))
                 continue
             for future in waiting:
                 if not future.done():

@@ -12,6 +12,7 @@ import structlog
 
 from device_operations.json_types import FreeJson, JsonObject
 from tasks.jobs.model import JobRow, JobView
+from tasks.redis import announcements
 from tasks.redis.queues import DONE_CHANNEL, control_queue, job_channel, message, redis_key
 
 log = structlog.get_logger(__name__)
@@ -88,8 +89,8 @@ class Publisher:
         return True
 
     def done(self, views: Iterable[JobView]) -> None:
-        """Announces ended jobs to all gateways: of each a line with its id, a space, and the job as callers see it."""
-        lines = [view["job_id"].encode() + b" " + orjson.dumps(view, option=orjson.OPT_UTC_Z) for view in views]
+        """Announces ended jobs to all gateways, each in a line: see `tasks.redis.announcements`."""
+        lines = [announcements.line(view) for view in views]
         try:
             for together in _chunks(lines, DONE_BYTES):
                 self._line.send("PUBLISH", DONE_CHANNEL, b"\n".join(together))

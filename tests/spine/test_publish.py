@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from device_operations.jobs import new_id
+from tasks.redis.announcements import read_lines
 from tasks.redis.publish import Line, Publisher, connect
 from tasks.redis.queues import DONE_CHANNEL, redis_key
 
@@ -40,14 +41,14 @@ def test_jobs_are_published_though_the_connection_was_cut(client: Any) -> None:
 
 def test_ends_are_announced_though_the_connection_was_cut(client: Any, redis_url: str) -> None:
     publisher = Publisher(client)
-    publisher.done([{"job_id": "before"}])
+    publisher.done([{"job_id": "before", "kind": "memory.read"}])
     client.client_kill_filter(_type="normal", skipme=True)
     with connect(redis_url).pubsub(ignore_subscribe_messages=True) as heard:
         heard.subscribe(DONE_CHANNEL)
         assert heard.get_message(timeout=5) is None
-        publisher.done([{"job_id": "one"}, {"job_id": "two"}])
+        publisher.done([{"job_id": "one", "kind": "memory.read"}, {"job_id": "two", "kind": "memory.read"}])
         told = next(message for message in iter(lambda: heard.get_message(timeout=5), None) if message)
-    assert [line.split(b" ")[0] for line in told["data"].split(b"\n")] == [b"one", b"two"]
+    assert [announced.job_id for announced in read_lines(told["data"])] == [b"one", b"two"]
 
 
 def test_without_redis_publishing_says_no_and_does_not_raise() -> None:

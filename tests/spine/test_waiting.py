@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from api_gateway.submission import waiting
 from api_gateway.submission.waiting import Waiters
 from tasks.database import open_engine
+from tasks.kinds import KINDS
 from tasks.redis.publish import Publisher, connect
 from tasks.redis.queues import DONE_CHANNEL, job_channel
 
@@ -24,9 +25,11 @@ def view(job_id: str, state: str = "succeeded") -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def listening(redis_url: str, database_url: str) -> AsyncIterator[tuple[Waiters, Any]]:
+async def listening(
+    redis_url: str, database_url: str, on_models_changed: Callable[[], None] = lambda: None
+) -> AsyncIterator[tuple[Waiters, Any]]:
     engine = open_engine(database_url)
-    waiters = Waiters(redis_url, engine, lambda: None)
+    waiters = Waiters(redis_url, engine, on_models_changed)
     client = connect(redis_url)
     waiters.start()
     try:
@@ -49,10 +52,10 @@ def _only_by_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 GARBAGE = [
     b"", b"garbage", b"\xff\xfe\n\0", b"{}", b"5", b"[" * 100_000, b"\n" * 100_000, b"the-job", b"the-job ",
-    b"the-job garbage", b"the-job {}", b'the-job {"job_id":"the-job"}', b'the-job {"job_id":"the-job","kind":"x",',
-    b"the-job " + orjson.dumps(view("other-job")), b"the-job " + orjson.dumps(view("the-job", "running")),
-    b"the-job " + orjson.dumps(view("the-job"))[:-1],
-    b'the-job {"job_id":"the-job","kind":"x","state":[]}', b'the-job {"job_id":["the-job"],"state":"failed"}',
+    b"the-job garbage", b"the-job {}", b'the-job {"job_id":"the-job"}', b'the-job x {"job_id":"the-job","kind":"x",',
+    b"the-job " + orjson.dumps(view("the-job")), b"the-job x " + orjson.dumps(view("other-job")),
+    b"the-job x " + orjson.dumps(view("the-job", "running")), b"the-job x " + orjson.dumps(view("the-job"))[:-1],
+    b'the-job x {"job_id":"the-job","kind":"x","state":[]}', b'the-job x {"job_id":["the-job"],"state":"failed"}',
 ]  # fmt: skip
 
 
@@ -199,5 +202,26 @@ def test_stopping_leaves_no_connection(redis_url: str, database_url: str) -> Non
             async with asyncio.timeout(SECONDS):
                 while again.pubsub_numsub(DONE_CHANNEL)[0][1]:
                     await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", [kind for kind, spec in KINDS.items() if spec.changes_models])
+def test_a_load_or_unload_that_no_request_awaits_makes_models_be_read_anew(
+    redis_url: str, database_url: str, kind: str
+) -> None:
+    changed: list[None] = []
+
+    async def run() -> None:
+        async with (
+            listening(redis_url, database_url, lambda: changed.append(None)) as (waiters, client),
+            waiters.awaiting("the-job") as ended,
+        ):
+            before = len(changed)
+            # Neither the order of the view's fields counts nor what a result has in it.
+            Publisher(client).done([{"state": "succeeded", "kind": kind, "job_id": "a-load"}])
+            Publisher(client).done([{**view("the-job"), "result": {"job_id": "x", "kind": kind}}])
+            await asyncio.wait_for(ended, SECONDS)
+            assert len(changed) == before + 1
 
     asyncio.run(run())
