@@ -168,15 +168,15 @@ class Waiters:
                 for follower in self._followers.get(channel, ()):
                     follower.put_nowait(announced)
             return
-        for announced in read_lines(data):
-            if announced.kind in _CHANGING:
+        for end in read_lines(data):
+            if end.kind in _CHANGING:
                 self._on_models_changed()
-            waiting = self._awaited.get(announced.job_id)
+            waiting = self._awaited.get(end.job_id)
             if not waiting:
                 continue
-            text = announced.text
+            text = end.text
             job = _object(text)
-            if not _is_end(announced.job_id, job):
+            if not _is_end(end.job_id, job):
                 log.warning("announcement refused", size_bytes=len(text))
                 continue
             for future in waiting:
