@@ -34,7 +34,7 @@ compile dev --universal --group cpu --group pipelines --group local --group dev 
 # shellcheck disable=SC2086
 compile cpu --universal --group cpu --group pipelines --group local -c requirements/dev.lock $without_cuda "$@"
 compile cuda --python-platform linux --group cuda --group pipelines --group local -c requirements/dev.lock "$@"
-compile directml --python-platform windows --group directml --group pipelines --group local "$@"
+compile directml --python-platform windows --group directml --group pipelines --group local -c requirements/torch-2.4.txt "$@"
 compile windowsml --python-platform windows --group windowsml --group local -c requirements/dev.lock "$@"
 
 # Not ours: what benchmarks compare with. PyTriton has wheels for Linux with glibc 2.35 and later only.

@@ -19,6 +19,7 @@ from benchmarks.gpu.sdxl_torch import PROMPT
 from benchmarks.measure import Figure, absolute, compare
 from workers.devices.base import Device
 from workers.devices.onnx.runtime import Cancel
+from workers.pipelines import images
 from workers.pipelines.base import RunContext, run_to_end
 from workers.pipelines.sdxl import SdxlPipeline
 
@@ -213,6 +214,8 @@ def figures(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
     with bare._on_stream(), torch.no_grad():
         latents = bare._sample[:1].float()
         facts["decoder_seconds"] = min(_seconds(lambda: bare._decoded(latents)) for _ in range(4))
+    facts["decoded_to_pixels_seconds"] = _decoding(pipeline, latents.cpu().numpy())
+    print("decoder", facts["decoder_seconds"], facts["decoded_to_pixels_seconds"], flush=True)
     facts["encoders_seconds"] = min(_seconds(lambda: _encode(pipeline)) for _ in range(4))
     for name, level, options in _variants(tiny=tiny):
         try:
@@ -224,6 +227,20 @@ def figures(folder: Path, facts: dict[str, Any], *, tiny: bool) -> list[Figure]:
         print(name, facts[f"unet {name}"], flush=True)
     pipeline.close()
     return found
+
+
+def _decoding(pipeline: SdxlPipeline, latents: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Seconds from the last latents to pixels: by the device, and by the host out of the decoder's values."""
+    autoencoder = pipeline._autoencoder
+
+    def by_device() -> None:
+        assert run_to_end(autoencoder.decode_pixels(latents, Cancel())).values.dtype == np.uint8
+
+    def by_host() -> None:
+        images.pixels_of(run_to_end(autoencoder.decode(latents, Cancel()))[0])
+
+    ways = (("by the device", by_device), ("by the host", by_host))
+    return {name: min(_seconds(way) for _ in range(6)) for name, way in ways}
 
 
 def _variants(*, tiny: bool) -> Iterator[tuple[str, str, dict[str, str]]]:

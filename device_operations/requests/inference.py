@@ -19,13 +19,16 @@ from device_operations.requests.base import (
 )
 from device_operations.tensors import Form, IntoAllocation, Tensor
 
+#: Files that a model may have, in a folder or as blobs: torch writes the weights of SDXL's UNet into 1,522.
+MAX_FILES = 10_000
+
 
 class ModelSource(Request):
     """Where a model's files are: a path below the model folder, one blob, or blobs by their relative path."""
 
     path: RelativePath | None = None
     blob_id: Identifier | None = None
-    blobs: dict[RelativePath, Identifier] | None = Field(None, min_length=1, max_length=1000)
+    blobs: dict[RelativePath, Identifier] | None = Field(None, min_length=1, max_length=MAX_FILES)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelSource:

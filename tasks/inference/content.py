@@ -6,12 +6,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import orjson
 
 from device_operations.errors import failure
-from device_operations.requests.inference import LoadModel
+from device_operations.requests.inference import MAX_FILES, LoadModel
 from device_operations.requests.pipelines import RUNS
 from tasks.planning.context import Context, check_blobs
 
@@ -23,8 +24,6 @@ ESTIMATE_BYTES = 4 * 2**20
 SHAPING_OPTIONS = ("free_dimensions", "graph_optimization", "intra_op_threads")
 #: What file systems take as one name.
 MAX_NAME_BYTES = 255
-#: Files that a pipeline's folder may have.
-MAX_FILES = 1000
 
 
 def content_of(context: Context, request: LoadModel) -> tuple[str, str | None, int]:
@@ -120,8 +119,10 @@ def _files(path: Path, model_type: str) -> tuple[Mapping[str, str | None], dict[
     """The sha256 and the size in bytes of each of a model's files, by its path below the model's folder."""
     if path.is_dir():
         files = _pipeline_files(path) if model_type in RUNS else _graph_files(path)
-        parts = {str(file.relative_to(path)): _sha256(file, *_stamp(file)) for file in files}
-        return parts, {str(file.relative_to(path)): file.stat().st_size for file in files}
+        # One spelling everywhere: a worker on Windows finds the key that a gateway on Linux made.
+        names = {file: file.relative_to(path).as_posix() for file in files}
+        parts = {name: _sha256(file, *_stamp(file)) for file, name in names.items()}
+        return parts, {name: file.stat().st_size for file, name in names.items()}
     digest = _sha256(path, *_stamp(path))
     parts = {path.name: digest}
     sizes = {path.name: path.stat().st_size}
@@ -143,20 +144,26 @@ def _files(path: Path, model_type: str) -> tuple[Mapping[str, str | None], dict[
 
 def _graph_files(folder: Path) -> list[Path]:
     entry = entry_file(folder)
-    return [entry, *sorted(file for file in folder.rglob("*") if file.is_file() and file != entry)]
+    return [entry, *(file for file in _files_below(folder) if file != entry)]
 
 
 def _pipeline_files(folder: Path) -> list[Path]:
     """All files of a pipeline's folder. Raises `path_not_allowed` where a link leads out of it."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = _files_below(folder)
     if not files:
         raise failure("model_invalid", f"the folder {folder.name!r} is empty")
-    if len(files) > MAX_FILES:
-        raise failure("model_invalid", f"the folder {folder.name!r} has {len(files)} files; {MAX_FILES} at most")
     for file in files:
         if not file.resolve().is_relative_to(folder):
             raise failure("path_not_allowed", f"{str(file.relative_to(folder))!r} leads out of the model's folder")
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted. Raises `model_invalid` for more than `MAX_FILES`; no more are looked at."""
+    files = list(islice((file for file in folder.rglob("*") if file.is_file()), MAX_FILES + 1))
+    if len(files) > MAX_FILES:
+        raise failure("model_invalid", f"the folder {folder.name!r} has more than {MAX_FILES} files")
+    return sorted(files)
 
 
 def _blobs(context: Context, request: LoadModel) -> tuple[Mapping[str, str | None], dict[str, int]]:
@@ -180,7 +187,8 @@ def _stamp(file: Path) -> tuple[int, int, int, int]:
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
-@lru_cache(maxsize=4096)
+#: Room for the files of several models: a cache that is smaller than one model hashes all of it at every load.
+@lru_cache(maxsize=4 * MAX_FILES)
 def _sha256(file: Path, *stamp: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -158,6 +158,18 @@ def settle(connection: Connection, model_id: str, epoch: int, facts: ModelFacts)
     return bool(changed)
 
 
+def set_parts(
+    connection: Connection, device_id: str, content_key: str, memory_bytes: int, parts: list[JsonObject]
+) -> None:
+    """What the models of a pipeline's graph take now, and which of its parts are on the device."""
+    execute(
+        connection,
+        f"UPDATE models SET memory_bytes = %(bytes)s, parts = %(parts)s::jsonb "
+        f"WHERE device_id = %(device)s AND content_key = %(key)s AND state IN {LIVE}",
+        {"device": device_id, "key": content_key, "bytes": memory_bytes, "parts": dumps(parts)},
+    )
+
+
 def devices_of(connection: Connection, model_ids: Collection[str]) -> list[str]:
     """The devices of models, in order."""
     found = rows(

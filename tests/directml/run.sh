@@ -32,7 +32,10 @@ fi
 
 failed=0
 said=$(mktemp)
-trap 'rm -f "$said"' EXIT
+exports=$(mktemp -d)
+trap 'rm -rf "$said" "$exports"' EXIT
+# A tiny pipeline and what it gives on the CPU: the rig has no libraries to make one with.
+(cd "$project" && OMP_NUM_THREADS=1 "$python" -m tests.directml.exports "$exports")
 # inside CONFTEST_FOLDER PYTEST_ARGUMENT...      one Windows process of pytest
 #
 # A process that ends before pytest has told its counts was ended by the rig itself (docs/directml.md tells of that), and
@@ -42,7 +45,8 @@ inside() {
     shift
     for attempt in 1 2; do
         echo "== as win32: $*"
-        "$rig/run.sh" "$root" --mount "$project" --mount "$shaders" --timeout 300 \
+        "$rig/run.sh" "$root" --mount "$project" --mount "$shaders" --mount "$exports" --timeout 300 \
+            --env "PIPELINES=$exports" \
             --env "PYTHONPATH=$site;$project" --env OMP_NUM_THREADS=1 --env "MESA_SHADER_CACHE_DIR=$shaders" \
             --env "RIG_REMOVED_FILE=$shaders/removed" -- -m pytest -c "$project/pyproject.toml" --rootdir "$project" --confcutdir "$folder" -p no:cacheprovider -q \
             "$@" 2>&1 | tr -d '\0' | grep -v cpuinfo | tee "$said" && return
@@ -65,6 +69,7 @@ inside devices "$devices/test_model_files.py" "$devices/test_tensors.py" "$devic
 inside directml "$directml/test_adapters.py" "$directml/test_errors.py"
 inside directml "$directml/test_sessions.py"
 inside directml "$directml/test_training.py"
+inside directml "$directml/test_pipelines.py"
 
 echo "== a whole worker as win32, driven from Linux"
 (cd "$project" && RIG=$rig RIG_DIR=$root "$python" -m pytest tests/directml/test_worker.py -p no:cacheprovider -q) || failed=1

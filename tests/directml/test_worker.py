@@ -6,6 +6,7 @@ Run by `run.sh`, which says where the rig is (RIG) and where it was built (RIG_D
 from __future__ import annotations
 
 import base64
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +16,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from device_operations.settings import PREFIX, load
 from device_operations.stack.processes import Command
 from tasks.app import make_app
 from tests.devices import graphs
+from tests.pipelines.conftest import base_scheduler
+from tests.pipelines.driving import context, made, opened
 from tests.support.databases import Databases
+from tests.support.pipelines import export_sdxl, tiny_sdxl
 from tests.support.stack import REPOSITORY, RunningStack, eventually
 from workers.devices import open_device
 
@@ -288,6 +293,26 @@ def test_after_a_kill_what_was_in_memory_is_lost_and_models_and_waiting_jobs_com
     told = http.get(f"/api/jobs/{jobs[0]}").json()
     assert (told["attempt"], told["deaths"]) == (1, 1)
     assert run(http, "convnet", x=IMAGE)["state"] == "succeeded", "the models were loaded again by the worker itself"
+
+
+def test_an_image_is_made_from_a_prompt_as_on_the_cpu(http: httpx.Client, windows: WindowsWorker) -> None:
+    folder = windows.stack.folder / "models" / "tiny-sdxl"
+    export_sdxl(tiny_sdxl(), folder, base_scheduler())
+    body = {"name": "tiny", "model_type": "sdxl", "source": {"path": "tiny-sdxl"}, "device_id": DEVICE}
+    loaded = ended(http, http.post("/api/inference/load-model", json=body).json()["job_id"])
+    assert loaded["state"] == "succeeded", loaded["error"]
+    asked = {"prompt": "a lighthouse", "steps": 4, "width": 32, "height": 32, "seed": 7, "preview_every": 2}
+    job = ended(http, http.post("/api/inference/run", json={"model_name": "tiny", **asked}).json()["job_id"])
+    assert job["state"] == "succeeded", job["error"]
+    assert (job["progress"]["done"], job["progress"]["total"]) == (4, 4)
+    (image,) = job["result"]["images"]
+    content = http.get(f"/api/blobs/{image['blob_id']}").content
+    there = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+    here = made(opened("sdxl", folder), context(asked)).images[0].pixels
+    assert np.abs(there - here).max() <= 1
+    assert here.std() > 5
+    model = next(one for one in http.get("/api/inference/models").json()["models"] if one["name"] == "tiny")
+    assert (model["provider"], model["state"]) == ("DmlExecutionProvider", "loaded")
 
 
 LAYERS = [

@@ -215,3 +215,14 @@ def test_whatever_a_config_holds_it_is_read_or_refused(sdxl_folder: Path, tmp_pa
         (folder / place).write_text(whole)
     assert len(codes) > 5
     assert set(codes) == {"model_invalid"}
+
+
+def test_libraries_that_do_not_go_together_are_said(
+    sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apart.py").write_text("import types\ntypes.ModuleType('torch').accelerator\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(pipelines.PIPELINES, "sdxl", "apart:SdxlPipeline")
+    with pytest.raises(OperationError, match=r"do not go together.*accelerator") as raised:
+        pipelines.read("sdxl", sdxl_folder, sdxl_folder, {})
+    assert raised.value.code == "model_invalid"

@@ -33,8 +33,7 @@ from tests.pipelines.driving import context, made, opened
 from tests.support.pipelines import export_sdxl, reference, tiny_sdxl, tokenizer_files, write_json
 from workers.devices.base import Device
 from workers.devices.cpu import CpuDevice
-from workers.pipelines.base import Pipeline, Result
-from workers.pipelines.diffusion import denoising
+from workers.pipelines.base import Parts, Pipeline, Result
 from workers.pipelines.diffusion.prompts import PromptTokenizer
 
 PROMPT = "a photo of an astronaut riding a horse"
@@ -211,7 +210,7 @@ def test_a_scheduler_that_keeps_what_was_predicted_is_given_its_own(
 
 def test_where_nothing_can_be_bound_the_image_is_the_same(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = made(pipeline, context(request(scheduler="unipc")))
-    monkeypatch.setattr(denoising, "binds", lambda device: False)
+    monkeypatch.setattr(Parts, "binds", False)
     staged = made(pipeline, context(request(scheduler="unipc")))
     assert np.abs(bound.images[0].pixels.astype(int) - staged.images[0].pixels).max() <= 1
 

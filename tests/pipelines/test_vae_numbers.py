@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from device_operations.errors import OperationError, failure
@@ -50,6 +51,10 @@ def smooth(height: int, width: int) -> np.ndarray:
     return ((waves - waves.min()) / np.ptp(waves) * 255).astype(np.uint8)
 
 
+#: Of tiles of so many pixels a side: the largest and the mean difference from the whole, of 255.
+TILE_BOUNDS = [(640, 8, 0.3), (512, 14, 0.6), (256, 40, 1.3)]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tiles_make_the_image_that_the_whole_makes(seed: int, tmp_path: Path) -> None:
     pipeline = opened("vae", export_vae(tiny_vae(seed, shift_factor=0.05), tmp_path, encoder=False))
@@ -63,6 +68,32 @@ def test_tiles_make_the_image_that_the_whole_makes(seed: int, tmp_path: Path) ->
     # Seams would show as steps from one column to the next that the whole does not have.
     steps = [np.abs(np.diff(one, axis=1)).mean(axis=(0, 2)) for one in pixels]
     assert np.abs(steps[0] - steps[1]).max() < 0.5
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A decoder of SDXL's depth: eight pixels a side for each latent, attention in its middle block."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4,
+        sample_size=64,
+    )  # fmt: skip
+    return opened("vae", export_vae(vae.eval(), tmp_path_factory.mktemp("deep"), encoder=False))
+
+
+@pytest.mark.parametrize(("tile_size", "largest", "mean"), TILE_BOUNDS)
+def test_how_far_tiles_are_from_the_whole_by_their_size(
+    tile_size: int, largest: int, mean: float, deep: Pipeline
+) -> None:
+    latents = latents_of(96, 80)
+    whole, tiled = (
+        images.to_pixels(decoded(deep, latents, tile=tile, tile_size=tile_size)[0]).astype(int)
+        for tile in ("never", "always")
+    )
+    assert whole.std() > 30
+    assert np.abs(whole - tiled).max() <= largest
+    assert np.abs(whole - tiled).mean() <= mean
 
 
 def test_tiles_make_the_latents_that_the_whole_makes(pipeline: Pipeline) -> None:
@@ -113,8 +144,8 @@ def test_an_image_that_does_not_fit_goes_in_tiles_that_do(pipeline: Pipeline, mo
 
     monkeypatch.setattr(LoadedGraph, "run", out_of_memory)
     tiled = decoded(pipeline, latents)
-    # The whole, tiles of 512 and of 256 latents, which are the whole too; then two of 128, measured and normalised.
-    assert sizes == [150] * 3 + [128] * 4
+    # The whole; larger tiles would be the whole too; then two of 128 latents, measured and normalised.
+    assert sizes == [150] + [128] * 4
     assert np.abs(images.to_pixels(whole[0]).astype(int) - images.to_pixels(tiled[0])).max() <= 3
     with pytest.raises(OperationError, match="does not fit"):
         decoded(pipeline, latents, tile="never")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from workers.devices.onnx.runtime import Cancel, LoadedGraph
+    from workers.devices.onnx.tensors import Kept
     from workers.devices.transfers import TensorTransfers
 
 T = TypeVar("T")
@@ -181,6 +182,12 @@ class Device(ABC):
         self._range(view.buffer, view.offset, view.size_bytes, "bind")
         base = self._address(view.buffer.storage)
         return None if base is None else base + view.offset
+
+    def tensor_of(self, kept: Kept) -> torch.Tensor:
+        """An output that stayed on the device, as a torch tensor over the same bytes, which live as long as `kept`."""
+        import torch
+
+        return torch.from_numpy(kept.numpy())
 
     def take(self, view: BufferView, value: Any) -> None:
         """Copies an `onnxruntime.OrtValue` that lies on this device into a buffer."""

@@ -29,6 +29,7 @@ from workers.devices.values import Description, Provider, Reading
 if TYPE_CHECKING:
     import torch
 
+    from workers.devices.onnx.tensors import Kept
     from workers.devices.transfers import TensorTransfers
 
 # CUDA would count the fastest GPU first, NVML counts along the bus; read when CUDA starts, which is after this.
@@ -206,13 +207,23 @@ class CudaDevice(TorchDevice):
 
         return PinnedTransfers(self.torch_device(), self._stream)
 
+    def tensor_of(self, kept: Kept) -> torch.Tensor:
+        import torch
+
+        flat = self._bytes_at(kept.value, kept.size_bytes)
+        return flat.view(getattr(torch, kept.dtype)).view(kept.shape)
+
     def take(self, view: BufferView, value: Any) -> None:
+        source = self._bytes_at(value, view.size_bytes)
+        self._guard(lambda: self._copy(view.buffer.storage, view.offset, source, 0, view.size_bytes), "copy an output")
+
+    def _bytes_at(self, value: Any, size_bytes: int) -> torch.Tensor:
+        """The bytes of an `onnxruntime.OrtValue` on this device, where they lie."""
         import torch
 
         from workers.devices.cuda_transfers import CudaBytes
 
-        source = torch.as_tensor(CudaBytes(value.data_ptr(), view.size_bytes), device=self.torch_device())
-        self._guard(lambda: self._copy(view.buffer.storage, view.offset, source, 0, view.size_bytes), "copy an output")
+        return torch.as_tensor(CudaBytes(value.data_ptr(), size_bytes), device=self.torch_device())
 
     def _address(self, storage: Storage) -> int:
         return int(storage.data_ptr())

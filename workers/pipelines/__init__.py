@@ -49,4 +49,10 @@ def _class_of(model_type: str) -> type[Pipeline]:
             f"models of type {model_type!r} need {error.name}, which is not installed on this worker: "
             "pip install 'device-operations-server[pipelines]'",
         ) from error
+    except AttributeError as error:  # diffusers 0.41 and later with torch before 2.6
+        raise failure(
+            "model_invalid",
+            f"models of type {model_type!r}: the libraries of this worker do not go together: {error}. Install the "
+            "versions of its lock file (requirements/)",
+        ) from error
     return found

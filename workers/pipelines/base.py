@@ -31,7 +31,10 @@ RECENT_STEPS = 8
 
 
 class Parts:
-    """The graphs of one pipeline on its device; with `low_memory` at most one of them is there at a time."""
+    """The graphs of one pipeline on its device; with `low_memory` at most one of them is there at a time.
+
+    A part that was evicted comes back when a run needs it.
+    """
 
     def __init__(self, parts: Sequence[Part], root: Path, options: Mapping[str, Any]) -> None:
         self._parts = {part.name: part for part in parts}
@@ -39,7 +42,9 @@ class Parts:
         self._options = options
         self.low_memory = bool(options.get("low_memory"))
         self._check_free_dimensions()
+        #: The parts that are open, the least recently used first.
         self._open: dict[str, LoadedGraph] = {}
+        self._evicted: set[str] = set()
         self._device: Device | None = None
         #: What each part took when it was opened first, in bytes, and how long that was, in milliseconds.
         self._memory_bytes: dict[str, int] = {}
@@ -48,12 +53,19 @@ class Parts:
         self.provider = ""
         #: Makes room on the device when memory runs out while a part is opened; False if there is nothing to evict.
         self.evict: Callable[[], bool] = lambda: False
+        #: Records what the parts need now, and makes room for it: called before a part that was evicted is opened.
+        self.returning: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> Device:
         """The device that the parts are opened on."""
         assert self._device is not None, "the parts are opened first"
         return self._device
+
+    @property
+    def binds(self) -> bool:
+        """Whether torch's tensors on the device are ONNX Runtime's too; elsewhere all passes through the host."""
+        return self.device.provider().binding is not None
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
@@ -78,12 +90,10 @@ class Parts:
 
     def get(self, name: str, cancel: Cancel | None = None) -> LoadedGraph:
         """The part as a model that can be run now. Another run may have closed it since the last call."""
-        model = self._open.get(name)
-        if model is not None:
-            return model
-        if self.low_memory:
+        model = self._open.pop(name, None)
+        if model is None:
             self.rest()
-        model = self._open_part(self._parts[name], cancel)
+            model = self._back(name, cancel) if name in self._evicted else self._open_part(self._parts[name], cancel)
         self._open[name] = model
         return model
 
@@ -97,6 +107,15 @@ class Parts:
         if self.low_memory:
             self.close()
 
+    def evict_part(self) -> bool:
+        """Closes the part that was used longest ago; False where no more than one is left, or with `low_memory`."""
+        if self.low_memory or len(self._open) < 2:
+            return False
+        name = next(iter(self._open))
+        self._open.pop(name).close()
+        self._evicted.add(name)
+        return True
+
     def close(self) -> int | None:
         """Closes all parts; the bytes freed, as measured, None if that cannot be measured."""
         freed: int | None = 0
@@ -108,8 +127,8 @@ class Parts:
 
     @property
     def memory_bytes(self) -> int:
-        """What the parts need: all of them, or with `low_memory` the largest."""
-        each = self._memory_bytes.values()
+        """What the parts need: all of them that were not evicted, or with `low_memory` the largest."""
+        each = [size for name, size in self._memory_bytes.items() if name not in self._evicted]
         return max(each, default=0) if self.low_memory else sum(each)
 
     @property
@@ -137,9 +156,21 @@ class Parts:
                 "file_bytes": part.file_bytes,
                 "dtype": part.dtype,
                 "load_ms": round(self._load_ms.get(name, 0.0), 3),
+                "evicted": name in self._evicted,
             }
             for name, part in self._parts.items()
         ]
+
+    def _back(self, name: str, cancel: Cancel | None) -> LoadedGraph:
+        """A part that was evicted, opened again."""
+        self._evicted.discard(name)
+        try:
+            self.returning()
+            return self._open_part(self._parts[name], cancel)
+        except BaseException:
+            self._evicted.add(name)
+            self.returning()
+            raise
 
     def _open_part(self, part: Part, cancel: Cancel | None) -> LoadedGraph:
         part.check_unchanged()
@@ -310,7 +341,7 @@ class Pace:
         self._began = time.perf_counter()
 
 
-def run_to_end(steps: Generator[Progress, None, T]) -> T:
+def run_to_end(steps: Generator[object, None, T]) -> T:
     """What steps give, one after the other with nothing between: for benchmarks and tests of a pipeline alone."""
     while True:
         try:

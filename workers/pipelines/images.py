@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from device_operations.errors import failure
 from workers.devices.arrays import Array
+
+if TYPE_CHECKING:
+    import torch
 
 #: Pixels of a picture that is decoded, and the bytes of its file.
 MAX_PIXELS = 1 << 24
@@ -64,6 +68,27 @@ def to_signed(pixels: Array) -> Array:
     """Pixels `[H, W, 3]` of uint8 as `[1, 3, H, W]` of float32 from -1 to 1."""
     scaled: Array = pixels.astype(np.float32).transpose(2, 0, 1)[None] / np.float32(255)
     return np.ascontiguousarray(scaled * np.float32(2) - np.float32(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """One image `[H, W, 3]` of uint8, and whether all the values that it was made of were finite."""
+
+    values: Array
+    finite: bool
+
+
+def pixels_of(values: Array) -> Pixels:
+    """See `to_pixels`."""
+    return Pixels(to_pixels(values), bool(np.isfinite(values).all()))
+
+
+def pixels_on_device(values: torch.Tensor) -> Pixels:
+    """What `pixels_of` gives, bit for bit, of values `[3, H, W]` on a device: one byte a value comes to the host."""
+    finite = values.isfinite().all()
+    scaled = (values.float() / 2).add_(0.5).nan_to_num_(nan=0.0).clamp_(0, 1).mul_(255).round_()
+    made = scaled.byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    return Pixels(made, bool(finite))
 
 
 def to_pixels(values: Array) -> Array:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from workers.pipelines.diffusion.parts import TEXT_ENCODERS, UNET, Sizes, TextEn
 from workers.pipelines.diffusion.prompts import PromptTokenizer, PromptTokens
 from workers.pipelines.diffusion.schedulers import Schedule, Schedulers
 from workers.pipelines.files import find_graph, read_config, read_json, read_part
+
+T = TypeVar("T")
 
 #: Where each part lies; the encoder of images may be missing.
 PLACES = {
@@ -138,17 +140,15 @@ class SdxlPipeline(Pipeline):
                 preview=self._preview(run, number),
             )  # fmt: skip
             began = time.perf_counter()
-            decoded = yield from _paused(self._autoencoder.decode(denoised, run.cancel), pace)
+            decoded = yield from _paused(self._autoencoder.decode_pixels(denoised, run.cancel), pace)
             self._decoding = {asked.width * asked.height: time.perf_counter() - began}
-            if not np.isfinite(decoded).all():
+            if not decoded.finite:
                 raise failure(
                     "run_failed",
                     f"{DECODER} gave values that are not finite; exports of this VAE in float16 overflow: export it in "
                     "float32",
                 )
-            made.append(
-                PixelImage(images.to_pixels(decoded[0]), run.request.get("output_format", "png"), {"seed": seed})
-            )
+            made.append(PixelImage(decoded.values, run.request.get("output_format", "png"), {"seed": seed}))
         facts = {
             "seed": asked.seed, "steps": len(schedule.timesteps), "guidance_scale": asked.guidance_scale,
             "scheduler": schedule.name, **said,
@@ -295,13 +295,13 @@ def _guidance_embedding(weight: float, size: int) -> Array:
     return np.pad(made, ((0, 0), (0, size - 2 * half)))
 
 
-def _paused(work: Generator[None, None, Array], pace: Pace) -> Generator[Progress, None, Array]:
+def _paused(work: Generator[None, None, T], pace: Pace) -> Generator[Progress, None, T]:
     """What `work` gives, with a pause where it yields, and one after it."""
     while True:
         try:
             next(work)
         except StopIteration as stop:
-            made: Array = stop.value
+            made: T = stop.value
             yield from pace.pause()
             return made
         yield from pace.pause()

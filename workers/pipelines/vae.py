@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from workers.pipelines import images
 from workers.pipelines.base import Pace, Parts, Pipeline, PixelImage, Result, RunContext, Steps
 from workers.pipelines.diffusion.autoencoder import DECODER, ENCODER, Autoencoder, Scale
 from workers.pipelines.files import Part, find_graph, read_config, read_part
+
+T = TypeVar("T")
 
 #: Images of one run, and pixels of one image, that are decoded or encoded at most.
 MAX_BATCH = 64
@@ -90,12 +92,12 @@ class VaePipeline(Pipeline):
         made: list[PixelImage] = []
         for number in range(len(latents)):
             latent = latents[number : number + 1]
-            work = self._autoencoder.decode(latent, run.cancel, **_tile(run), scale=self._scale(run))
-            decoded = yield from _in_steps(work, pace)
+            how = {**_tile(run), "scale": self._scale(run)}
             if form == "tensor":
-                tensors.append(decoded)
+                tensors.append((yield from _in_steps(self._autoencoder.decode(latent, run.cancel, **how), pace)))
             else:
-                made.append(PixelImage(images.to_pixels(decoded[0]), form))
+                work = self._autoencoder.decode_pixels(latent, run.cancel, **how)
+                made.append(PixelImage((yield from _in_steps(work, pace)).values, form))
             yield from pace.step()
         return Result(outputs={"image": np.concatenate(tensors)} if tensors else {}, images=made)
 
@@ -178,13 +180,13 @@ def _single(part: Part) -> Part:
     )
 
 
-def _in_steps(work: Generator[None, None, Array], pace: Pace) -> Generator[Progress, None, Array]:
+def _in_steps(work: Generator[None, None, T], pace: Pace) -> Generator[Progress, None, T]:
     """What `work` gives, with a pause where it yields."""
     while True:
         try:
             next(work)
         except StopIteration as stop:
-            made: Array = stop.value
+            made: T = stop.value
             return made
         yield from pace.pause()
 

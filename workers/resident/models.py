@@ -78,7 +78,7 @@ def _open_graph(resident: Resident, row: Row, cancel: Cancel | None) -> Graph:
     if isinstance(loaded, LoadedGraph):
         graph = Graph(key, loaded, max(loaded.memory_bytes or 0, loaded.file_bytes or 0, ESTIMATE_BYTES))
     else:
-        graph = Graph(key, loaded, max(loaded.parts.memory_bytes, ESTIMATE_BYTES))
+        graph = Graph(key, loaded, _needed(loaded))
     resident.graphs[key] = graph
     log.info("graph opened", content_key=key, memory_bytes=graph.memory_bytes)
     return graph
@@ -92,6 +92,7 @@ def _opener(
         return lambda: load_onnx(resident.device, file, root, row["options"], cancel)
     pipeline = pipelines.read(row["model_type"], file, root, row["options"])
     pipeline.parts.evict = lambda: evict_one(resident)
+    pipeline.parts.returning = lambda: _record_parts(resident, row["content_key"], pipeline)
 
     def opened() -> Pipeline:
         pipeline.open(resident.device, cancel)
@@ -135,7 +136,7 @@ def model_facts(model: ResidentModel) -> ModelFacts:
             "outputs": [],
             "not_offered": [],
             "parts": pipeline.parts.facts(),
-            "memory_bytes": model.graph.memory_bytes,
+            "memory_bytes": _needed(pipeline),
             "load_ms": round(pipeline.parts.load_ms, 3),
             "provider": pipeline.parts.provider,
             "cpu_fallback_ops": pipeline.parts.cpu_fallback_ops,
@@ -200,15 +201,48 @@ def make_room(resident: Resident) -> bool:
 
 
 def evict_one(resident: Resident) -> bool:
-    """Takes the least recently used graph that can go off the device, with its models; False when there is none."""
+    """Takes the least recently used graph that can go off the device, with its models; False when there is none.
+
+    A pipeline goes part by part: while parts are left its models stay, and a run brings back what it needs.
+    """
+    oldest = resident.read(_evictable, resident)
+    if oldest is None:
+        return False
+    pipeline = resident.graphs[oldest["content_key"]].pipeline
+    if pipeline is not None and pipeline.parts.evict_part():
+        _record_parts(resident, oldest["content_key"], pipeline)
+        return True
 
     def of_one_graph(connection: Connection) -> list[str]:
-        for graph in idle.evictable_graphs(connection, resident.device_id):
-            if resident.models.keys() >= set(graph["model_ids"]):
-                return list(graph["model_ids"])
-        return []
+        graph = _evictable(connection, resident)
+        return [] if graph is None else list(graph["model_ids"])
 
     return bool(_let_go(resident, "evicted", of_one_graph))
+
+
+def _evictable(connection: Connection, resident: Resident) -> Row | None:
+    """The least recently used graph that can go, among those whose models are all here."""
+    for graph in idle.evictable_graphs(connection, resident.device_id):
+        if resident.models.keys() >= set(graph["model_ids"]):
+            return graph
+    return None
+
+
+def _needed(pipeline: Pipeline) -> int:
+    """Bytes that a pipeline's parts need now, as they are reserved."""
+    return max(pipeline.parts.memory_bytes, ESTIMATE_BYTES)
+
+
+def _record_parts(resident: Resident, content_key: str, pipeline: Pipeline) -> None:
+    """Records what a pipeline's parts need now, of which some were evicted or one comes back, and makes room for it."""
+    needed = _needed(pipeline)
+    with transaction(resident.engine) as connection:
+        device_store.lock_budget(connection, resident.device_id)
+        more = graph_store.settle(connection, resident.device_id, content_key, needed)
+        device_store.adjust_reservation(connection, resident.device_id, more)
+        store.set_parts(connection, resident.device_id, content_key, needed, pipeline.parts.facts())
+    if more > 0:
+        make_room(resident)
 
 
 def look_after_models(resident: Resident) -> None:

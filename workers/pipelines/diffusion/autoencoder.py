@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,20 +14,26 @@ from device_operations.errors import OperationError, failure
 from device_operations.tensors import numpy_dtype
 from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel
+from workers.devices.onnx.tensors import Kept
+from workers.pipelines import images
 from workers.pipelines.base import Parts
 from workers.pipelines.diffusion.tiled import Tiled
 from workers.pipelines.diffusion.tiles import Tiling
 from workers.pipelines.files import number
 
+T = TypeVar("T")
+
 #: The names of the parts.
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
-#: Pixels above which images go in tiles unless a run says otherwise, a tile's side in pixels, and its share of overlap.
+#: Pixels above which images go in tiles unless a run says otherwise.
 AUTO_TILE_PIXELS = 1536 * 1536
-TILE_SIZE = 1024
-TILE_OVERLAP = 0.25
-#: Tiles that do not fit are halved until they have this side.
-SMALLEST_TILE = 256
+#: A tile's side in pixels, the next where one does not fit. Attention sees its tile alone: large ones are nearer to the
+#: whole.
+TILE_SIZES = (1536, 1024, 512, 256)
+#: The share of a tile that overlaps with the next, and latents of it at least, up to half of the tile: with fewer,
+#: tiles of 32 latents a side were seen to be three times as far from the whole.
+TILE_OVERLAP, LEAST_OVERLAP = 0.25, 16
 
 #: The side in latents of the image that is decoded to find the factor where no configuration says it.
 _PROBE = 8
@@ -138,27 +146,54 @@ class Autoencoder:
         Raises `cancelled`, `timeout`, `out_of_memory` where even tiles do not fit.
         """
         model = (scale or self.scale).to_model(latents)
+        whole = functools.partial(self._decoded, model, cancel)
+        return (yield from self._decode(model, cancel, tile, tile_size, whole, lambda made: made))
+
+    def decode_pixels(
+        self,
+        latents: Array,
+        cancel: Cancel,
+        *,
+        tile: str = "auto",
+        tile_size: int | None = None,
+        scale: Scale | None = None,
+    ) -> Generator[None, None, images.Pixels]:
+        """The same as pixels `[H, W, 3]` of uint8, which the device makes itself where the backend binds tensors."""
+        model = (scale or self.scale).to_model(latents)
+        whole = functools.partial(self._decoded_pixels, model, cancel)
+        return (yield from self._decode(model, cancel, tile, tile_size, whole, lambda made: images.pixels_of(made[0])))
+
+    def _decode(
+        self,
+        model: Array,
+        cancel: Cancel,
+        tile: str,
+        tile_size: int | None,
+        whole: Callable[[], T],
+        of_tiles: Callable[[Array], T],
+    ) -> Generator[None, None, T]:
         factor = self.factor(cancel)
-        pixels = latents.shape[2] * latents.shape[3] * factor * factor
         given = self._parts[DECODER].input("latent_sample", "latents", "sample").name
 
-        def tiled(side: int) -> Tiled:
-            return Tiled(self._parts, DECODER, given, _tiling(side, factor, 1), (factor, 1), cancel)
+        def tiled(side: int) -> Generator[None, None, T]:
+            tiles = Tiled(self._parts, DECODER, given, _tiling(side, factor, 1), (factor, 1), cancel)
+            return of_tiles((yield from tiles.map(model)))
 
-        return (yield from _whole_or_tiles(model, pixels, tile, tile_size, lambda: self._decoded(model, cancel), tiled))
+        sides = model.shape[2] * factor, model.shape[3] * factor
+        return (yield from _whole_or_tiles(sides, tile, tile_size, whole, tiled))
 
     def encode(
         self, image: Array, cancel: Cancel, *, tile: str = "auto", tile_size: int | None = None
     ) -> Generator[None, None, Array]:
         """What the encoder gives of one image `[1, 3, H, W]` from -1 to 1: moments or latents; yields between tiles."""
         factor = self.factor(cancel)
-        pixels = image.shape[2] * image.shape[3]
         given = self._parts[ENCODER].input("sample", "image", "pixel_values").name
 
-        def tiled(side: int) -> Tiled:
-            return Tiled(self._parts, ENCODER, given, _tiling(side, 1, factor), (1, factor), cancel)
+        def tiled(side: int) -> Generator[None, None, Array]:
+            return Tiled(self._parts, ENCODER, given, _tiling(side, 1, factor), (1, factor), cancel).map(image)
 
-        return (yield from _whole_or_tiles(image, pixels, tile, tile_size, lambda: self._encoded(image, cancel), tiled))
+        whole = functools.partial(self._encoded, image, cancel)
+        return (yield from _whole_or_tiles(image.shape[2:], tile, tile_size, whole, tiled))
 
     def latents_of(
         self, encoded: Array, noise: Callable[[tuple[int, ...]], Array] | None, scale: Scale | None = None
@@ -182,6 +217,19 @@ class Autoencoder:
         part = self._parts[DECODER]
         return _run(self._parts, DECODER, part.input("latent_sample", "latents", "sample").name, latents, cancel)
 
+    def _decoded_pixels(self, latents: Array, cancel: Cancel) -> images.Pixels:
+        if not self._parts.binds:
+            return images.pixels_of(self._decoded(latents, cancel)[0])
+        part = self._parts[DECODER]
+        output = next(iter(part.outputs))
+        given = part.input("latent_sample", "latents", "sample")
+        feed = np.ascontiguousarray(latents, numpy_dtype(given.dtype))
+        made = self._parts.get(DECODER, cancel).run({given.name: feed}, [], keep=[output], cancel=cancel)[output]
+        assert isinstance(made, Kept)
+        device = self._parts.device
+        with device.queue():
+            return images.pixels_on_device(device.tensor_of(made)[0])
+
     def _encoded(self, image: Array, cancel: Cancel | None) -> Array:
         part = self._parts[ENCODER]
         return _run(self._parts, ENCODER, part.input("sample", "image", "pixel_values").name, image, cancel)
@@ -193,38 +241,44 @@ def _run(parts: Parts, name: str, given: str, values: Array, cancel: Cancel | No
     model = parts.get(name, cancel)
     feed = np.ascontiguousarray(values, numpy_dtype(part.inputs[given].dtype))
     made: Array = np.asarray(model.run({given: feed}, [output], cancel=cancel)[output])
-    return made.astype(np.float32)
+    return made.astype(np.float32, copy=False)
 
 
 def _whole_or_tiles(
-    values: Array,
-    pixels: int,
+    image: tuple[int, ...],
     tile: str,
     tile_size: int | None,
-    whole: Callable[[], Array],
-    tiled: Callable[[int], Tiled],
-) -> Generator[None, None, Array]:
-    """The map of the whole where that is asked for or fits, else of tiles, which are made smaller until they fit."""
-    if tile == "never" or (tile == "auto" and pixels <= AUTO_TILE_PIXELS):
+    whole: Callable[[], T],
+    tiled: Callable[[int], Generator[None, None, T]],
+) -> Generator[None, None, T]:
+    """The map of the whole where that is asked for or fits, else of tiles, which are made smaller until they fit.
+
+    `image` is its height and width in pixels.
+    """
+    sizes: tuple[int, ...] = TILE_SIZES if tile_size is None else (tile_size,)
+    if tile == "never" or (tile == "auto" and math.prod(image) <= AUTO_TILE_PIXELS):
         try:
             return whole()
         except OperationError as error:
-            if tile == "never" or error.code != "out_of_memory":
+            # A tile that is the whole fits no better.
+            sizes = tuple(size for size in sizes if size < max(image))
+            if tile == "never" or error.code != "out_of_memory" or not sizes:
                 raise
-    side = tile_size or TILE_SIZE
-    while True:
+    *larger, smallest = sizes
+    for size in larger:
         try:
-            return (yield from tiled(side).map(values))
+            return (yield from tiled(size))
         except OperationError as error:
-            if error.code != "out_of_memory" or tile_size is not None or side <= SMALLEST_TILE:
+            if error.code != "out_of_memory":
                 raise
-        side //= 2
+    return (yield from tiled(smallest))
 
 
 def _tiling(side: int, factor: int, step: int) -> Tiling:
     """Tiles of `side` pixels, in elements of `factor` pixels that begin at multiples of `step`."""
     size = max(step, max(8, side // factor) // step * step)
-    return Tiling(size, max(step, int(size * TILE_OVERLAP) // step * step), step)
+    overlap = min(max(int(size * TILE_OVERLAP), LEAST_OVERLAP * step), size // 2)
+    return Tiling(size, max(step, overlap // step * step), step)
 
 
 def _require_rank(shape: tuple[int | str | None, ...], what: str) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from device_operations.tensors import numpy_dtype
 from workers.devices.arrays import Array, Buffer, BufferView
-from workers.devices.onnx.runtime import Cancel
+from workers.devices.onnx.runtime import Cancel, LoadedGraph
 from workers.devices.onnx.tensors import Feed, TensorSpec
 from workers.execution.claimed_job import Progress
 from workers.pipelines.base import Pace, Parts
@@ -95,11 +95,6 @@ def _buffers(device: Device) -> Iterator[_Bound]:
         bound.release()
 
 
-def binds(device: Device) -> bool:
-    """Whether torch's tensors on the device are ONNX Runtime's too; elsewhere each step goes through the host."""
-    return device.provider().binding is not None
-
-
 def denoise(
     parts: Parts,
     unet: Unet,
@@ -117,8 +112,8 @@ def denoise(
 
     `latents` are those before the first step, on the host. `then_seconds` is what follows the last step.
     """
-    loop = _on_device if binds(parts.device) else _through_host
-    steps = loop(parts, unet, schedule, latents, conditions, generator, cancel)
+    image = _Image(parts, unet, schedule, conditions, generator, cancel)
+    steps = (_on_device if parts.binds else _through_host)(image, latents)
     number = 0
     try:
         while True:
@@ -140,40 +135,59 @@ def denoise(
 _Loop = Generator[torch.Tensor, None, Array]
 
 
-def _on_device(
-    parts: Parts,
-    unet: Unet,
-    schedule: Schedule,
-    latents: torch.Tensor,
-    conditions: Conditions,
-    generator: torch.Generator,
-    cancel: Cancel,
-) -> _Loop:
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """What each step of one image needs besides its latents."""
+
+    parts: Parts
+    unet: Unet
+    schedule: Schedule
+    conditions: Conditions
+    generator: torch.Generator
+    cancel: Cancel
+
+    def shape(self, latents: torch.Tensor) -> tuple[int, ...]:
+        """The shape of what a step takes and predicts."""
+        return (self.conditions.copies, *latents.shape[1:])
+
+    def model(self) -> LoadedGraph:
+        """The graph, which another run may have closed since the step before."""
+        return self.parts.get(self.unet.part, self.cancel)
+
+    def stepped(
+        self, predicted: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents after a step, and what is foreseen of the last ones: by the scheduler, or these."""
+        guided = _guided(predicted.float(), self.conditions)
+        latents, foreseen = self.schedule.step(guided, timestep, latents, self.generator)
+        return latents, latents if foreseen is None else foreseen
+
+
+def _on_device(image: _Image, latents: torch.Tensor) -> _Loop:
     """Each step is asked for while the one before it is under way, so that the device has no time between them.
 
     What is yielded is done. With `low_memory` the graph may be closed between two steps, and none is asked for ahead.
     """
-    device = parts.device
+    device, unet, shape = image.parts.device, image.unet, image.shape(latents)
     with _buffers(device) as bound:
-        shape = (conditions.copies, *latents.shape[1:])
         sample_view, sample = bound.place(unet.sample.dtype, shape)
-        predicted_view, predicted = bound.place(unet.predicted.dtype, (conditions.copies, *latents.shape[1:]))
-        fixed: dict[str, Feed] = {name: bound.put(values) for name, values in conditions.values.items()}
+        predicted_view, predicted = bound.place(unet.predicted.dtype, shape)
+        fixed: dict[str, Feed] = {name: bound.put(values) for name, values in image.conditions.values.items()}
         latents = latents.to(sample.device)
         device.synchronize()  # what was placed until here was in no queue of models
         under_way: list[tuple[Callable[[], None], torch.Tensor]] = []
         try:
-            for timestep in schedule.timesteps:
-                model = parts.get(unet.part, cancel)
+            for timestep in image.schedule.timesteps:
+                model = image.model()
                 with device.queue():
-                    sample.copy_(schedule.scaled(latents, timestep).expand(shape))
+                    sample.copy_(image.schedule.scaled(latents, timestep).expand(shape))
                     time = _time(unet.timestep, timestep, shape)
                     feeds = {**fixed, unet.sample.name: sample_view, unet.timestep.name: time}
-                    model.run(feeds, [], into={unet.predicted.name: predicted_view}, cancel=cancel, queued=True)
-                    guided = _guided(predicted.float(), conditions)
-                    latents, foreseen = schedule.step(guided, timestep, latents, generator)
-                under_way.append((device.queued(), latents if foreseen is None else foreseen))
-                if parts.low_memory or len(under_way) > 1:
+                    into = {unet.predicted.name: predicted_view}
+                    model.run(feeds, [], into=into, cancel=image.cancel, queued=True)
+                    latents, foreseen = image.stepped(predicted, timestep, latents)
+                under_way.append((device.queued(), foreseen))
+                if image.parts.low_memory or len(under_way) > 1:
                     yield _done(under_way)
             while under_way:
                 yield _done(under_way)
@@ -189,29 +203,20 @@ def _done(under_way: list[tuple[Callable[[], None], torch.Tensor]]) -> torch.Ten
     return made
 
 
-def _through_host(
-    parts: Parts,
-    unet: Unet,
-    schedule: Schedule,
-    latents: torch.Tensor,
-    conditions: Conditions,
-    generator: torch.Generator,
-    cancel: Cancel,
-) -> _Loop:
-    shape = (conditions.copies, *latents.shape[1:])
+def _through_host(image: _Image, latents: torch.Tensor) -> _Loop:
+    unet, shape = image.unet, image.shape(latents)
     dtype = numpy_dtype(unet.sample.dtype)
-    for timestep in schedule.timesteps:
-        scaled = schedule.scaled(latents, timestep).expand(shape).numpy().astype(dtype)
+    for timestep in image.schedule.timesteps:
+        scaled = image.schedule.scaled(latents, timestep).expand(shape).numpy().astype(dtype)
         feeds: dict[str, Feed] = {
-            **conditions.values,
+            **image.conditions.values,
             unet.sample.name: np.ascontiguousarray(scaled),
             unet.timestep.name: _time(unet.timestep, timestep, shape),
         }
         name = unet.predicted.name
-        predicted = parts.get(unet.part, cancel).run(feeds, [name], cancel=cancel)[name]
-        guided = _guided(torch.from_numpy(np.asarray(predicted, np.float32)), conditions)
-        latents, foreseen = schedule.step(guided, timestep, latents, generator)
-        yield latents if foreseen is None else foreseen
+        predicted = image.model().run(feeds, [name], cancel=image.cancel)[name]
+        latents, foreseen = image.stepped(torch.from_numpy(np.asarray(predicted, np.float32)), timestep, latents)
+        yield foreseen
     return latents.float().numpy()
 
 
