@@ -250,9 +250,13 @@ class Bounded(AutoHTTPProtocol):
             return self._lingering
         if not (self._in_message or self._refused) or not transport.can_write_eof():
             return False
+        try:
+            transport.write_eof()
+        except OSError:
+            # The client has reset the connection already.
+            return False
         self._lingering = True
         transport.set_protocol(self)
-        transport.write_eof()
         self.flow.resume_reading()
         self._linger_timer = self.loop.call_later(limits.LINGER_SECONDS, transport.abort)
         return True

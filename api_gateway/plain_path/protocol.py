@@ -231,8 +231,12 @@ class PlainProtocol(asyncio.Protocol):
             return self._lingering
         if not (self._incoming.in_head or self._incoming.in_body or self._refused) or not transport.can_write_eof():
             return False
+        try:
+            transport.write_eof()
+        except OSError:
+            # The client has reset the connection already.
+            return False
         self._lingering = True
-        transport.write_eof()
         if not transport.is_reading():
             transport.resume_reading()
         self._linger_timer = self._loop.call_later(limits.LINGER_SECONDS, transport.abort)

@@ -15,7 +15,8 @@ from threading import Thread
 import pytest
 
 from api_gateway.connection import HELD_BYTES, BufferedConnection
-from api_gateway.fast_path.wire import WHOLE_BYTES, WHOLE_REST_BYTES
+from api_gateway.fast_path.wire import WHOLE_BYTES, WHOLE_REST_BYTES, Protocol
+from api_gateway.plain_path.protocol import PlainProtocol
 from tests.support.reading import Reader, answered, asked, reading
 from tests.support.stack import eventually
 
@@ -95,15 +96,29 @@ def test_no_more_is_held_than_a_socket_takes_at_once() -> None:
 # ---- bodies that are read whole
 
 
+@pytest.fixture(params=[Protocol, PlainProtocol], ids=["fast", "plain"])
+def path(request: pytest.FixtureRequest) -> type[Protocol] | type[PlainProtocol]:
+    """How HTTP is served: with `HTTP__FAST_PATH`, and without it."""
+    return request.param
+
+
+@pytest.fixture
+def whole(path: type) -> bytes:
+    """How a large body comes that is wanted whole."""
+    return b"whole" if path is Protocol else b"pieces"
+
+
 @pytest.fixture(params=["uvloop", "asyncio"])
-def served(request: pytest.FixtureRequest) -> Iterator[tuple[Reader, int]]:
+def served(request: pytest.FixtureRequest, path: type[Protocol] | type[PlainProtocol]) -> Iterator[tuple[Reader, int]]:
     if request.param == "uvloop":
         pytest.importorskip("uvloop", reason="there is none for Windows")
-    with reading(request.param) as server:
+    with reading(request.param, path) as server:
         yield server
 
 
-def test_bodies_of_every_size_arrive_as_they_were_sent_on_one_connection(served: tuple[Reader, int]) -> None:
+def test_bodies_of_every_size_arrive_as_they_were_sent_on_one_connection(
+    served: tuple[Reader, int], whole: bytes
+) -> None:
     _, port = served
     numbers = random.Random(5)
     large = [WHOLE_REST_BYTES + 1, 3_000_000, WHOLE_BYTES, WHOLE_BYTES + 1]
@@ -120,7 +135,7 @@ def test_bodies_of_every_size_arrive_as_they_were_sent_on_one_connection(served:
             if size < WHOLE_REST_BYTES or size > WHOLE_BYTES:
                 assert way == b"pieces"
             elif size > 1_000_000:
-                assert way == b"whole"
+                assert way == whole
 
 
 def test_requests_that_are_sent_behind_a_large_body_are_answered_in_order(served: tuple[Reader, int]) -> None:
@@ -151,7 +166,7 @@ def test_no_more_is_read_of_a_connection_whose_first_request_waits_for_its_answe
         assert answered(client)[1].endswith(bytes(1_000_000))
 
 
-def test_a_body_that_trickles_or_waits_to_be_asked_for_arrives_whole(served: tuple[Reader, int]) -> None:
+def test_a_body_that_trickles_or_waits_to_be_asked_for_arrives_whole(served: tuple[Reader, int], whole: bytes) -> None:
     _, port = served
     body = random.Random(1).randbytes(300_000)
     with socket.create_connection(("127.0.0.1", port), 10) as client:
@@ -159,13 +174,13 @@ def test_a_body_that_trickles_or_waits_to_be_asked_for_arrives_whole(served: tup
         message = asked(body)
         for at in range(0, len(message), 7001):
             client.sendall(message[at : at + 7001])
-        assert answered(client) == (200, b"whole:" + body)
+        assert answered(client) == (200, whole + b":" + body)
         head = asked(body, more="Expect: 100-continue\r\n")[: -len(body)]
         client.sendall(head)
         client.settimeout(10)
         assert client.recv(25, socket.MSG_PEEK).startswith(b"HTTP/1.1 100")
         client.sendall(body)
-        assert answered(client) == (200, b"whole:" + body)
+        assert answered(client) == (200, whole + b":" + body)
 
 
 def test_an_answer_before_a_small_body_has_come_leaves_the_connection_usable(served: tuple[Reader, int]) -> None:
