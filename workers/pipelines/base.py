@@ -108,8 +108,8 @@ class Parts:
             self.close()
 
     def evict_part(self) -> bool:
-        """Closes the part that was used longest ago; False where no more than one is left, or with `low_memory`."""
-        if self.low_memory or len(self._open) < 2:
+        """Closes the part that was used longest ago; False where no more than one is open, as with `low_memory`."""
+        if len(self._open) < 2:
             return False
         name = next(iter(self._open))
         self._open.pop(name).close()
