@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
-Schema = JsonObject
+Schema = FreeJson
 
 #: Statuses that a submission may be refused with, in addition to those of every route.
 SUBMISSION = (404, 409, 410, 413, 422, 429, 507)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 if TYPE_CHECKING:
     from device_operations.settings import Settings
@@ -124,7 +124,7 @@ def found_devices() -> tuple[DeviceSpec, ...]:
 
 
 @functools.cache
-def probe() -> tuple[JsonObject, ...]:
+def probe() -> tuple[FreeJson, ...]:
     """What the device layer sees, one object a device, as `python -m workers.devices --json` prints it.
 
     A look that fails is an error, not "no GPU": falling back to the CPU must be said by a person (`DEVICES=cpu`).

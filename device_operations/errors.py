@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ class OperationError(Exception):
         code: str,
         message: str,
         *,
-        detail: JsonObject | None = None,
+        detail: FreeJson | None = None,
         retryable: bool | None = None,
         retry_after_seconds: int | None = None,
-        errors: list[JsonObject] | None = None,
+        errors: list[FreeJson] | None = None,
     ) -> None:
         # What Celery stores of an exception, and makes it of again on the other side.
         super().__init__(code, message)
@@ -132,7 +132,7 @@ class OperationError(Exception):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.code!r}, {self.message!r})"
 
-    def as_job_error(self) -> JsonObject:
+    def as_job_error(self) -> FreeJson:
         """The error as a failed job carries it: `{"code", "message", "retryable", "detail"}`."""
         return {"code": self.code, "message": self.message, "retryable": self.retryable, "detail": self.detail}
 
@@ -189,10 +189,10 @@ def failure(
     code: str,
     message: str,
     *,
-    detail: JsonObject | None = None,
+    detail: FreeJson | None = None,
     retryable: bool | None = None,
     retry_after_seconds: int | None = None,
-    errors: list[JsonObject] | None = None,
+    errors: list[FreeJson] | None = None,
 ) -> OperationError:
     """The exception for `code`, as the class that the tree above gives it."""
     kind = ExecutionFailed if code in _OF_JOBS else _CLASSES.get(CODES[code].status, ExecutionFailed)
@@ -201,7 +201,7 @@ def failure(
     )
 
 
-def error_of(error: JsonObject | None, state: str, what: str) -> JsonObject:
+def error_of(error: FreeJson | None, state: str, what: str) -> FreeJson:
     """The error of a job that ended in `state` without success: `error` as recorded, else one that names `what`."""
     if error:
         return error
@@ -209,7 +209,7 @@ def error_of(error: JsonObject | None, state: str, what: str) -> JsonObject:
     return failure(code, f"{what} was {state}, and no error was recorded.").as_job_error()
 
 
-def from_job_error(error: JsonObject) -> OperationError:
+def from_job_error(error: FreeJson) -> OperationError:
     """The exception for the `error` field of a failed job, so that a client can raise what the worker recorded."""
     code: str = error.get("code", "internal_error")
     message: str = error.get("message", code)
@@ -220,10 +220,10 @@ def from_job_error(error: JsonObject) -> OperationError:
 def _rebuild(
     code: str,
     message: str,
-    detail: JsonObject | None,
+    detail: FreeJson | None,
     retryable: bool,
     retry_after_seconds: int | None,
-    errors: list[JsonObject] | None,
+    errors: list[FreeJson] | None,
 ) -> OperationError:
     return failure(
         code, message, detail=detail, retryable=retryable, retry_after_seconds=retry_after_seconds, errors=errors

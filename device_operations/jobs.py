@@ -26,7 +26,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 
 class State(StrEnum):
@@ -185,15 +185,15 @@ class Job(BaseModel):
     attempt: int
     max_attempts: int
     queue_position: int | None = None
-    progress: JsonObject | None = None
+    progress: FreeJson | None = None
     resource: Resource | None = None
     submitted_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
     expires_at: datetime | None = None
     timings: Timings = Timings()
-    result: JsonObject | None = None
-    error: JsonObject | None = None
+    result: FreeJson | None = None
+    error: FreeJson | None = None
     owner: str
     labels: dict[str, str] = {}
     #: The ended job that this one tries again.

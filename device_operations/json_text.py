@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypeAlias
+from typing import Any
 
 import orjson
-
-#: An object of JSON that is read by its keys; where it is made says which there are.
-JsonObject: TypeAlias = dict[str, Any]
 
 Text = bytes | bytearray | memoryview | str
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from device_operations.jobs import Kind, new_id
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.queues import ANY_QUEUE, PRIORITY_STEPS, celery_priority, device_queue, short
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS, parse, requests_of
@@ -53,7 +53,7 @@ class Producer:
         device_id: str | None = None,
         task_id: str | None = None,
         ignore_result: bool = False,
-    ) -> AsyncResult[JsonObject]:
+    ) -> AsyncResult[FreeJson]:
         """Enqueues a job; its kind is the request's type, its options are the request's `job`.
 
         It goes to the queue of `device_id`, else of the request's own, else to the one that any device reads; a job
@@ -65,7 +65,7 @@ class Producer:
         fields = checked.model_dump(mode="json", exclude_unset=True)
         options = fields.pop("job", {})
         device_id = device_id or fields.get("device_id")
-        sent: AsyncResult[JsonObject] = self._app.send_task(
+        sent: AsyncResult[FreeJson] = self._app.send_task(
             kind.task,
             kwargs={"request": fields, "job": options} if options else {"request": fields},
             kwargsrepr=short(fields),
@@ -76,9 +76,9 @@ class Producer:
         )
         return sent
 
-    def result(self, task_id: str) -> AsyncResult[JsonObject]:
+    def result(self, task_id: str) -> AsyncResult[FreeJson]:
         """The result of a job sent earlier, by its id."""
-        found: AsyncResult[JsonObject] = AsyncResult(task_id, app=self._app)
+        found: AsyncResult[FreeJson] = AsyncResult(task_id, app=self._app)
         return found
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: The queue for work that any device may take: direct callers only, since the gateway places every job.
 ANY_QUEUE = "device.any"
@@ -40,7 +40,7 @@ _TELLING = (
 )
 
 
-def short(request: JsonObject) -> str:
+def short(request: FreeJson) -> str:
     """A request in at most 120 characters, for Flower and logs: the ids it names, never its data."""
     said = ", ".join(f"{name}={request[name]!r}" for name in _TELLING if request.get(name) is not None)
     return "{" + (said if len(said) <= 118 else said[:117] + "…") + "}"

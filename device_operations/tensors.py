@@ -18,7 +18,8 @@ import orjson
 from pydantic import Field, model_validator
 
 from device_operations.errors import failure
-from device_operations.json_text import NON_FINITE, JsonObject
+from device_operations.json_text import NON_FINITE
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import Identifier, Offset, Request, Side
 
 if TYPE_CHECKING:
@@ -241,12 +242,12 @@ def _checked(flat: list[Any], dtype: str, name: str) -> list[Any]:
     return flat
 
 
-def encode(array: Array, form: Literal["data", "base64"]) -> JsonObject:
+def encode(array: Array, form: Literal["data", "base64"]) -> FreeJson:
     """The wire form of an array. Among `data`, NaN and infinities are strings: JSON has no numbers for them."""
     if array.dtype == object or array.dtype.kind in "US":
         flat = [e.decode("utf-8", "replace") if isinstance(e, bytes) else str(e) for e in array.reshape(-1)]
         return {"dtype": "string", "shape": list(array.shape), "data": flat}
-    described: JsonObject = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    described: FreeJson = {"dtype": array.dtype.name, "shape": list(array.shape)}
     if form == "data":
         described["data"] = numbers(array)
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypeAlias, TypedDict
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: A time, such as `2026-01-31T12:00:00Z`.
 Moment: TypeAlias = str
@@ -28,7 +28,7 @@ class DeviceView(TypedDict):
     free_bytes: int | None
     driver: str | None
     heartbeat_at: Moment | None
-    capabilities: JsonObject
+    capabilities: FreeJson
     providers: list[str]
     cpu_fallback_ops: int | None
     queued: int
@@ -67,7 +67,7 @@ class DeviceMemoryView(TypedDict):
     by_owner: dict[str, int]
     others_bytes: int
     #: What lies on the device, largest first, if the request says `map`.
-    map: NotRequired[list[JsonObject]]
+    map: NotRequired[list[FreeJson]]
 
 
 class AllocationView(TypedDict):
@@ -83,7 +83,7 @@ class AllocationView(TypedDict):
     owner: str
     job_id: str
     sha256: str | None
-    error: JsonObject | None
+    error: FreeJson | None
     created_at: Moment
     ttl_seconds: float | None
     expires_at: Moment | None
@@ -99,12 +99,12 @@ class ModelView(TypedDict):
     model_type: str
     device_id: str
     state: str
-    inputs: list[JsonObject] | None
-    outputs: list[JsonObject] | None
+    inputs: list[FreeJson] | None
+    outputs: list[FreeJson] | None
     #: `[{"name", "side", "reason"}]`: inputs and outputs that callers cannot give or get.
-    not_offered: list[JsonObject] | None
+    not_offered: list[FreeJson] | None
     #: Of a pipeline, one for each graph; of a single graph, None.
-    parts: list[JsonObject] | None
+    parts: list[FreeJson] | None
     memory_bytes: int | None
     freed_bytes: int | None
     load_ms: float | None
@@ -115,12 +115,12 @@ class ModelView(TypedDict):
     shared: bool
     provider: str | None
     cpu_fallback_ops: int | None
-    batching: JsonObject | None
-    statistics: JsonObject
+    batching: FreeJson | None
+    statistics: FreeJson
     sha256: str | None
     owner: str
-    options: JsonObject
-    error: JsonObject | None
+    options: FreeJson
+    error: FreeJson | None
     replaced_by: str | None
     replaced_at: Moment | None
     created_at: Moment
@@ -170,8 +170,8 @@ class TrainingSessionView(TypedDict):
     memory_bytes: int | None
     lease_expires_at: Moment | None
     owner: str
-    error: JsonObject | None
-    parameters: list[JsonObject]
+    error: FreeJson | None
+    parameters: list[FreeJson]
     opened_at: Moment
     last_used_at: Moment
     ended_at: Moment | None
@@ -196,7 +196,7 @@ class CheckpointView(TypedDict):
     run_job_id: str | None
     created_at: Moment
     owner: str
-    damage: JsonObject | None
+    damage: FreeJson | None
     #: Whether the session took it by itself.
     automatic: bool
 
@@ -204,5 +204,5 @@ class CheckpointView(TypedDict):
 class TrainingStatus(TrainingSessionView):
     """One training session with its last steps and checkpoints."""
 
-    history: list[JsonObject]
+    history: list[FreeJson]
     checkpoints: list[CheckpointView]

@@ -25,6 +25,7 @@ import workers.celery_bridge.panel  # noqa: F401 - registers the commands of rem
 from device_operations import collector
 from device_operations.devices import NamedDevice as Named
 from device_operations.errors import OperationError
+from device_operations.json_types import JsonObject
 from device_operations.settings import Settings
 from tasks.app import PREFETCH, make_app
 from tasks.blobs.store import BlobStore
@@ -51,7 +52,6 @@ from workers.execution.executor import DEVICE_LOST_STATUS, Executor
 from workers.execution.prefetch import Prefetch
 from workers.execution.reconcile import Reconciler
 from workers.execution.scheduler import Scheduler
-from workers.json_types import JsonObject
 from workers.operations.sending import TransferRequest
 from workers.operations.training import upkeep as training
 from workers.operations.transfers import Transfers

@@ -30,7 +30,7 @@ from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST, performed
 from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import new_id
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
 from tasks.blobs.transients import TRANSIENT_BYTES
 from tasks.database import unavailable
@@ -82,7 +82,7 @@ def _usual(scope: Scope) -> Scope:
     """A request below /v2 as it is routed: without a slash at its end, and HEAD as GET, whose body is not sent then."""
     if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v2/"):
         return scope
-    changed: JsonObject = {}
+    changed: FreeJson = {}
     if scope["path"].endswith("/"):
         changed = {"path": scope["path"].rstrip("/"), "raw_path": (scope.get("raw_path") or b"").rstrip(b"/")}
     if scope["method"] == "HEAD":
@@ -132,7 +132,7 @@ async def infer(request: Request) -> Response:
     heavy = len(body) > RAW_ON_THE_LOOP_BYTES or (len(body) > TRANSIENT_BYTES and not gateway.transients.is_local)
     made, model = await _planned(gateway, caller, inference, name, version, job_id, heavy=heavy)
     left_behind = stashed(made.job.request["inputs"])
-    produced: dict[str, JsonObject] = {}
+    produced: dict[str, FreeJson] = {}
     read_by_all = False
     try:
         job = await performed(request, gateway, made, _patience(inference))
@@ -156,7 +156,7 @@ async def infer(request: Request) -> Response:
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-def _is_quick(inference: InferRequest, produced: dict[str, JsonObject], gateway: Gateway) -> bool:
+def _is_quick(inference: InferRequest, produced: dict[str, FreeJson], gateway: Gateway) -> bool:
     """Whether the answer is made sooner than a thread has begun: little to copy, or very little to write as JSON."""
     apart = sum(tensor.get("size_bytes", 0) for tensor in produced.values())
     if not apart:
@@ -209,7 +209,7 @@ def _plan(
     outputs = [output.name for output in inference.outputs]
     check_against_model(model, inference.inputs, outputs, state_inputs(session))
     inputs, _ = stash(inference, gateway.transients)
-    payload: JsonObject = {"model_name": name, "inputs": inputs, "form": "transient"}
+    payload: FreeJson = {"model_name": name, "inputs": inputs, "form": "transient"}
     if outputs:
         payload["outputs"] = outputs
     if session:
@@ -268,7 +268,7 @@ async def _body(request: Request, limit: int) -> Raw:
 
 
 def _answered(
-    request: Request, inference: InferRequest, produced: dict[str, JsonObject], gateway: Gateway, header: JsonObject
+    request: Request, inference: InferRequest, produced: dict[str, FreeJson], gateway: Gateway, header: FreeJson
 ) -> Response:
     parts, header_length = answer(inference, produced, gateway.transients, header)
     body = parts[0] if len(parts) == 1 else b"".join(parts)

@@ -19,7 +19,7 @@ from api_gateway.submission.performing import performed_to_the_end
 from device_operations.bounds import load_json, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest, invalid
 from device_operations.requests.inference import LoadModel, UnloadModel
 from tasks.inference.content import MAX_NAME_BYTES
@@ -87,17 +87,17 @@ async def _perform(gateway: Gateway, caller: Caller, kind: Kind, request: JobReq
     await performed_to_the_end(gateway, await make_plan(gateway, caller, kind, request, new_id()))
 
 
-def _load_request(gateway: Gateway, caller: Caller, name: str, parameters: JsonObject) -> LoadModel:
+def _load_request(gateway: Gateway, caller: Caller, name: str, parameters: FreeJson) -> LoadModel:
     config = _config(parameters.get("config"))
     files = {path.removeprefix("file:"): content for path, content in parameters.items() if path.startswith("file:")}
     if files:
         blobs = {path: _stored(gateway, caller, path, content) for path, content in files.items()}
-        source: JsonObject = {"blobs": blobs}
+        source: FreeJson = {"blobs": blobs}
         version = next(iter(sorted(path.split("/")[0] for path in files if whole_number(path.split("/")[0]))), "1")
     else:
         path, version = _found(gateway.settings.model_cache_path, name)
         source = {"path": path}
-    options: JsonObject = {}
+    options: FreeJson = {}
     if isinstance(config.get("max_batch_size"), int):
         options["max_batch_size"] = max(1, config["max_batch_size"])
     batching = config.get("dynamic_batching")
@@ -164,14 +164,14 @@ def _entry(models: list[Row]) -> dict[str, str]:
     }
 
 
-def _parameters(body: JsonObject) -> JsonObject:
+def _parameters(body: FreeJson) -> FreeJson:
     parameters = body.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise failure("malformed_request", "parameters is not a JSON object")
     return parameters
 
 
-def _config(text: object) -> JsonObject:
+def _config(text: object) -> FreeJson:
     if text is None:
         return {}
     if not isinstance(text, str):

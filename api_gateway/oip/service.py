@@ -17,7 +17,7 @@ from api_gateway.oip import repository as oip_repository
 from api_gateway.oip.infer import infer
 from api_gateway.oip.tensors import DATATYPES, NAMES
 from api_gateway.submission.answer import json_response
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from tasks.inference import models as store
 from tasks.inference.residents import nothing_named
 from tasks.statements import Row
@@ -194,9 +194,9 @@ def _counted(models: list[Row]) -> dict[str, object]:
     }
 
 
-def _specification(spec: JsonObject) -> JsonObject:
-    described: JsonObject = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
-    parameters: JsonObject = {}
+def _specification(spec: FreeJson) -> FreeJson:
+    described: FreeJson = {"name": spec["name"], "datatype": NAMES[spec["dtype"]], "shape": _sides(spec)}
+    parameters: FreeJson = {}
     if spec.get("optional"):
         parameters["optional"] = True
     if DATATYPES.get(described["datatype"]) != spec["dtype"]:
@@ -204,7 +204,7 @@ def _specification(spec: JsonObject) -> JsonObject:
     return described | {"parameters": parameters} if parameters else described
 
 
-def _configuration(spec: JsonObject) -> JsonObject:
+def _configuration(spec: FreeJson) -> FreeJson:
     name = NAMES[spec["dtype"]]
     described = {
         "name": spec["name"],
@@ -214,5 +214,5 @@ def _configuration(spec: JsonObject) -> JsonObject:
     return described | {"optional": True} if spec.get("optional") else described
 
 
-def _sides(spec: JsonObject) -> list[int]:
+def _sides(spec: FreeJson) -> list[int]:
     return [side if isinstance(side, int) else -1 for side in spec["shape"]]

@@ -16,7 +16,7 @@ import orjson
 from api_gateway.submission.bodies import Raw
 from device_operations.bounds import parse_json
 from device_operations.errors import failure
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.tensors import (
     EIGHT_BIT_FLOATS,
     FIXED_DTYPES,
@@ -69,7 +69,7 @@ class InferRequest:
     """One inference request of the protocol, its tensors as bytes."""
 
     request_id: str | None
-    parameters: JsonObject
+    parameters: FreeJson
     inputs: dict[str, Given]
     outputs: list[RequestedOutput]
     #: Whether outputs that were not named come as raw bytes.
@@ -112,14 +112,14 @@ def read(body: Raw, header_length: int | None) -> InferRequest:
     return InferRequest(request_id, parameters, inputs, outputs, binary, bare=bare)
 
 
-def stash(inference: InferRequest, transients: Transients) -> tuple[dict[str, JsonObject], list[str]]:
+def stash(inference: InferRequest, transients: Transients) -> tuple[dict[str, FreeJson], list[str]]:
     """The inputs as a job's request holds them, and the transients made: what is small stays in the request."""
-    described: dict[str, JsonObject] = {}
+    described: dict[str, FreeJson] = {}
     parts: list[Raw] = []
-    apart: list[JsonObject] = []
+    apart: list[FreeJson] = []
     offset = 0
     for name, given in inference.inputs.items():
-        tensor: JsonObject = {"dtype": given.dtype, "shape": given.shape}
+        tensor: FreeJson = {"dtype": given.dtype, "shape": given.shape}
         size = len(given.raw)
         if size <= TRANSIENT_BYTES:
             tensor["base64"] = base64.b64encode(given.raw).decode("ascii")
@@ -137,13 +137,13 @@ def stash(inference: InferRequest, transients: Transients) -> tuple[dict[str, Js
     return described, [transient_id]
 
 
-def stashed(tensors: dict[str, JsonObject]) -> list[str]:
+def stashed(tensors: dict[str, FreeJson]) -> list[str]:
     """The transients that a job's tensors name."""
     return list({tensor["transient_id"] for tensor in tensors.values() if "transient_id" in tensor})
 
 
 def answer(
-    inference: InferRequest, produced: dict[str, JsonObject], transients: Transients, header: JsonObject
+    inference: InferRequest, produced: dict[str, FreeJson], transients: Transients, header: FreeJson
 ) -> tuple[list[Raw], int | None]:
     """The body of the answer in parts, and the length of its JSON where raw bytes follow."""
     wanted = inference.outputs or [RequestedOutput(name, inference.binary) for name in produced]
@@ -155,7 +155,7 @@ def answer(
             continue  # an optional output that this run had no value for
         dtype, shape = tensor["dtype"], tensor["shape"]
         raw = _elements(tensor, transients)
-        entry: JsonObject = {"name": output.name, "datatype": NAMES[dtype], "shape": shape}
+        entry: FreeJson = {"name": output.name, "datatype": NAMES[dtype], "shape": shape}
         if output.binary:
             entry["parameters"] = {"binary_data_size": len(raw)}
             parts.append(raw)
@@ -175,14 +175,14 @@ def answer(
     return [packed, *parts], len(packed) if parts else None
 
 
-def _with_words(header: JsonObject) -> bytes:
+def _with_words(header: FreeJson) -> bytes:
     for entry in header["outputs"]:
         if entry["datatype"] in _WORDED and "data" in entry:
             entry["data"] = [number if math.isfinite(number) else word(number) for number in entry["data"]]
     return json.dumps(header).encode()
 
 
-def _elements(tensor: JsonObject, transients: Transients) -> Raw:
+def _elements(tensor: FreeJson, transients: Transients) -> Raw:
     if "base64" in tensor:
         return base64.b64decode(tensor["base64"])
     raw = transients.read(tensor["transient_id"], tensor["offset"], tensor["size_bytes"])
@@ -190,7 +190,7 @@ def _elements(tensor: JsonObject, transients: Transients) -> Raw:
     return raw if isinstance(raw.obj, bytes) else bytes(raw)
 
 
-def _given(entry: JsonObject, view: memoryview, at: int) -> tuple[str, Given, int]:
+def _given(entry: FreeJson, view: memoryview, at: int) -> tuple[str, Given, int]:
     """One input, and where the next one's bytes begin."""
     name, shape = entry.get("name"), entry.get("shape")
     if not isinstance(name, str):
@@ -240,7 +240,7 @@ def _dtype(datatype: object, what: str) -> str:
     return dtype
 
 
-def _wanted(entry: JsonObject, binary: bool) -> RequestedOutput:
+def _wanted(entry: FreeJson, binary: bool) -> RequestedOutput:
     name = entry.get("name")
     if not isinstance(name, str):
         raise failure("malformed_request", "an output has no name")
@@ -251,19 +251,19 @@ def _wanted(entry: JsonObject, binary: bool) -> RequestedOutput:
     return RequestedOutput(name, bool(parameters.get("binary_data", binary)))
 
 
-def _json(text: memoryview) -> tuple[JsonObject, bool]:
+def _json(text: memoryview) -> tuple[FreeJson, bool]:
     """The object, and whether it is JSON but for NaN or an infinity."""
     value, strict = parse_json(text, "the request")
     return _object(value, "the body"), not strict
 
 
-def _parameters(holder: JsonObject, what: str) -> JsonObject:
+def _parameters(holder: FreeJson, what: str) -> FreeJson:
     """The parameters in the request, an input or an output; none where there are none, or null."""
     parameters = holder.get("parameters")
     return {} if parameters is None else _object(parameters, what)
 
 
-def _object(value: object, what: str) -> JsonObject:
+def _object(value: object, what: str) -> FreeJson:
     if not isinstance(value, dict):
         raise failure("malformed_request", f"{what} is not a JSON object")
     return value

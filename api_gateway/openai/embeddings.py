@@ -20,7 +20,7 @@ from api_gateway.openai.requests import EmbeddingsRequest, checked
 from api_gateway.openai.runs import run
 from api_gateway.submission.answer import JSON, read_body
 from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.tensors import Tensor, decode
 
 router = APIRouter(tags=["openai"])
@@ -43,7 +43,7 @@ async def create_embeddings(request: Request, caller: Known) -> Response:
         return await run_in_threadpool(_answer, gateway, parsed, job)
 
 
-def _answer(gateway: Gateway, parsed: EmbeddingsRequest, job: JsonObject) -> Response:
+def _answer(gateway: Gateway, parsed: EmbeddingsRequest, job: FreeJson) -> Response:
     result = job["result"]
     vectors = _vectors(gateway, result["outputs"]["embeddings"])
     used = result["tokens"]
@@ -61,7 +61,7 @@ def _answer(gateway: Gateway, parsed: EmbeddingsRequest, job: JsonObject) -> Res
     return Response(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
 
 
-def _vectors(gateway: Gateway, tensor: JsonObject) -> NDArray[np.float32]:
+def _vectors(gateway: Gateway, tensor: FreeJson) -> NDArray[np.float32]:
     """The job's embeddings [texts, width], in whichever form it gave them."""
     raw: bytes | memoryview
     if "transient_id" in tensor:

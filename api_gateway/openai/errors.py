@@ -6,7 +6,7 @@ import orjson
 from starlette.responses import Response
 
 from device_operations.errors import OperationError
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: Codes that OpenAI's clients compare, where the service has others. All the rest are the service's own.
 _CODES = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded", "not_found": "unknown_url"}
@@ -44,6 +44,6 @@ def _parameter(error: OperationError) -> str | None:
     """The field of the request that the error is about, the first where there are several; None where it names none."""
     if error.code == "model_not_found":
         return "model"
-    entries: list[JsonObject] = error.errors or []
+    entries: list[FreeJson] = error.errors or []
     place = [str(part) for part in entries[0].get("loc", ())] if entries else []
     return ".".join(_FIELDS.get(part, part) for part in place if part != "body") or None

@@ -20,7 +20,7 @@ from api_gateway.openai.runs import run
 from api_gateway.submission.answer import json_response, read_body
 from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST
 from device_operations.errors import failure
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])
@@ -74,11 +74,11 @@ def _fields(parsed: ImagesRequest) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _answer(gateway: Gateway, parsed: ImagesRequest, job: JsonObject, service: str) -> JsonObject:
+def _answer(gateway: Gateway, parsed: ImagesRequest, job: FreeJson, service: str) -> FreeJson:
     images = job["result"]["images"]
     made = []
     for image in images:
-        entry: JsonObject = {"seed": image["seed"]}
+        entry: FreeJson = {"seed": image["seed"]}
         if parsed.response_format == "b64_json":
             entry["b64_json"] = base64.b64encode(gateway.blobs.read(image["blob_id"])).decode()
         else:

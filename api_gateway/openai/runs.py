@@ -18,7 +18,7 @@ from api_gateway.openai.requests import Options
 from api_gateway.submission.answer import earlier_rows, make_plan, promise_of
 from api_gateway.submission.performing import ended_job, performed, performed_to_the_end
 from device_operations.jobs import Kind, new_id
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.kinds import parse
 from tasks.jobs.submit import Plan, Promise
 from tasks.statements import Row
@@ -29,8 +29,8 @@ FindModel = Callable[[], Row]
 
 @asynccontextmanager
 async def run(
-    request: Request, caller: Caller, body: object, find: FindModel, fields: JsonObject, options: Options
-) -> AsyncIterator[JsonObject | None]:
+    request: Request, caller: Caller, body: object, find: FindModel, fields: FreeJson, options: Options
+) -> AsyncIterator[FreeJson | None]:
     """The ended job of a pipeline's run with `fields`; None where the client has left, whose job is cancelled.
 
     `body` is what the client sent. While inside, what the job gives in transient files can be read. Raises what the job
@@ -52,15 +52,13 @@ async def run(
             await run_in_threadpool(gateway.transients.drop, left_behind)
 
 
-async def _plan(gateway: Gateway, caller: Caller, find: FindModel, fields: JsonObject) -> Plan:
+async def _plan(gateway: Gateway, caller: Caller, find: FindModel, fields: FreeJson) -> Plan:
     model = await run_in_threadpool(find)
     parsed = await run_in_threadpool(parse, Kind.INFERENCE_RUN, {"model_id": model["model_id"], **fields})
     return await make_plan(gateway, caller, Kind.INFERENCE_RUN, parsed, new_id())
 
 
-async def _promised(
-    gateway: Gateway, caller: Caller, promise: Promise, find: FindModel, fields: JsonObject
-) -> JsonObject:
+async def _promised(gateway: Gateway, caller: Caller, promise: Promise, find: FindModel, fields: FreeJson) -> FreeJson:
     """The succeeded job that the key was used for before, or that is recorded under it now."""
     # Before anything is looked up: the model of the first request may be gone by now.
     rows = await earlier_rows(gateway, promise)

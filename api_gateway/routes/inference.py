@@ -17,7 +17,7 @@ from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response, promise_of, read_body, submit_job
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Job, Kind, State
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import invalid
 from device_operations.requests.inference import OpenSession
 from device_operations.views import InferenceSessionView, ModelView
@@ -222,7 +222,7 @@ def _session_of_a_job(job: Row) -> InferenceSessionView:
     }
 
 
-def _parse_session(body: JsonObject) -> OpenSession:
+def _parse_session(body: FreeJson) -> OpenSession:
     try:
         return OpenSession.model_validate(body)
     except ValidationError as error:

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.gateway import Gateway
 from api_gateway.submission.answer import accepted, promised_row
 from device_operations.errors import OperationError, error_of, from_job_error
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from tasks.blobs import records as blob_store
 from tasks.blobs.ring import Ring
 from tasks.blobs.store import CHUNK_BYTES
@@ -151,12 +151,12 @@ async def _came(ring: Ring | None, ended: asyncio.Future[bytes], seconds: float 
     return True
 
 
-def _result(ended: asyncio.Future[bytes]) -> JsonObject:
+def _result(ended: asyncio.Future[bytes]) -> FreeJson:
     """The ended job's result, or what it failed with."""
     job = orjson.loads(ended.result())
     if job["state"] != "succeeded":
         raise from_job_error(error_of(job["error"], job["state"], "the read"))
-    job_result: JsonObject = job["result"]
+    job_result: FreeJson = job["result"]
     return job_result
 
 

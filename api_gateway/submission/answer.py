@@ -19,7 +19,7 @@ from api_gateway.submission.waiting import lost
 from device_operations.bounds import load_json, whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
@@ -48,7 +48,7 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
     return Response(orjson.dumps(value, option=orjson.OPT_UTC_Z, default=str), status, headers, media_type=JSON)
 
 
-async def read_body(request: Request, *, empty_is: JsonObject | None = None) -> JsonObject:
+async def read_body(request: Request, *, empty_is: FreeJson | None = None) -> FreeJson:
     """The JSON body; `payload_too_large` over the limit, `malformed_request` for what is not JSON."""
     body = await read_whole(request, of(request).settings.http.max_body_bytes, _too_large)
     if not body:
@@ -61,7 +61,7 @@ async def read_body(request: Request, *, empty_is: JsonObject | None = None) -> 
     return value
 
 
-async def submit_job(request: Request, caller: Caller, kind: Kind, body: JsonObject) -> Response:
+async def submit_job(request: Request, caller: Caller, kind: Kind, body: FreeJson) -> Response:
     """Takes one job: 202 with the job, or 200 with the finished job where `Prefer: wait=S` saw its end."""
     gateway = of(request)
     heavy = is_heavy(request)

@@ -17,7 +17,7 @@ from api_gateway.gateway import Gateway
 from api_gateway.submission.answer import read_row
 from device_operations.errors import OperationError, error_of, failure, from_job_error
 from device_operations.jobs import TERMINAL, State
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from tasks.jobs import lifecycle, store
 from tasks.jobs.submit import Plan, Promise
 from tasks.statements import Row
@@ -29,9 +29,7 @@ UNWATCHED_SECONDS = 0.05
 CLIENT_CLOSED_REQUEST = 499
 
 
-async def performed(
-    request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None
-) -> JsonObject | None:
+async def performed(request: Request, gateway: Gateway, made: Plan, patience_seconds: float | None) -> FreeJson | None:
     """The succeeded job; None where the client has left, whose run is cancelled. Raises what the job failed with."""
     job_id = made.job.id
     ended = gateway.waiters.expect(job_id)
@@ -48,13 +46,13 @@ async def performed(
                 await asyncio.shield(_cancel(gateway, job_id))
     finally:
         gateway.waiters.forget(job_id, ended)
-    job: JsonObject = ended.job or orjson.loads(text)
+    job: FreeJson = ended.job or orjson.loads(text)
     if job["state"] == State.EXPIRED:
         raise failure("timeout", f"the run had not started after {patience_seconds} s (parameters.timeout)")
     return _succeeded(job)
 
 
-async def performed_to_the_end(gateway: Gateway, made: Plan, promise: Promise | None = None) -> JsonObject:
+async def performed_to_the_end(gateway: Gateway, made: Plan, promise: Promise | None = None) -> FreeJson:
     """The succeeded job, which goes on if the client leaves. Raises what the job failed with.
 
     Under a `promise` that was used before it is the earlier job, and `made` is not submitted.
@@ -67,7 +65,7 @@ async def performed_to_the_end(gateway: Gateway, made: Plan, promise: Promise | 
     return await ended_job(gateway, row["id"])
 
 
-async def ended_job(gateway: Gateway, job_id: str) -> JsonObject:
+async def ended_job(gateway: Gateway, job_id: str) -> FreeJson:
     """The succeeded job that was submitted before, once it has ended. Raises what it failed with."""
     async with gateway.waiters.awaiting(job_id) as ended:
         row = await read_row(gateway, job_id)
@@ -86,7 +84,7 @@ def cancel(gateway: Gateway, job_id: str) -> Row:
     raise failure("job_finished", f"job {job_id} has ended: it is {ended['state'] if ended else 'gone'}")
 
 
-def _succeeded(job: JsonObject) -> JsonObject:
+def _succeeded(job: FreeJson) -> FreeJson:
     if job["state"] != State.SUCCEEDED:
         raise from_job_error(error_of(job["error"], job["state"], "the job"))
     return job

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from api_gateway.submission.subscription import Subscription, subscribed
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from tasks.jobs import store
 from tasks.kinds import KINDS
 from tasks.redis.announcements import read_lines
@@ -40,13 +40,13 @@ _DONE = DONE_CHANNEL.encode()
 _CHANGING = frozenset(kind.encode() for kind, spec in KINDS.items() if spec.changes_models)
 
 
-def _is_end(job_id: bytes, announced: JsonObject) -> bool:
+def _is_end(job_id: bytes, announced: FreeJson) -> bool:
     """Whether `announced` is the job with this id as it has ended."""
     state = announced.get("state")
     return announced.get("job_id") == job_id.decode(errors="replace") and type(state) is str and state in TERMINAL
 
 
-def _event(data: bytes) -> JsonObject | None:
+def _event(data: bytes) -> FreeJson | None:
     """What is announced of a followed job: `{"event": "state" | "progress", "data"}`; None if it is not that."""
     announced = _object(data)
     # A tuple, since what is no text may have no hash.
@@ -61,10 +61,10 @@ class Awaited(asyncio.Future[bytes]):
 
     recorded = False
     #: The same as an object, where it has been read on the way; not to be changed.
-    job: JsonObject | None = None
+    job: FreeJson | None = None
 
 
-def _object(text: bytes) -> JsonObject:
+def _object(text: bytes) -> FreeJson:
     """The JSON object in `text`, empty where it is none."""
     try:
         value = orjson.loads(text)
@@ -85,7 +85,7 @@ class Waiters:
         self._on_models_changed = on_models_changed
         self._subscription: Subscription | None = None
         self._awaited: dict[bytes, set[Awaited]] = {}
-        self._followers: dict[bytes, set[asyncio.Queue[JsonObject]]] = {}
+        self._followers: dict[bytes, set[asyncio.Queue[FreeJson]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -125,10 +125,10 @@ class Waiters:
                 del self._awaited[key]
 
     @asynccontextmanager
-    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[JsonObject]]:
+    async def following(self, job_id: str) -> AsyncIterator[asyncio.Queue[FreeJson]]:
         """A queue of `{"event", "data"}` while the job goes on, on the same subscription."""
         channel = job_channel(job_id).encode()
-        announced: asyncio.Queue[JsonObject] = asyncio.Queue()
+        announced: asyncio.Queue[FreeJson] = asyncio.Queue()
         followers = self._followers.setdefault(channel, set())
         followers.add(announced)
         if len(followers) == 1 and self._subscription is not None:
@@ -201,7 +201,7 @@ class Waiters:
             if future.recorded
         ]
 
-        def read() -> JsonObject:
+        def read() -> FreeJson:
             with self._engine.connect() as connection:
                 return store.get_many(connection, ids)
 

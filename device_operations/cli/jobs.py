@@ -14,7 +14,7 @@ from device_operations.cli.output import json_option, print_json, print_object, 
 from device_operations.cli.progress import follow, require_success
 from device_operations.client import Client
 from device_operations.jobs import Job, Kind, State
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: Seconds between two looks of `--watch`.
 WATCH_SECONDS = 1.0
@@ -116,7 +116,7 @@ def _show(job: Job, as_json: bool) -> None:
         print_object(job.model_dump(mode="json", exclude_none=True))
 
 
-def _print_jobs(found: list[JsonObject]) -> None:
+def _print_jobs(found: list[FreeJson]) -> None:
     heads = ["job", "kind", "state", "device", "priority", "attempt", "submitted", "queued ms", "device ms", "error"]
     rows = [
         (

@@ -12,7 +12,7 @@ from device_operations.cli.gateway_options import with_client
 from device_operations.cli.output import json_option, print_json, print_object
 from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.pipelines import RUNS
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def load_model(
         require_success(job)
 
 
-def _upload_source(client: Client, path: Path, *, quiet: bool) -> JsonObject:
+def _upload_source(client: Client, path: Path, *, quiet: bool) -> FreeJson:
     """The model's source: one blob for a file, or each file of a folder under its place in it."""
     if path.is_file():
         with opened(path, quiet=quiet) as source:
@@ -180,7 +180,7 @@ def _read_array(name: str, value: str) -> Array:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _printable(array: Array | JsonObject | list[object] | None, *, whole: bool) -> object:
+def _printable(array: Array | FreeJson | list[object] | None, *, whole: bool) -> object:
     if array is None or isinstance(array, (dict, list)):
         return array
     about = {"dtype": array.dtype.name, "shape": list(array.shape)}

@@ -16,7 +16,7 @@ from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
 from device_operations.errors import OperationError
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -52,7 +52,7 @@ def train(
     if epochs and steps:
         raise click.UsageError("give either --epochs or --steps")
 
-    def done(job: Job) -> JsonObject:
+    def done(job: Job) -> FreeJson:
         ended = follow(client, job, quiet=as_json)
         require_success(ended)
         return dict(ended.result or {})
@@ -118,9 +118,9 @@ def _uploaded(client: Client, file: Path, *, quiet: bool) -> str:
         return client.blobs.upload(source).blob_id
 
 
-def _flat(outcomes: JsonObject) -> JsonObject:
+def _flat(outcomes: FreeJson) -> FreeJson:
     """What a person wants to know of each job."""
-    shown: JsonObject = {"session_id": outcomes["session_id"]}
+    shown: FreeJson = {"session_id": outcomes["session_id"]}
     for part, names in {
         "trained": ("steps", "samples", "last_loss", "step"),
         "evaluated": ("samples", "loss", "accuracy"),

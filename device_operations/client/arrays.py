@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from device_operations.client import blobs
 from device_operations.client.transport.calls import Flow, at
 from device_operations.errors import failure
-from device_operations.json_text import JsonObject, loads
+from device_operations.json_text import loads
+from device_operations.json_types import FreeJson
 from device_operations.tensors import (
     FIXED_DTYPES,
     INLINE_BYTES,
@@ -56,7 +57,7 @@ def all_sent(values: Mapping[str, TensorLike]) -> Flow[dict[str, dict[str, objec
     return made
 
 
-def received(tensor: JsonObject | None, name: str) -> Flow[Received]:
+def received(tensor: FreeJson | None, name: str) -> Flow[Received]:
     """The array of a tensor that a job gave back, downloaded where it is a blob.
 
     What stayed on the device (`into`) is given as the object that says where, which is a tensor for the next run. What
@@ -77,7 +78,7 @@ def received(tensor: JsonObject | None, name: str) -> Flow[Received]:
     return decode(Tensor.model_validate(known), name)
 
 
-def _from_texts(texts: list[str], tensor: JsonObject) -> Received:
+def _from_texts(texts: list[str], tensor: FreeJson) -> Received:
     if tensor["dtype"] == "json":
         return [loads(text, anywhere=True) for text in texts]
     return from_numbers(texts, "string", list(tensor["shape"]))
@@ -91,7 +92,7 @@ def raw_bytes(array: Array) -> memoryview:
     return ordered.reshape(-1).view(np.uint8).data
 
 
-def received_array(tensor: JsonObject, name: str) -> Flow[Array]:
+def received_array(tensor: FreeJson, name: str) -> Flow[Array]:
     """The array of a tensor that is neither left on the device nor one of JSON values."""
     return cast("Array", (yield from received(tensor, name)))
 

@@ -11,7 +11,7 @@ from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, sa
 from device_operations.client.transport.calls import Flow
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 if TYPE_CHECKING:
     from device_operations.tensors import Array
@@ -81,7 +81,7 @@ class Embedding(Noun[Mode]):
 
 def _fields(
     texts: str | Sequence[str], model: str | None, model_id: str | None, normalize: bool | None, dimensions: int | None
-) -> JsonObject:
+) -> FreeJson:
     return said(
         model_name=model,
         model_id=model_id,

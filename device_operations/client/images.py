@@ -18,7 +18,7 @@ from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, sa
 from device_operations.client.transport.calls import Flow, at
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,7 +73,7 @@ class ImagesResult:
     """What a run made. `facts` is the rest of the job's result: seed, steps, scheduler, what was cut off prompts."""
 
     images: list[MadeImage]
-    facts: JsonObject
+    facts: FreeJson
     job_id: str
 
 
@@ -165,12 +165,12 @@ def _run(
     model_name: str | None,
     image: PictureLike | None,
     options: Mapping[str, object] | None,
-) -> Flow[JsonObject]:
+) -> Flow[FreeJson]:
     picture = None if image is None else (yield from _picture(image))
     return said(prompt=prompt, model_id=model_id, model_name=model_name, image=picture, **(options or {}))
 
 
-def _picture(image: PictureLike) -> Flow[JsonObject]:
+def _picture(image: PictureLike) -> Flow[FreeJson]:
     """The picture as the contract writes it; a file is uploaded first."""
     if isinstance(image, Mapping):
         return dict(image)

@@ -11,7 +11,7 @@ from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, sa
 from device_operations.client.transport.calls import Call, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.views import InferenceSessionView, ModelView
 
 
@@ -22,7 +22,7 @@ class RunResult:
     `batch_size` is how many runs went together; `device_ms` is the time that they took.
     """
 
-    outputs: JsonObject
+    outputs: FreeJson
     session_id: str
     batch_size: int
     device_ms: float
@@ -169,7 +169,7 @@ def _run(
     outputs: Sequence[str] | None,
     form: str,
     into: Mapping[str, Mapping[str, object]] | None,
-) -> Flow[JsonObject]:
+) -> Flow[FreeJson]:
     tensors = yield from all_sent(inputs)
     return said(
         model_id=model_id,

@@ -28,7 +28,7 @@ from device_operations.client.transport.calls import Call, Emit, Flow, Sleep, at
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, State
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions, JobRequest
 
 
@@ -37,7 +37,7 @@ class Event:
     """Something that happened to a job: `state`, `progress`, and at last `done`; `data` is the job, or its progress."""
 
     name: str
-    data: JsonObject
+    data: FreeJson
 
 
 class Jobs(Noun[Mode]):
@@ -110,10 +110,10 @@ class Jobs(Noun[Mode]):
         return (yield from until_deadline(Job.model_validate_json(response.content), deadline))
 
     @operation
-    def request_of(self, job: Job | str) -> Flow[JsonObject]:
+    def request_of(self, job: Job | str) -> Flow[FreeJson]:
         """A job's request, as its caller gave it; tensors above 64 KiB in it are blobs."""
         answer = yield from get(at("/api/jobs/{}", job_id_of(job)), include="request")
-        request: JsonObject = answer["request"]
+        request: FreeJson = answer["request"]
         return request
 
     @operation
@@ -167,7 +167,7 @@ class Jobs(Noun[Mode]):
         return (yield from ended(job, timeout))
 
     @operation
-    def result(self, job: Job | str, timeout: float | None = None) -> Flow[JsonObject]:
+    def result(self, job: Job | str, timeout: float | None = None) -> Flow[FreeJson]:
         """Waits for the job's result. Raises the job's error, `TimeoutError` after `timeout` seconds."""
         return (yield from succeeded(job, timeout))
 
@@ -198,7 +198,7 @@ class Jobs(Noun[Mode]):
         raise failure("gateway_unreachable", f"GET {path}: the stream broke off {failures} times without an event")
 
     @operation
-    def ready(self) -> Flow[JsonObject]:
+    def ready(self) -> Flow[FreeJson]:
         """What `/readyz` says: `status` is `ready` or `not ready`, with each part's state."""
         response = yield from send(Call("GET", "/readyz", accepts=frozenset({503})))
         return json_of(response)

@@ -21,7 +21,7 @@ from device_operations.client.submission import (
 from device_operations.client.transport.calls import Call, Emit, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.tensors import from_bytes
 from device_operations.views import AllocationView, DeviceMemoryView
 
@@ -195,5 +195,5 @@ def _data(allocation_id: str) -> str:
     return at("/api/memory/data/{}", allocation_id)
 
 
-def _place(given: str | Mapping[str, object]) -> JsonObject:
+def _place(given: str | Mapping[str, object]) -> FreeJson:
     return {"allocation_id": given} if isinstance(given, str) else dict(given)

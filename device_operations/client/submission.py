@@ -9,7 +9,7 @@ from typing import TypedDict
 from device_operations.client.transport.calls import Call, Content, Flow, at, send
 from device_operations.errors import error_of, from_job_error
 from device_operations.jobs import Job, Kind, State
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.requests.kinds import parse
 
@@ -111,13 +111,13 @@ def ended(job: Job | str, timeout_seconds: float | None) -> Flow[Job]:
             )
 
 
-def succeeded(job: Job | str, timeout_seconds: float | None) -> Flow[JsonObject]:
+def succeeded(job: Job | str, timeout_seconds: float | None) -> Flow[FreeJson]:
     """The job's result, or its error raised."""
     found = yield from ended(job, timeout_seconds)
     return result_of(found)
 
 
-def result_of(job: Job) -> JsonObject:
+def result_of(job: Job) -> FreeJson:
     """The result of a job that has ended; raises its error where it did not succeed."""
     if job.state is State.SUCCEEDED:
         return job.result or {}
@@ -151,7 +151,7 @@ def body_of(request: JobRequest) -> dict[str, object]:
     return request.model_dump(mode="json", exclude_unset=True)
 
 
-def _call(kind: Kind, body: JsonObject, key: str | None, wait: float) -> Call | None:
+def _call(kind: Kind, body: FreeJson, key: str | None, wait: float) -> Call | None:
     """The call on the kind's own route, or None where it has none that can say all this."""
     method, _, address = _ROUTES.get(kind, "").partition(" ")
     path, _, query = address.partition("?")
@@ -186,7 +186,7 @@ def submission_headers(key: str | None, wait: float) -> dict[str, str]:
     return preferred | ({"Idempotency-Key": key} if key else {})
 
 
-def bulk(entries: list[JsonObject], key: str | None, wait: float = 0) -> Flow[list[Job]]:
+def bulk(entries: list[FreeJson], key: str | None, wait: float = 0) -> Flow[list[Job]]:
     """Submits several jobs at once."""
     response = yield from send(
         Call(

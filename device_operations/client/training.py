@@ -10,7 +10,7 @@ from device_operations.client.submission import Submission, said, submission
 from device_operations.client.transport.calls import Call, Flow, at, get, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.views import CheckpointView, TrainingStatus
 
 
@@ -53,7 +53,7 @@ class Training(Noun[Mode]):
         *,
         sequence: int | None = None,
         mode: str | None = None,
-        dataset: JsonObject | None = None,
+        dataset: FreeJson | None = None,
         learning_rate: float | None = None,
         gradient_clip_norm: float | None = None,
         accumulate: bool | None = None,
@@ -136,8 +136,8 @@ class Training(Noun[Mode]):
         yield from send(Call("DELETE", at("/api/training/checkpoints/{}", checkpoint_id)))
 
 
-def _batch(inputs: Mapping[str, TensorLike] | None, targets: TensorLike | None) -> Flow[JsonObject]:
-    made: JsonObject = {}
+def _batch(inputs: Mapping[str, TensorLike] | None, targets: TensorLike | None) -> Flow[FreeJson]:
+    made: FreeJson = {}
     if inputs is not None:
         made["inputs"] = yield from all_sent(inputs)
     if targets is not None:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from device_operations.errors import failure
 from device_operations.ids import job_id
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.addresses import check_webhook_url
 
 #: Identifiers that a caller may choose.
@@ -77,7 +77,7 @@ class JobRequest(Request):
         """The blobs that this request reads; they are kept at least until the job has ended."""
         return []
 
-    def payload(self) -> JsonObject:
+    def payload(self) -> FreeJson:
         """The request as it is stored and sent: JSON values, without `job` and without what was not said."""
         return self.model_dump(mode="json", exclude={"job"}, exclude_none=True)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import (
     Identifier,
     JobRequest,
@@ -50,7 +50,7 @@ class ModelOptions(Request):
         False, strict=True, description="of a pipeline: its parts are loaded one at a time, as a run comes to them"
     )
 
-    def recorded(self) -> JsonObject:
+    def recorded(self) -> FreeJson:
         """The options as they are recorded. What came later than records is left out if it is not set."""
         options = self.model_dump(mode="json")
         if not self.low_memory:

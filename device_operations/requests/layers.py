@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: Says what is wrong with a value, or nothing.
 Check = Callable[[object], "str | None"]
@@ -31,7 +31,7 @@ class LayerType:
     nests: bool = False
 
 
-def canonical(layers: object) -> list[JsonObject]:
+def canonical(layers: object) -> list[FreeJson]:
     """`layers` checked, every type by its one spelling; `ValueError` names the layer and what is wrong with it."""
     if not isinstance(layers, list) or not layers:
         raise ValueError("layers must be a list of at least one layer")
@@ -42,7 +42,7 @@ def canonical(layers: object) -> list[JsonObject]:
     return checked
 
 
-def _check_list(layers: list[object], where: str, depth: int) -> list[JsonObject]:
+def _check_list(layers: list[object], where: str, depth: int) -> list[FreeJson]:
     if depth > MAX_DEPTH:
         raise ValueError(f"{where}: layers nest deeper than {MAX_DEPTH}")
     checked = [_check_layer(layer, f"{where}[{index}]", depth) for index, layer in enumerate(layers)]
@@ -53,7 +53,7 @@ def _check_list(layers: list[object], where: str, depth: int) -> list[JsonObject
     return checked
 
 
-def _check_layer(layer: object, where: str, depth: int) -> JsonObject:
+def _check_layer(layer: object, where: str, depth: int) -> FreeJson:
     if not isinstance(layer, dict) or not isinstance(layer.get("type"), str):
         raise ValueError(f'{where}: a layer is an object with a "type", as in {{"type": "relu"}}')
     spelled = layer["type"]
@@ -63,7 +63,7 @@ def _check_layer(layer: object, where: str, depth: int) -> JsonObject:
             f"{where}: unknown layer {spelled[:100]!r}{_near(spelled[:100], LAYERS)}; known are {', '.join(LAYERS)}"
         )
     kind = LAYERS[name]
-    checked: JsonObject = {"type": name}
+    checked: FreeJson = {"type": name}
     if layer.get("name") is not None:
         checked["name"] = _layer_name(layer["name"], where)
     given = {key: value for key, value in layer.items() if key not in ("type", "name", "layers")}
@@ -92,7 +92,7 @@ def _check_layer(layer: object, where: str, depth: int) -> JsonObject:
     return checked
 
 
-def _check_together(layer: JsonObject, where: str) -> None:
+def _check_together(layer: FreeJson, where: str) -> None:
     """What torch refuses about arguments that are right one by one."""
     kind = layer["type"]
     pairs = {"multihead_attention": ("embed_dim", "num_heads"), "group_norm": ("num_channels", "num_groups")}
@@ -123,7 +123,7 @@ def _layer_name(value: object, where: str) -> str:
     return value
 
 
-def _count(layers: list[JsonObject]) -> int:
+def _count(layers: list[FreeJson]) -> int:
     return sum(1 + _count(layer.get("layers", [])) for layer in layers)
 
 

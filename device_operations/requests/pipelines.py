@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from device_operations.errors import failure
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import Identifier, JobRequest, Name, Request, invalid
 from device_operations.tensors import Form, Tensor
 
@@ -165,7 +165,7 @@ def _one_axis(tensor: Tensor, dtype: str) -> Tensor:
     return tensor
 
 
-def _listed(items: JsonObject) -> WithJsonSchema:
+def _listed(items: FreeJson) -> WithJsonSchema:
     """The schema of a list that stands for a tensor."""
     return WithJsonSchema({"type": "array", "items": items, "minItems": 1, "maxItems": MAX_TEXTS})
 
@@ -229,7 +229,7 @@ class SdxlRun(PipelineRun):
             raise ValueError(f"an image has {MAX_PIXELS} pixels at most (width times height)")
         return self
 
-    def payload(self) -> JsonObject:
+    def payload(self) -> FreeJson:
         # The seed is part of the job, so that a run that starts again after a death makes the same images.
         return {"seed": secrets.randbelow(2**32), **super().payload()}
 

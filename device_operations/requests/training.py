@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.requests.base import Identifier, JobRequest, Name, RelativePath, Request, Sha256, TensorName
 from device_operations.requests.layers import MAX_LAYERS, canonical
 from device_operations.requests.losses import Loss
@@ -23,11 +23,11 @@ class LayersModel(Request):
     """A model described by its layers, which run in order on the input named `input`; the output is `output`."""
 
     kind: Literal["layers"]
-    layers: list[JsonObject] = Field(min_length=1, max_length=MAX_LAYERS)
+    layers: list[FreeJson] = Field(min_length=1, max_length=MAX_LAYERS)
 
     @field_validator("layers")
     @classmethod
-    def _known_layers(cls, value: list[JsonObject]) -> list[JsonObject]:
+    def _known_layers(cls, value: list[FreeJson]) -> list[FreeJson]:
         return canonical(value)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 _log = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ def stack_file(data_dir: Path) -> Path:
     return data_dir / "stack.json"
 
 
-def read_stack(data_dir: Path) -> JsonObject:
+def read_stack(data_dir: Path) -> FreeJson:
     """What a running `up` noted: `database_url`, `redis_url`, `http_url`, `flower_url`, `flower_password`; or `{}`."""
     try:
         noted = json.loads(stack_file(data_dir).read_text(encoding="utf-8"))

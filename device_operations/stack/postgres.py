@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Account, Command
 from device_operations.stack.state import Remembered, make_private_folder
@@ -180,7 +180,7 @@ def _initialize(binaries: Path, cluster: Path, account: Account | None, password
     password_file.touch(mode=0o600)
     try:
         password_file.write_text(password, encoding="utf-8")
-        options: JsonObject = {"start_new_session": True}  # a terminal's Ctrl-C is for us alone
+        options: FreeJson = {"start_new_session": True}  # a terminal's Ctrl-C is for us alone
         if account is not None:
             for path in (unfinished, password_file):
                 os.chown(path, account.user_id, account.group_id)

@@ -20,7 +20,7 @@ from typing import IO
 import psutil
 
 from device_operations.folders import PRIVATE_UMASK, private_opener
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: Start times are read from the kernel's clock ticks; two readings of one process may differ by rounding.
 _SAME_START_SECONDS = 0.1
@@ -62,7 +62,7 @@ def start(command: Command, log: Path | None = None) -> psutil.Popen:
             if log is None
             else closing.enter_context(open(log, "ab", buffering=0, opener=private_opener))
         )
-        options: JsonObject = {
+        options: FreeJson = {
             "env": None if command.environment is None else dict(command.environment),
             "stdin": subprocess.DEVNULL,
             "stdout": output,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from device_operations.folders import private_folder, private_opener
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.stack.errors import StackError
 
 #: Ports are taken from here: below what Linux (32768) and Windows (49152) hand out for outgoing connections, which
@@ -34,7 +34,7 @@ def make_private_folder(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, content: JsonObject) -> None:
+def write_private(path: Path, content: FreeJson) -> None:
     """Writes JSON that only this user may read (0600), whole or not at all."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -47,7 +47,7 @@ def write_private(path: Path, content: JsonObject) -> None:
         raise
 
 
-def read_private(path: Path) -> JsonObject:
+def read_private(path: Path) -> FreeJson:
     """What `write_private` wrote, or `{}`. Raises `StackError` where the file holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

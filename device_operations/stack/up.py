@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from device_operations.devices import DeviceSpec, device_ids, spell_devices
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 from device_operations.settings import Settings, local_url, stack_file
 from device_operations.stack import postgres, services, state, valkey
 from device_operations.stack.errors import StackError
@@ -154,7 +154,7 @@ def _port_of(url: str) -> str:
     return url.rpartition(":")[2]
 
 
-def _noted(addresses: Addresses) -> JsonObject:
+def _noted(addresses: Addresses) -> FreeJson:
     return {name: getattr(addresses, name) for name in Addresses.__slots__} | {"pid": os.getpid()}
 
 

@@ -13,6 +13,9 @@ from tasks.inference.facts import LoadFacts, RunFacts, UnloadFacts
 from tasks.memory.facts import HashFacts
 from tasks.training.facts import CheckpointFacts, InitializeFacts, StepFacts
 
+#: A request as its job's record holds it: checked at submission against the kind's model, completed by its planner.
+StoredRequest: TypeAlias = FreeJson
+
 
 class JobRow(TypedDict):
     """A job's row: the selected ones of `tasks.jobs.store.columns.COLUMNS`. Times are aware datetimes in UTC."""
@@ -215,7 +218,7 @@ class NewJob:
     kind: str
     device_id: str | None
     queue: str
-    #: The request as the kind's planner stores it: see `tasks.kinds.KindSpec.stored`.
+    #: The request as the kind's planner stores it.
     request: FreeJson
     owner: str
     priority: int = 5

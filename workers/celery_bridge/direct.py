@@ -20,11 +20,13 @@ from sqlalchemy.exc import OperationalError
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TASK_PREFIX, TERMINAL, Kind, State
+from device_operations.json_types import JsonObject
 from device_operations.requests.base import JobOptions
 from device_operations.requests.kinds import parse
 from tasks.celery_bridge.previous import filled
 from tasks.database import is_disconnect, until_reachable
 from tasks.jobs import lifecycle, store, submit
+from tasks.jobs.model import StoredRequest
 from tasks.jobs.store import NewJob
 from tasks.planning.context import Context
 from tasks.planning.planner import plan
@@ -36,7 +38,6 @@ from workers.celery_bridge.pool import Handle
 from workers.celery_bridge.replies import CeleryReplies
 from workers.celery_bridge.revoked import Revoked
 from workers.execution.scheduler import MessageHandle
-from workers.json_types import JsonObject, StoredRequest
 
 log = structlog.get_logger(__name__)
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
+from device_operations.json_types import JsonObject
 from tasks.database import is_disconnect
 from tasks.jobs.lifecycle import Outcome
-from tasks.jobs.model import Facts
+from tasks.jobs.model import Facts, StoredRequest
 from tasks.statements import Row
 from workers.devices.libraries import tidy
 from workers.devices.onnx.session import Cancel
 from workers.devices.onnx.tensors import Feed
 from workers.execution.scheduler import Entry
-from workers.json_types import JsonObject, StoredRequest
 
 if TYPE_CHECKING:
     from workers.devices.base import Device

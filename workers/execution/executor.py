@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
+from device_operations.json_types import JsonObject
 from tasks.jobs import lifecycle
 from tasks.jobs.lifecycle import Outcome
 from workers.execution.claim_ahead import ClaimAhead
@@ -36,7 +37,6 @@ from workers.execution.claiming import Claimer
 from workers.execution.completer import Completer
 from workers.execution.held_jobs import HeldJobs
 from workers.execution.scheduler import Entry, Scheduler
-from workers.json_types import JsonObject
 from workers.lease import Lease
 from workers.operations import BATCHES, OPERATIONS
 from workers.operations.inference import read_ahead

@@ -23,6 +23,7 @@ from tasks.app import PREFETCH
 from tasks.celery_bridge.outbox import Outbox
 from tasks.database import is_disconnect, until_reachable
 from tasks.jobs import lifecycle, store
+from tasks.jobs.model import StoredRequest
 from tasks.jobs.store import Ending
 from tasks.planning.context import Context
 from tasks.redis.key_types import with_types
@@ -36,7 +37,6 @@ from workers.celery_bridge.replies import CeleryReplies
 from workers.celery_bridge.revoked import Revoked
 from workers.execution.completer import Completer
 from workers.execution.scheduler import Entry, MessageHandle, Scheduler
-from workers.json_types import StoredRequest
 from workers.operations import SPECS
 from workers.resident.residents import Resident
 

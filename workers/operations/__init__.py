@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_operations.jobs import Kind
+from device_operations.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Steps
 from workers.execution.scheduler import Entry
-from workers.json_types import JsonObject
 from workers.operations import allocations, inference, memory, models, reading
 from workers.resident.residents import Resident
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from device_operations.errors import OperationError, failure, from_job_error
 from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.model import StoredRequest
 from tasks.memory import allocations as store
 from tasks.memory import budgets as memory_store
 from workers.devices.arrays import Buffer
 from workers.execution.claimed_job import ClaimedJob, named
 from workers.execution.scheduler import Entry
-from workers.json_types import StoredRequest
 from workers.resident.models import evict_one, make_room
 from workers.resident.residents import Resident
 

@@ -14,12 +14,12 @@ import structlog
 
 from device_operations.errors import OperationError, failure
 from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.model import StoredRequest
 from workers.devices.arrays import Array
 from workers.devices.onnx.session import Over
 from workers.devices.onnx.tensors import Feed
 from workers.execution.claimed_job import ClaimedJob, Steps, named
 from workers.execution.scheduler import Entry
-from workers.json_types import StoredRequest
 from workers.operations import pipelines
 from workers.operations.models import missing_model
 from workers.operations.results import Took, outcome_of, serialise_now

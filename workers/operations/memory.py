@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from device_operations.errors import failure
+from device_operations.json_types import JsonObject
 from tasks.blobs.store import CHUNK_BYTES
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import Buffer
 from workers.execution.claimed_job import ClaimedJob, Progress, Steps
-from workers.json_types import JsonObject
 from workers.operations.allocations import buffer_of
 from workers.resident.residents import Resident
 

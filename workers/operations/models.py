@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 
 from device_operations.errors import OperationError, failure
+from device_operations.json_types import JsonObject
 from tasks.inference import models as store
 from tasks.inference.residents import no_model
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.onnx.tensors import Kept
 from workers.execution.claimed_job import ClaimedJob
-from workers.json_types import JsonObject
 from workers.resident.models import close, model_facts, open_model, revive
 from workers.resident.residents import Resident, ResidentModel
 

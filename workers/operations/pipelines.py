@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from device_operations.errors import OperationError, failure
+from device_operations.json_types import JsonObject
 from device_operations.tensors import numpy_dtype
 from tasks.blobs import records as blob_store
 from tasks.database import until_reachable
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import Array, BufferView
 from workers.execution.claimed_job import ClaimedJob, Detached, Steps, named
-from workers.json_types import JsonObject
 from workers.operations.tensors import feed, give, hand_over, keep
 from workers.pipelines.base import Pipeline, PixelImage, Result, RunContext
 from workers.resident.residents import Resident, ResidentModel

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from device_operations.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import BufferView
 from workers.devices.onnx.tensors import Fetched
 from workers.execution.claimed_job import ClaimedJob
-from workers.json_types import JsonObject
 from workers.operations.tensors import give, hand_over, staged_bytes
 from workers.resident.residents import Resident
 from workers.stored_tensors import decode_tensor

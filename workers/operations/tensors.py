@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from device_operations.errors import failure
+from device_operations.json_types import JsonObject
 from device_operations.tensors import INLINE_BYTES, encode, from_bytes, from_numbers, to_bytes
 from device_operations.texts import pack_texts, unpack_texts
 from tasks.blobs import records as blob_store
@@ -15,7 +16,6 @@ from tasks.blobs.transients import TRANSIENT_BYTES
 from workers.devices.arrays import Array, BufferView, flat_bytes
 from workers.devices.onnx.runtime import Kept
 from workers.devices.onnx.values import Values
-from workers.json_types import JsonObject
 from workers.resident.residents import Resident
 from workers.stored_tensors import InAllocation, InBase64, InBlob, Inline, InTransient, StoredTensor, decode_tensor
 

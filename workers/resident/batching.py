@@ -24,12 +24,12 @@ import numpy as np
 import onnxruntime as ort
 
 from device_operations.errors import OperationError
+from device_operations.json_types import JsonObject
 from device_operations.tensors import numpy_dtype
 from tasks.statements import Row
 from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel, LoadedGraph, TensorSpec
 from workers.devices.onnx.session import Over, Stoppable
-from workers.json_types import JsonObject
 from workers.rows.proof import Proof, Verdict
 
 #: How many rows are joined at most where rows are proven apart and the caller gave no max_batch_size.

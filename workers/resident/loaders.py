@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tasks.jobs.model import StoredRequest
 from workers.devices.base import Device
 from workers.devices.onnx.runtime import Cancel, LoadedGraph
 from workers.devices.values import SessionOptions
-from workers.json_types import StoredRequest
 
 
 def load_onnx(device: Device, file: Path, root: Path, options: StoredRequest, cancel: Cancel | None) -> LoadedGraph:

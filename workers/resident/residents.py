@@ -17,12 +17,12 @@ from device_operations.settings import Settings
 from tasks.blobs.store import BlobStore
 from tasks.blobs.transients import Transients
 from tasks.database import until_reachable
+from tasks.jobs.model import StoredRequest
 from tasks.statements import Row
 from workers.devices.arrays import Buffer
 from workers.devices.base import Device
 from workers.devices.onnx.runtime import LoadedGraph
 from workers.devices.onnx.tensors import Feed
-from workers.json_types import StoredRequest
 from workers.resident.batching import Batching
 from workers.stored_tensors import InAllocation, decode_place
 

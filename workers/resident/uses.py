@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from device_operations.jobs import State
+from device_operations.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from tasks.kinds import spec_of
 from workers.execution.claimed_job import ClaimedJob
-from workers.json_types import JsonObject
 
 
 class Uses:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import httpx
 
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 T = TypeVar("T")
 
@@ -119,11 +119,11 @@ def do(function: Callable[[], T]) -> Flow[T]:
     return cast(T, (yield Do(function)))
 
 
-def get(path: str, **params: object) -> Flow[JsonObject]:
+def get(path: str, **params: object) -> Flow[FreeJson]:
     """The JSON object at a path; parameters that are None are left out."""
     return json_of((yield from send(Call("GET", path, params))))
 
 
-def json_of(response: httpx.Response) -> JsonObject:
+def json_of(response: httpx.Response) -> FreeJson:
     """The JSON object in an answer."""
-    return cast("JsonObject", response.json())
+    return cast("FreeJson", response.json())

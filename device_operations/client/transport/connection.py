@@ -12,7 +12,7 @@ import orjson
 
 from device_operations import settings
 from device_operations.client.transport.calls import Call
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 #: A body on its way to the gateway.
 Pieces: TypeAlias = Iterator[bytes | memoryview] | AsyncIterator[bytes | memoryview]
@@ -29,7 +29,7 @@ class Target:
     api_key: str | None
     timeout: float
 
-    def options(self) -> JsonObject:
+    def options(self) -> FreeJson:
         """The arguments of an httpx client. Raises `SettingsError` where settings are needed and wrong."""
         url, key = self.base_url, self.api_key
         if url is None:
@@ -46,10 +46,10 @@ class Target:
         }
 
 
-def request_options(call: Call, timeout_seconds: float, pieces: Pieces | None) -> JsonObject:
+def request_options(call: Call, timeout_seconds: float, pieces: Pieces | None) -> FreeJson:
     """The arguments of `build_request` for a call; `pieces` iterates over its content, if it has any."""
     headers = dict(call.headers)
-    options: JsonObject = {
+    options: FreeJson = {
         "method": call.method,
         "url": call.path,
         "params": {name: _text(value) for name, value in call.params.items() if value is not None} or None,

@@ -13,7 +13,7 @@ import httpx
 
 from device_operations.client.transport.calls import Call, Command, Flow, Sleep, send
 from device_operations.errors import CODES, OperationError, failure
-from device_operations.json_text import JsonObject
+from device_operations.json_types import FreeJson
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def _unreachable(call: Call, error: httpx.TransportError) -> OperationError:
     )
 
 
-def _problem(response: httpx.Response) -> JsonObject:
+def _problem(response: httpx.Response) -> FreeJson:
     try:
         body = response.json()
     except ValueError:

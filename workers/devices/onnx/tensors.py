@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from device_operations.json_types import JsonObject
 from device_operations.tensors import TEXT_DTYPES, carries, numpy_dtype
 from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.values import Values, ValueType
-from workers.json_types import JsonObject
 
 #: A value of ONNX Runtime's, which has no types: a NumPy array, an `OrtValue`, a list or a map.
 RuntimeValue: TypeAlias = Any

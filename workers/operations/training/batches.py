@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from tasks.jobs.model import StoredRequest
 from workers.devices.arrays import BufferView, flat_bytes
-from workers.json_types import StoredRequest
 from workers.operations.tensors import feed, keep
 from workers.operations.training.files import local_file
 from workers.resident.residents import Resident

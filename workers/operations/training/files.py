@@ -18,8 +18,8 @@ from device_operations.jobs import new_id
 from device_operations.requests.training import Initialize, OnnxModel
 from tasks.blobs.store import Stored
 from tasks.inference.content import model_file
+from tasks.jobs.model import StoredRequest
 from tasks.training.facts import NewCheckpoint
-from workers.json_types import StoredRequest
 from workers.resident.residents import Resident
 from workers.training import checkpoints
 from workers.training.checkpoints import Snapshot, WrittenFile

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 
 from device_operations.errors import OperationError, failure
+from device_operations.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from tasks.statements import Row
 from tasks.training import sessions as store
@@ -17,7 +18,6 @@ from workers.devices.arrays import Array as HostArray
 from workers.devices.onnx.tensors import Feed
 from workers.devices.values import SessionOptions
 from workers.execution.claimed_job import ClaimedJob, Detached, Progress, Steps
-from workers.json_types import JsonObject
 from workers.operations.tensors import host_array
 from workers.operations.training.batches import batch_of
 from workers.operations.training.files import drop_checkpoint, keep_checkpoint

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
+from device_operations.json_types import JsonObject
 from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
+from tasks.jobs.model import StoredRequest
 from tasks.training import steps as store
 from tasks.training.effects import number_of
 from tasks.training.facts import AppliedStep, Standing
 from workers.execution.claimed_job import ClaimedJob, PlaceReleased, Progress, Steps
-from workers.json_types import JsonObject, StoredRequest
 from workers.operations.tensors import staged_bytes
 from workers.operations.training.batches import data_of, options_of, plan_of, resident_tensors, spooled
 from workers.operations.training.files import keep_gradients

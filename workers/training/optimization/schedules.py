@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from device_operations.json_types import JsonObject
 from device_operations.requests.schedules import (
     ConstantSchedule,
     ExponentialSchedule,
@@ -18,7 +19,6 @@ from device_operations.requests.schedules import (
     Schedule,
     StepSchedule,
 )
-from workers.json_types import JsonObject
 
 
 @dataclass(slots=True)
