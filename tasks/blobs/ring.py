@@ -162,7 +162,7 @@ class Ring:
         return error
 
     def close(self) -> None:
-        """Lets this end go; the taker's also tells the putter that nobody takes any more."""
+        """Lets this end go; the taker's also says to the putter that nothing more is taken."""
         before, self.before_close = self.before_close, None
         if before is not None:
             before()
@@ -187,7 +187,7 @@ class Ring:
 
 
 def segment_name(owner: str, epoch: int, number: int) -> str:
-    """The name of a taker's segment under an epoch. `owner` tells this taker from any other on the machine."""
+    """The name of a taker's segment under an epoch. `owner` distinguishes this taker from any other on the machine."""
     return f"{_prefix(owner)}{epoch}-{number}"
 
 

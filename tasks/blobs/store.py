@@ -69,9 +69,9 @@ class BlobStore:
         """
         blob_id = blob_id or new_id()
         if self.folder is not None:
-            beside = self.folder / _PARTIAL
-            spare = beside / _SPARE if _size(beside / _SPARE) <= 2 * expected_bytes else None
-            return FileWriter(blob_id, sha256, self._threads, beside, self.folder / _key(blob_id), spare)
+            folder = self.folder / _PARTIAL
+            spare = folder / _SPARE if _size(folder / _SPARE) <= 2 * expected_bytes else None
+            return FileWriter(blob_id, sha256, self._threads, folder, self.folder / _key(blob_id), spare)
         return UploadWriter(blob_id, sha256, self._threads, self.objects, _key(blob_id))
 
     async def put_stream(

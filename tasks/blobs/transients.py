@@ -1,7 +1,7 @@
 """Bytes that travel with one waiting request: to its run, or back from it. They are gone with the answer.
 
-They lie beside the blobs and are none: no row, no hash, no owner but the request that waits. Nobody else can name them,
-since no request may carry a `transient_id`. What a dead gateway left is swept with the age at which blobs expire.
+They lie in the blobs' folder and are none: no row, no hash, no owner but the request that waits. Nothing else can name
+them, since no request may carry a `transient_id`. What a dead gateway left is swept with the age at which blobs expire.
 
 A file that was read is kept under another name, for the next bytes to be written over: to find room for a new file, and
 to give it back, takes a file system several times longer than to take the bytes.
@@ -61,7 +61,7 @@ class Transients:
         if self._folder is None:
             obstore.put(self._objects, _key(transient_id), b"".join(parts))
         else:
-            # Nobody knows the id before this returns: no need to write beside and rename.
+            # The id is unknown before this returns: no need to write to another name first.
             with self._empty(transient_id, sum(map(len, parts))) as file:
                 for part in parts:
                     _write_whole(file, part)
@@ -86,7 +86,7 @@ class Transients:
     def drop(self, transient_ids: Iterable[str], *, read: bool = False) -> None:
         """Deletes what is there. Where a reader still has the file open (Windows), the sweep deletes it later.
 
-        `read` says that whoever was to read them has done so: only then may others be written in their place.
+        `read` says that they were read by whom they were for: only then may others be written in their place.
         """
         for transient_id in transient_ids:
             if self._folder is not None:

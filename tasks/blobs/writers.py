@@ -76,12 +76,12 @@ class BlobWriter(ABC):
     def finish(self, sha256: str | None = None) -> Stored:
         """Makes the blob whole in the store; `checksum_mismatch` where the content's hash is not `sha256`."""
         with self._lock:
-            told = self._sha256 or (self._hasher.hexdigest() if self._hasher else "")
-            if sha256 is not None and told != sha256:
-                raise failure("checksum_mismatch", f"the content's sha256 is {told}, not {sha256}")
+            content_sha256 = self._sha256 or (self._hasher.hexdigest() if self._hasher else "")
+            if sha256 is not None and content_sha256 != sha256:
+                raise failure("checksum_mismatch", f"the content's sha256 is {content_sha256}, not {sha256}")
             self._ended = True
             self._complete()
-            return Stored(self.blob_id, told, self.size_bytes)
+            return Stored(self.blob_id, content_sha256, self.size_bytes)
 
     def finish_with(self, pieces: list[bytes], sha256: str | None) -> Stored:
         """Adds the last pieces and finishes."""
@@ -107,19 +107,19 @@ class BlobWriter(ABC):
 
 
 class FileWriter(BlobWriter):
-    """Writes beside, over the file `spare` where there is one, and renames."""
+    """Writes under another name, over the file `spare` where there is one, and renames."""
 
     def __init__(
         self,
         blob_id: str,
         sha256: str | None,
         threads: ThreadPoolExecutor,
-        beside: Path,
+        folder: Path,
         target: Path,
         spare: Path | None = None,
     ) -> None:
         super().__init__(blob_id, sha256, threads)
-        self._path = beside / f"{blob_id}.{os.getpid()}"
+        self._path = folder / f"{blob_id}.{os.getpid()}"
         self._target = target
         self._file = _taken(spare, self._path) or self._path.open("xb", buffering=0)
 
@@ -129,7 +129,7 @@ class FileWriter(BlobWriter):
             rest = rest[self._file.write(rest) or 0 :]
 
     def _complete(self) -> None:
-        # What a file that is written over held beyond is nobody's to read.
+        # What a file that is written over held beyond must not be read.
         self._file.truncate(self.size_bytes)
         self._file.close()
         self._target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class FileWriter(BlobWriter):
 
 
 def _taken(spare: Path | None, path: Path) -> FileIO | None:
-    """A file that nobody needs any more, under a new name; of several who want it, one gets it."""
+    """A file that is needed no more, under a new name; of several processes that want it, one gets it."""
     if spare is None:
         return None
     try:
@@ -169,7 +169,7 @@ class UploadWriter(BlobWriter):
     def _upload(self, store: ObjectStore) -> None:
         try:
             obstore.put(store, self._key, self._pieces(), chunk_size=CHUNK_BYTES)
-        except BaseException as error:  # noqa: BLE001 - told to whoever writes or finishes
+        except BaseException as error:  # noqa: BLE001 - raised where the caller writes next, or finishes
             self._error = error
 
     def _pieces(self) -> Iterator[bytes]:

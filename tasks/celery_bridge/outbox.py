@@ -167,7 +167,7 @@ class Outbox:
             except Exception as error:  # noqa: BLE001 - a caller's message may hold anything, and others wait
                 # It would fail again: what Celery can be given of this job it was given.
                 job_id = item.row["id"] if isinstance(item, _Ended) else None
-                log.error("Celery could not be told", job_id=job_id, error=reason(error))
+                log.error("Celery could not be notified", job_id=job_id, error=reason(error))
                 if job_id is not None:
                     self._given.append(job_id)
             if time.monotonic() - self._settled_at > SETTLE_SECONDS:
@@ -227,7 +227,7 @@ class Outbox:
         now = time.monotonic()
         if now - self._warned_at > WARN_SECONDS:
             self._warned_at = now
-            log.warning("Celery could not be told; it is tried again", error=str(error))
+            log.warning("Celery could not be notified; it is tried again", error=str(error))
         if not isinstance(item, _Ended):
             return
         if len(self._again) < AGAIN_AT_MOST:

@@ -32,9 +32,9 @@ def stored_run(
             payload[name]["device_id"] = staged[name]
     for name, given in run.pictures().items():
         pictures = given if isinstance(given, list) else [given]
-        told = [_stored_picture(context, picture, owner, name) for picture in pictures]
-        blob_ids += [picture["blob_id"] for picture in told if "blob_id" in picture]
-        payload[name] = told if isinstance(given, list) else told[0]
+        stored = [_stored_picture(context, picture, owner, name) for picture in pictures]
+        blob_ids += [picture["blob_id"] for picture in stored if "blob_id" in picture]
+        payload[name] = stored if isinstance(given, list) else stored[0]
     return payload, allocations, blob_ids
 
 

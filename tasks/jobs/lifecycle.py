@@ -89,7 +89,7 @@ def recover(engine: Engine, outcomes: Sequence[Outcome], claimed: Mapping[str, C
 
     Either an earlier try was carried out although its connection broke before it said so; or PostgreSQL crashed and
     lost the claim, which had not waited for the disk, and perhaps the job's submission with it: then the end is
-    recorded from there. What a worker's death put back, or somebody else ended, is not among them.
+    recorded from there. What a worker's death put back, or another process ended, is not among them.
     """
     with engine.connect() as connection:
         found = store.get_many(connection, [outcome.job_id for outcome in outcomes])

@@ -6,7 +6,7 @@
 
 Slots are advisory locks that end with their transaction. Each transaction that counted under a slot may have at most
 `SLOT_JOBS` jobs of a device that others do not see yet, and there are `SLOTS` of them, so `RESERVE` places are enough
-for all. Who counts under all slots sees everything, and nobody else counts meanwhile.
+for all. A count under all slots sees everything, and no other count runs meanwhile.
 
 Jobs are numbered in one sequence. So a queue has grown, since it was counted, by no more jobs than the sequence by
 numbers, whichever gateway took them and whatever device they are for. While that leaves more than two reserves (one for
@@ -174,14 +174,14 @@ def _limits(jobs: Sequence[NewJob]) -> dict[str, int]:
 @lru_cache(1024)
 def _take_slots(device_ids: tuple[str, ...]) -> str:
     """The statement that takes a slot of each device."""
-    # Evaluated from left to right: in the order in which everybody takes slots.
+    # Evaluated from left to right: in the order in which every process takes slots.
     locks = ", ".join(f"pg_advisory_xact_lock({key}, mod(pg_backend_pid(), {SLOTS}))" for key in _keys(device_ids))
     return f"SELECT {locks}; "
 
 
 @lru_cache(1024)
 def _keys(device_ids: tuple[str, ...]) -> list[int]:
-    """The numbers of the devices' slots, in the order in which everybody takes them."""
+    """The numbers of the devices' slots, in the order in which every process takes them."""
     return sorted({zlib.crc32(device_id.encode()) - 2**31 for device_id in device_ids})
 
 

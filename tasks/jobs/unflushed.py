@@ -29,7 +29,8 @@ log = structlog.get_logger(__name__)
 #: Seconds between two questions how far the log is on the disk, asked only while ends are kept.
 ASK_SECONDS = 0.25
 
-#: What a row takes beside its request, its result and its labels, about; and bytes of a batch that is kept as JSON.
+#: What a row takes in addition to its request, its result and its labels, about; and bytes of a batch that is kept as
+#: JSON.
 _ROW_BYTES, _LARGE_BYTES = 1024, 65_536
 
 #: Bytes of kept ends above which ends wait for the disk. PostgreSQL flushes within about 0.6 s by default.
@@ -106,7 +107,7 @@ class Unflushed:
             log.warning("ends are not known to be on the disk yet", jobs=len(self._ids), error=str(error).strip())
 
     def close(self, seconds: float) -> None:
-        """Waits until nothing is in doubt, for at most `seconds`: then tells what may be lost."""
+        """Waits until nothing is in doubt, for at most `seconds`: then logs what may be lost."""
         until = time.monotonic() + seconds
         wait_seconds = 0.02
         while self._ids and time.monotonic() < until:
@@ -127,16 +128,16 @@ class Unflushed:
                 self.relaxed.run(self._forget_flushed)
             except Exception as error:
                 if not is_disconnect(error):
-                    # Some servers do not tell where their log is. By now all is in doubt, and is recorded again.
+                    # Some servers do not say where their log is. By now all is in doubt, and is recorded again.
                     self._can_ask = False
-                    log.warning("PostgreSQL tells no log position; ends wait for the disk", error=str(error).strip())
+                    log.warning("PostgreSQL gives no log position; ends wait for the disk", error=str(error).strip())
                 else:
                     raise
         if self._doubtful:
             self._record_again()
 
     def _forget_flushed(self, connection: Connection) -> None:
-        """What was committed before the question lies before the end of the log as it is told."""
+        """What was committed before the question lies before the end of the log that the answer gives."""
         written, flushed = ends.flushed(connection)
         for batch in self._kept:
             if batch.position is None:
@@ -170,8 +171,8 @@ class Unflushed:
         self._forget(batches)
 
     def _keep(self, rows: list[ClaimedRow]) -> None:
-        told = [(row["request"], row["result"], row["labels"]) for row in rows]
-        batch = _Batch(rows, [row["id"] for row in rows], len(dumps(told)) + _ROW_BYTES * len(rows))
+        parts = [(row["request"], row["result"], row["labels"]) for row in rows]
+        batch = _Batch(rows, [row["id"] for row in rows], len(dumps(parts)) + _ROW_BYTES * len(rows))
         if batch.size_bytes > _LARGE_BYTES:
             batch.rows = dumps(rows)
         self._kept.append(batch)

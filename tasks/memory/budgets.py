@@ -30,8 +30,8 @@ def standing(connection: Connection, device_id: str | None = None) -> list[Memor
 
     `used_bytes` is what allocations, models and training sessions hold; `reserved_bytes` counts what is about to be
     made too, and `awaiting_bytes` what was admitted beyond the budget against memory that is about to be freed. What a
-    device cannot tell, or an offline one no longer tells, is None. A graph that models of several owners share counts
-    once for each of them in `by_owner`, and once everywhere else.
+    device cannot measure, or an offline one no longer measures, is None. A graph that models of several owners share
+    counts once for each of them in `by_owner`, and once everywhere else.
     """
     found = rows(
         connection,
@@ -67,7 +67,7 @@ def standing(connection: Connection, device_id: str | None = None) -> list[Memor
 
 
 def rooms(connection: Connection, device_id: str, allocation_ids: list[str]) -> dict[str, int]:
-    """Bytes of the budget that are left beside each allocation and all that was admitted before it.
+    """Bytes of the budget that are left next to each allocation and all that was admitted before it.
 
     Below 0 where it was admitted against memory that was to be freed and was not. What was admitted later does not
     count: it may wait for memory that is still to be freed.

@@ -27,7 +27,7 @@ class AllocationRow(TypedDict):
     request_sha256: str
     #: The deallocation that is under way; what it frees counts as free at admission.
     freeing_job_id: str | None
-    #: Of all bytes, where a write or read told it and nothing has changed them since.
+    #: Of all bytes, where a write or read found it and nothing has changed them since.
     sha256: str | None
     error: FreeJson | None
     created_at: datetime

@@ -77,7 +77,7 @@ jobs = Table(
     Column("webhook_attempt", Integer),
     Column("webhook_due_at", Time),
     CheckConstraint(f"({ENDED_SQL}) = (finished_at IS NOT NULL)", name="ended"),
-    # Room on each page for the row that a claim writes beside the old one.
+    # Room on each page for the row that a claim writes next to the old one.
     postgresql_with={"fillfactor": 60},
 )
 

@@ -25,7 +25,7 @@ allocations = Table(
     Column("request_sha256", Text, nullable=False),
     # The deallocation that is under way; what it frees counts as free at admission.
     Column("freeing_job_id", Text),
-    # Of all bytes, where a write or read told it and nothing has changed them since.
+    # Of all bytes, where a write or read found it and nothing has changed them since.
     Column("sha256", Text),
     Column("error", Json),
     Column("created_at", Time, nullable=False, server_default=text("now()")),

@@ -1,7 +1,7 @@
 """The states of jobs as SQL: the guards of statements, and the trigger that refuses every change but the transitions.
 
 Both are made from `device_operations.jobs.TRANSITIONS`. A migration holds the trigger as it was made from the table of
-its time: whoever changes the table adds a migration with `trigger()` as it is then, and a test compares the two.
+its time: a change of the table needs a migration with `trigger()` as it is then, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -126,6 +126,6 @@ def lose(connection: Connection, device_id: str, epoch: int) -> list[str]:
 
 
 def _sequence_of(job: JobRow) -> int | None:
-    """The number that a step was given, which it tells by what it needs of its predecessor."""
+    """The number that a step was given, read from what it needs of its predecessor."""
     numbers = [need.rpartition("#")[2] for need in job["needs"] if "#" in need]
     return int(numbers[0]) + 1 if numbers else None

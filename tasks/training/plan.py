@@ -200,11 +200,11 @@ def plan_validate(context: Context, request: Validate, job_id: str) -> Plan:
     check_dtypes(named)
     allocations, staged = check_tensors(context, named, session["device_id"], "{}")
     tensors, blob_ids = store_tensors(context, named, owner, allocations)
-    told = {name: stored_tensor(tensor, staged.get(name)) for name, tensor in tensors.items()}
+    stored = {name: stored_tensor(tensor, staged.get(name)) for name, tensor in tensors.items()}
     payload = {
         **request.model_dump(mode="json", exclude={"job", "inputs", "targets"}, exclude_none=True),
-        "inputs": {name: told[f"inputs.{name}"] for name in request.inputs},
-        "targets": told["targets"],
+        "inputs": {name: stored[f"inputs.{name}"] for name in request.inputs},
+        "targets": stored["targets"],
         **more,
     }
     if more.get("checkpoint", {}).get("blob_id"):

@@ -12,7 +12,7 @@ from tasks.planning.context import Context
 from tasks.planning.plan import body_hash
 from tasks.training.parameters import count_parameters
 
-#: Tensors of a parameter's size that each optimizer keeps beside the parameter and its gradient.
+#: Tensors of a parameter's size that each optimizer keeps in addition to the parameter and its gradient.
 _SLOTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
@@ -33,7 +33,7 @@ def check_model(context: Context, request: Initialize, payload: FreeJson) -> Non
 
 
 def estimate(request: Initialize, sizes: dict[str, int]) -> int:
-    """Bytes of parameters, gradients and optimizer state, as far as the request tells without building anything."""
+    """Bytes of parameters, gradients and optimizer state, as far as the request says without building anything."""
     model = request.model
     if isinstance(model, LayersModel):
         parameters = 4 * count_parameters(model.layers)
@@ -72,17 +72,17 @@ def with_tensors(request: Step, tensors: dict[str, Tensor], staged: dict[str, st
     )
     place = payload if request.dataset is None else payload["dataset"]
     for name, tensor in tensors.items():
-        told = stored_tensor(tensor, staged.get(name))
+        stored = stored_tensor(tensor, staged.get(name))
         if name == "targets":
-            place["targets"] = told
+            place["targets"] = stored
         else:
-            place.setdefault("inputs", {})[name.removeprefix("inputs.")] = told
+            place.setdefault("inputs", {})[name.removeprefix("inputs.")] = stored
     return payload
 
 
 def stored_tensor(tensor: Tensor, device_id: str | None) -> FreeJson:
-    told = tensor.model_dump(mode="json", exclude_unset=True)
-    return told if device_id is None else told | {"device_id": device_id}
+    stored = tensor.model_dump(mode="json", exclude_unset=True)
+    return stored if device_id is None else stored | {"device_id": device_id}
 
 
 def content_hash(context: Context, payload: FreeJson, blob_ids: list[str]) -> str:

@@ -175,7 +175,7 @@ def to_bring_back(connection: Connection, device_id: str) -> list[TrainingSessio
 
 
 def still_held(connection: Connection, device_id: str, epoch: int) -> dict[str, HeldRow]:
-    """The sessions that are recorded as held by `epoch`, with whether their lease is over and nobody needs them."""
+    """The sessions that are recorded as held by `epoch`, with whether their lease is over and no job needs them."""
     found = rows(
         connection,
         """
@@ -210,7 +210,7 @@ def unload(connection: Connection, session_id: str, epoch: int) -> int | None:
 
 
 def set_reserved(connection: Connection, session_id: str, reserved_bytes: int) -> None:
-    """Notes what of the device's budget is set aside for a session that is about to come back."""
+    """Notes what of the device's budget is reserved for a session that is about to come back."""
     execute(
         connection,
         "UPDATE training_sessions SET reserved_bytes = %(bytes)s WHERE session_id = %(id)s",
@@ -219,7 +219,7 @@ def set_reserved(connection: Connection, session_id: str, reserved_bytes: int) -
 
 
 def set_error(connection: Connection, session_id: str, error: JsonObject | None) -> None:
-    """Notes of an open session what went wrong beside its steps, or that it is well again."""
+    """Notes of an open session what went wrong outside of its steps, or that it is well again."""
     execute(
         connection,
         f"UPDATE training_sessions SET error = %(error)s::jsonb WHERE session_id = %(id)s AND {OPEN_SESSION_SQL}",

@@ -106,7 +106,7 @@ _END_APPLIED = Prepared(
         UPDATE training_steps SET applied = true, steps_applied = %(steps_applied)s,
             spooled = %(spooled)s, blob_ids = blob_ids || %(spooled_ids)s
         WHERE session_id = %(id)s AND sequence = %(sequence)s AND EXISTS (SELECT 1 FROM moved)),
-    told AS ({_HISTORY}),
+    noted AS ({_HISTORY}),
     ended AS (
         UPDATE jobs SET {SET_ENDED} FROM (SELECT %(state)s AS state, %(result)s AS result, %(error)s AS error,
             %(device_ms)s AS device_ms) AS ended

@@ -183,7 +183,7 @@ def load_session(
         raise failure(
             "device_unavailable",
             f"{name} was to run on {provider.name} and ONNX Runtime chose {got}: it could not load the provider's "
-            "libraries. The doctor command tells which.",
+            "libraries. The doctor command names it.",
         )
     return session
 
