@@ -160,10 +160,8 @@ class KindCount(TypedDict):
 
 
 def resource_of(job: JobRow) -> str:
-    """The resource that the job makes, uses or takes away, which all kinds name whose ends have effects."""
-    resource_id = job["resource_id"]
-    assert resource_id is not None
-    return resource_id
+    """The resource that the job makes, uses or takes away. Empty, which no record's id is, if it was never planned."""
+    return job["resource_id"] or ""
 
 
 class ResourceView(TypedDict):

@@ -98,13 +98,17 @@ class Callers:
                     if heard.status_code == 200 and heard.json()["finished_at"]:
                         self.told[ids[-1]] = heard.json()
 
-    def training(self) -> None:
+    def begin_training(self) -> None:
+        """Makes the session, before any fault."""
         with self._client() as client:
             layers = [{"type": "linear", "name": "a", "in_features": 4, "out_features": 1}]
             body: dict[str, Any] = {"model": {"kind": "layers", "layers": layers}, "loss": "mse",
                                     "optimizer": {"type": "sgd", "learning_rate": 0.001}}  # fmt: skip
             made = client.post("/api/training/initialize", json=body, headers={"Prefer": "wait=30"}).json()
             self.session = made["resource"]["id"]
+
+    def training(self) -> None:
+        with self._client() as client:
             while not self.over.wait(0.2):
                 inputs = {"input": graphs.tensor(np.ones((1, 4), np.float32))}
                 body = {"session_id": self.session, "sequence": self.step + 1, "inputs": inputs,
@@ -144,6 +148,7 @@ def test_told_ends_and_accepted_jobs_outlive_twenty_kills_of_postgresql(
 ) -> None:
     load(stack, "tiny")
     callers = Callers(stack)
+    callers.begin_training()
     with ThreadPoolExecutor(8) as threads:
         working = [threads.submit(one) for one in callers.all()]
         try:

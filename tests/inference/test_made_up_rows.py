@@ -21,7 +21,7 @@ from workers.devices import open_device
 from workers.devices.onnx.runtime import Cancel, LoadedGraph
 from workers.devices.onnx.tensors import TensorSpec
 from workers.devices.values import SessionOptions
-from workers.resident import batching, models
+from workers.resident import batching, warmup
 from workers.resident.batching import MADE_UP_BYTES, find_out, made_up_bytes, too_large
 
 HUGE = 1_000_000_000
@@ -110,7 +110,7 @@ def test_made_up_rows_are_drawn_in_single_precision() -> None:
 
 def test_the_trial_and_the_warm_up_can_be_cancelled(tmp_path: Path) -> None:
     slow = opened(tmp_path, endless())
-    for run in (lambda cancel: find_out(slow, 4, cancel), lambda cancel: models._warmed(slow, cancel, False, {})):
+    for run in (lambda cancel: find_out(slow, 4, cancel), lambda cancel: warmup.warm_up(slow, cancel, False, {})):
         cancel = Cancel()
         timer = threading.Timer(0.2, cancel.trip)
         timer.start()
@@ -155,13 +155,13 @@ def test_a_warm_up_that_fails_at_a_restart_leaves_the_model_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = opened(tmp_path, endless())
-    monkeypatch.setattr(models, "WARMUP_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(warmup, "WARMUP_AGAIN_SECONDS", 0.2)
     began = time.monotonic()
-    said = models._warmed(slow, None, True, {"warmup": "done"})
+    said = warmup.warm_up(slow, None, True, {"warmup": "done"})
     assert said.startswith("failed at a restart: ")
     assert time.monotonic() - began < 5
     slow.close()  # a run would fail with another message
-    assert models._warmed(slow, None, True, {"warmup": said}) == said
+    assert warmup.warm_up(slow, None, True, {"warmup": said}) == said
 
 
 def test_a_model_comes_back_with_what_was_found_of_it(start_api: Callable[..., Api]) -> None:

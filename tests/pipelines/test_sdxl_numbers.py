@@ -287,7 +287,7 @@ def test_a_worker_without_the_extra_says_what_to_install(sdxl_folder: Path, monk
     ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(OperationError, match=r"device-operations\[pipelines\]") as raised:
+    with pytest.raises(OperationError, match=r"device-operations-server\[pipelines\]") as raised:
         opened("sdxl", sdxl_folder)
     assert raised.value.code == "model_invalid"
 

@@ -54,7 +54,7 @@ def test_ends_are_announced_though_the_connection_was_cut(client: Any, redis_url
 def test_without_redis_publishing_says_no_and_does_not_raise() -> None:
     publisher = Publisher(connect("redis://127.0.0.1:1/0"))
     assert not publisher.jobs([(job(new_id(), "device.nowhere"), {})])
-    publisher.done([{"job_id": "nobody hears"}])
+    publisher.done([{"job_id": "nobody hears", "kind": "memory.copy"}])
 
 
 def test_a_refused_command_leaves_the_connection_as_it_was(client: Any) -> None:

@@ -182,9 +182,9 @@ def supervise(folder: Path) -> subprocess.Popen[str]:
     code = f"""
 import pathlib, sys
 from device_operations.stack.processes import Command
-from device_operations.stack.supervisor import Service, Supervisor
+from device_operations.stack.supervisor import ChildService, Supervisor
 with Supervisor(pathlib.Path({str(folder)!r})) as supervisor:
-    supervisor.start([Service(Command("one", [sys.executable, "-c", {STUBBORN!r}]))])
+    supervisor.start([ChildService(Command("one", [sys.executable, "-c", {STUBBORN!r}]))])
     print("started", supervisor.children[0].process.pid, flush=True)
     supervisor.watch()
 """

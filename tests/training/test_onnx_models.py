@@ -229,7 +229,7 @@ def test_weights_kept_in_files_beside_the_model_are_refused(tmp_path: Path) -> N
     path = decomposed_norm(tmp_path / "m.onnx")
     model = onnx.load(str(path))
     onnx.save(model, str(path), save_as_external_data=True, location="../elsewhere", size_threshold=0)
-    with pytest.raises(OperationError, match="beside the model") as caught:
+    with pytest.raises(OperationError, match="next to the model") as caught:
         open_model(path)
     assert caught.value.code == "model_invalid"
 
