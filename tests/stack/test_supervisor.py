@@ -71,8 +71,12 @@ def test_a_crashed_child_is_started_again_and_said(supervisor: Supervisor, tmp_p
     assert f"here {first.pid}" in said[0], "the end of its log helps"
 
 
-def test_each_crash_doubles_the_wait_up_to_a_limit(supervisor: Supervisor, said: list[str]) -> None:
-    supervisor.start([python("one", "raise SystemExit(3)")])
+def test_each_crash_doubles_the_wait_up_to_a_limit(supervisor: Supervisor, said: list[str], tmp_path: Path) -> None:
+    # It crashes only once it was started: else it may have ended too often before the start has looked.
+    crash = tmp_path / "crash"
+    code = f"import os, time\nwhile not os.path.exists({str(crash)!r}): time.sleep(0.01)\nraise SystemExit(3)"
+    supervisor.start([python("one", code)])
+    crash.touch()
     child = supervisor.children[0]
     waits = []
     for _ in range(9):
