@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 Schema = FreeJson
 

@@ -11,8 +11,8 @@ import hmac
 import time
 from urllib.parse import quote
 
-from device_operations.bounds import whole_number
 from device_operations.settings import Settings
+from device_operations.wire.bounds import whole_number
 
 #: Seconds for which a link is good, as OpenAI's are.
 LINK_SECONDS = 3600

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 if TYPE_CHECKING:
     from device_operations.settings import Settings

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 
 class State(StrEnum):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from device_operations.jobs import Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.queues import ANY_QUEUE, PRIORITY_STEPS, celery_priority, device_queue, short
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS, parse, requests_of
 from device_operations.settings import load
+from device_operations.wire.json_types import FreeJson
 
 try:
     from celery import Celery

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: The queue for work that any device may take: direct callers only, since the gateway places every job.
 ANY_QUEUE = "device.any"

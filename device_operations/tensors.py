@@ -18,9 +18,9 @@ import orjson
 from pydantic import Field, model_validator
 
 from device_operations.errors import failure
-from device_operations.json_text import NON_FINITE
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import Identifier, Offset, Request, Side
+from device_operations.wire.json_text import NON_FINITE
+from device_operations.wire.json_types import FreeJson
 
 if TYPE_CHECKING:
     import numpy as np

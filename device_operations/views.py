@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypeAlias, TypedDict
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: A time, such as `2026-01-31T12:00:00Z`.
 Moment: TypeAlias = str

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
+from device_operations.wire.json_types import FreeJson
 from tasks.devices.directory import Directory
 from tasks.inference import effects as inference_effects
 from tasks.inference import plan as inference

@@ -25,8 +25,8 @@ import workers.celery_bridge.panel  # noqa: F401 - registers the commands of rem
 from device_operations import collector
 from device_operations.devices import NamedDevice as Named
 from device_operations.errors import OperationError
-from device_operations.json_types import JsonObject
 from device_operations.settings import Settings
+from device_operations.wire.json_types import JsonObject
 from tasks.app import PREFETCH, make_app
 from tasks.blobs.store import BlobStore
 from tasks.celery_bridge import transport

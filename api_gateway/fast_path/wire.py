@@ -17,7 +17,7 @@ import numpy as np
 from api_gateway.connection import BufferedConnection
 from api_gateway.fast_path.bounded import Bounded
 from api_gateway.fast_path.whole_body import TAKE_WHOLE, WHOLE_BODY
-from device_operations.bounds import whole_number
+from device_operations.wire.bounds import whole_number
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle

@@ -27,11 +27,11 @@ from api_gateway.oip.tensors import InferRequest, answer, read, stash, stashed
 from api_gateway.submission.bodies import Raw, read_whole
 from api_gateway.submission.compression import ENCODINGS, decompressed, too_large
 from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST, performed
-from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
+from device_operations.wire.bounds import whole_number
+from device_operations.wire.json_types import FreeJson
 from tasks.blobs.transients import TRANSIENT_BYTES
 from tasks.database import unavailable
 from tasks.inference.plan import plan_stored_run

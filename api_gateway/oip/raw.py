@@ -12,7 +12,7 @@ from api_gateway.oip.tensors import NAMES, Given
 from api_gateway.submission.bodies import Raw
 from device_operations.errors import failure
 from device_operations.tensors import FIXED_DTYPES, TEXT_DTYPES
-from device_operations.texts import pack_texts, unpack_texts
+from device_operations.wire.texts import pack_texts, unpack_texts
 from tasks.statements import Row
 
 

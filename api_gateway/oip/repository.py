@@ -16,12 +16,12 @@ from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.routes.inference import until_recorded
 from api_gateway.submission.answer import json_response, make_plan, read_body
 from api_gateway.submission.performing import performed_to_the_end
-from device_operations.bounds import load_json, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest, invalid
 from device_operations.requests.inference import LoadModel, UnloadModel
+from device_operations.wire.bounds import load_json, whole_number
+from device_operations.wire.json_types import FreeJson
 from tasks.inference.content import MAX_NAME_BYTES
 from tasks.inference.residents import nothing_named
 from tasks.owners import may_see

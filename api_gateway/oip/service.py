@@ -17,7 +17,7 @@ from api_gateway.oip import repository as oip_repository
 from api_gateway.oip.infer import infer
 from api_gateway.oip.tensors import DATATYPES, NAMES
 from api_gateway.submission.answer import json_response
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.inference import models as store
 from tasks.inference.residents import nothing_named
 from tasks.statements import Row

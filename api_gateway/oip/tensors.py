@@ -14,9 +14,7 @@ import numpy as np
 import orjson
 
 from api_gateway.submission.bodies import Raw
-from device_operations.bounds import parse_json
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
 from device_operations.tensors import (
     EIGHT_BIT_FLOATS,
     FIXED_DTYPES,
@@ -27,7 +25,9 @@ from device_operations.tensors import (
     to_bytes,
     word,
 )
-from device_operations.texts import pack_texts, unpack_texts
+from device_operations.wire.bounds import parse_json
+from device_operations.wire.json_types import FreeJson
+from device_operations.wire.texts import pack_texts, unpack_texts
 from tasks.blobs.transients import TRANSIENT_BYTES, Transients
 
 #: The protocol's name of each dtype.

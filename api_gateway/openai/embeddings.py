@@ -20,8 +20,8 @@ from api_gateway.openai.requests import EmbeddingsRequest, checked
 from api_gateway.openai.runs import run
 from api_gateway.submission.answer import JSON, read_body
 from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST
-from device_operations.json_types import FreeJson
 from device_operations.tensors import Tensor, decode
+from device_operations.wire.json_types import FreeJson
 
 router = APIRouter(tags=["openai"])
 

@@ -6,7 +6,7 @@ import orjson
 from starlette.responses import Response
 
 from device_operations.errors import OperationError
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: Codes that OpenAI's clients compare, where the service has others. All the rest are the service's own.
 _CODES = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded", "not_found": "unknown_url"}

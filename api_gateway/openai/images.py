@@ -20,7 +20,7 @@ from api_gateway.openai.runs import run
 from api_gateway.submission.answer import json_response, read_body
 from api_gateway.submission.performing import CLIENT_CLOSED_REQUEST
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.statements import Row
 
 router = APIRouter(tags=["openai"])

@@ -18,8 +18,8 @@ from api_gateway.openai.requests import Options
 from api_gateway.submission.answer import earlier_rows, make_plan, promise_of
 from api_gateway.submission.performing import ended_job, performed, performed_to_the_end
 from device_operations.jobs import Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.kinds import parse
+from device_operations.wire.json_types import FreeJson
 from tasks.jobs.submit import Plan, Promise
 from tasks.statements import Row
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import httptools
 
 from api_gateway import limits
-from device_operations.bounds import whole_number
+from device_operations.wire.bounds import whole_number
 
 _HEAD_END = b"\r\n\r\n"
 

@@ -15,8 +15,8 @@ from api_gateway.auth import Known, authenticate
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.answer import json_response
 from api_gateway.submission.bodies import room_of
-from device_operations.bounds import is_number_above, whole_number
 from device_operations.errors import failure
+from device_operations.wire.bounds import is_number_above, whole_number
 from tasks.blobs import records as store
 from tasks.blobs.store import BLOCK_BYTES, Stored
 from tasks.owners import found

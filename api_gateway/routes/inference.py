@@ -17,10 +17,10 @@ from api_gateway.gateway import Gateway, of
 from api_gateway.submission.answer import json_response, promise_of, read_body, submit_job
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Job, Kind, State
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import invalid
 from device_operations.requests.inference import OpenSession
 from device_operations.views import InferenceSessionView, ModelView
+from device_operations.wire.json_types import FreeJson
 from tasks.database import unavailable
 from tasks.inference import models as store
 from tasks.inference import session_store, sessions

@@ -30,10 +30,10 @@ from api_gateway.submission.answer import (
     wait_for,
 )
 from api_gateway.submission.performing import cancel
-from device_operations.bounds import whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, Job, Kind, State, new_id
 from device_operations.requests.kinds import parse
+from device_operations.wire.bounds import whole_number
 from tasks.jobs import store
 from tasks.jobs.model import JobView
 from tasks.jobs.options import as_asked, to_retry

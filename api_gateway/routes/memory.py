@@ -27,13 +27,13 @@ from api_gateway.submission.answer import (
     submit_job,
     submit_parsed,
 )
-from device_operations.bounds import is_storable, whole_number
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, new_id
 from device_operations.requests.base import invalid
 from device_operations.requests.kinds import parse
 from device_operations.requests.memory import AllocationState, Renew
 from device_operations.views import AllocationView, DeviceMemoryView
+from device_operations.wire.bounds import is_storable, whole_number
 from tasks.memory import allocations as store
 from tasks.memory import budgets as standing_store
 from tasks.memory import named

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.gateway import Gateway
 from api_gateway.submission.answer import accepted, promised_row
 from device_operations.errors import OperationError, error_of, from_job_error
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.blobs import records as blob_store
 from tasks.blobs.ring import Ring
 from tasks.blobs.store import CHUNK_BYTES

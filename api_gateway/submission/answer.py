@@ -16,13 +16,13 @@ from starlette.responses import Response
 from api_gateway.gateway import Caller, Gateway, of
 from api_gateway.submission.bodies import read_whole
 from api_gateway.submission.waiting import lost
-from device_operations.bounds import load_json, whole_number
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL, Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import parse
 from device_operations.tensors import INLINE_BYTES
+from device_operations.wire.bounds import load_json, whole_number
+from device_operations.wire.json_types import FreeJson
 from tasks.database import unavailable
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store

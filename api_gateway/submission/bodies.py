@@ -14,8 +14,8 @@ from collections.abc import Callable
 from fastapi import Request
 
 from api_gateway.fast_path.whole_body import WHOLE_BODY, take_whole
-from device_operations.bounds import is_number_above, whole_number
 from device_operations.errors import OperationError, failure
+from device_operations.wire.bounds import is_number_above, whole_number
 
 #: Bytes of a body.
 Raw = bytes | bytearray | memoryview

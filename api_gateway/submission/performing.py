@@ -17,7 +17,7 @@ from api_gateway.gateway import Gateway
 from api_gateway.submission.answer import read_row
 from device_operations.errors import OperationError, error_of, failure, from_job_error
 from device_operations.jobs import TERMINAL, State
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.jobs import lifecycle, store
 from tasks.jobs.submit import Plan, Promise
 from tasks.statements import Row

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from api_gateway.submission.subscription import Subscription, subscribed
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TERMINAL
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.jobs import store
 from tasks.kinds import KINDS
 from tasks.redis.announcements import read_lines

@@ -14,7 +14,7 @@ from device_operations.cli.output import json_option, print_json, print_object, 
 from device_operations.cli.progress import follow, require_success
 from device_operations.client import Client
 from device_operations.jobs import Job, Kind, State
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: Seconds between two looks of `--watch`.
 WATCH_SECONDS = 1.0

@@ -12,8 +12,8 @@ from device_operations.cli.gateway_options import with_client
 from device_operations.cli.output import json_option, print_json, print_object
 from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
-from device_operations.json_types import FreeJson
 from device_operations.requests.pipelines import RUNS
+from device_operations.wire.json_types import FreeJson
 
 if TYPE_CHECKING:
     from device_operations.tensors import Array

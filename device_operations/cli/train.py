@@ -16,7 +16,7 @@ from device_operations.cli.progress import follow, opened, require_success
 from device_operations.client import Client
 from device_operations.errors import OperationError
 from device_operations.jobs import Job, Kind
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from device_operations.client import blobs
 from device_operations.client.transport.calls import Flow, at
 from device_operations.errors import failure
-from device_operations.json_text import loads
-from device_operations.json_types import FreeJson
 from device_operations.tensors import (
     FIXED_DTYPES,
     INLINE_BYTES,
@@ -24,7 +22,9 @@ from device_operations.tensors import (
     from_bytes,
     from_numbers,
 )
-from device_operations.texts import unpack_texts
+from device_operations.wire.json_text import loads
+from device_operations.wire.json_types import FreeJson
+from device_operations.wire.texts import unpack_texts
 
 if TYPE_CHECKING:
     from device_operations.tensors import Array

@@ -18,7 +18,7 @@ from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, sa
 from device_operations.client.transport.calls import Flow, at
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,8 +11,8 @@ from device_operations.client.submission import MAX_WAIT_SECONDS, Submission, sa
 from device_operations.client.transport.calls import Call, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_types import FreeJson
 from device_operations.views import InferenceSessionView, ModelView
+from device_operations.wire.json_types import FreeJson
 
 
 @dataclass(frozen=True, slots=True)

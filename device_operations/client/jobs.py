@@ -28,8 +28,8 @@ from device_operations.client.transport.calls import Call, Emit, Flow, Sleep, at
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.errors import failure
 from device_operations.jobs import Job, Kind, State
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions, JobRequest
+from device_operations.wire.json_types import FreeJson
 
 
 @dataclass(frozen=True, slots=True)

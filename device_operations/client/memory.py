@@ -21,9 +21,9 @@ from device_operations.client.submission import (
 from device_operations.client.transport.calls import Call, Emit, Flow, at, get, json_of, send
 from device_operations.client.transport.operations import Mode, Noun, emits, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_types import FreeJson
 from device_operations.tensors import from_bytes
 from device_operations.views import AllocationView, DeviceMemoryView
+from device_operations.wire.json_types import FreeJson
 
 if TYPE_CHECKING:
     from device_operations.tensors import Array

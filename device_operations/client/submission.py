@@ -9,9 +9,9 @@ from typing import TypedDict
 from device_operations.client.transport.calls import Call, Content, Flow, at, send
 from device_operations.errors import error_of, from_job_error
 from device_operations.jobs import Job, Kind, State
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.requests.kinds import parse
+from device_operations.wire.json_types import FreeJson
 
 #: The longest that the gateway lets one request wait, in seconds.
 MAX_WAIT_SECONDS = 60.0

@@ -10,8 +10,8 @@ from device_operations.client.submission import Submission, said, submission
 from device_operations.client.transport.calls import Call, Flow, at, get, send
 from device_operations.client.transport.operations import Mode, Noun, operation
 from device_operations.jobs import Job, Kind
-from device_operations.json_types import FreeJson
 from device_operations.views import CheckpointView, TrainingStatus
+from device_operations.wire.json_types import FreeJson
 
 
 class Training(Noun[Mode]):

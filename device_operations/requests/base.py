@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from device_operations.errors import failure
-from device_operations.ids import job_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.addresses import check_webhook_url
+from device_operations.wire.ids import job_id
+from device_operations.wire.json_types import FreeJson
 
 #: Identifiers that a caller may choose.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]

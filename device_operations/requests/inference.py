@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import (
     Identifier,
     JobRequest,
@@ -18,6 +17,7 @@ from device_operations.requests.base import (
     TensorName,
 )
 from device_operations.tensors import Form, IntoAllocation, Tensor
+from device_operations.wire.json_types import FreeJson
 
 #: Files that a model may have, in a folder or as blobs: torch writes the weights of SDXL's UNet into 1,522.
 MAX_FILES = 10_000

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: Says what is wrong with a value, or nothing.
 Check = Callable[[object], "str | None"]

@@ -24,9 +24,9 @@ from pydantic import (
 )
 
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import Identifier, JobRequest, Name, Request, invalid
 from device_operations.tensors import Form, Tensor
+from device_operations.wire.json_types import FreeJson
 
 #: Bytes of a picture that rides in the request as base64; more is uploaded as a blob.
 MAX_INLINE_PICTURE = 8 << 20

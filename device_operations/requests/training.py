@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import Identifier, JobRequest, Name, RelativePath, Request, Sha256, TensorName
 from device_operations.requests.layers import MAX_LAYERS, canonical
 from device_operations.requests.losses import Loss
 from device_operations.requests.optimizers import LearningRate, Optimizer, Steps
 from device_operations.requests.schedules import ConstantSchedule, Schedule
 from device_operations.tensors import Tensor
+from device_operations.wire.json_types import FreeJson
 
 Mode = Literal["train", "gradients", "apply", "evaluate"]
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 _log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 
-from device_operations.json_types import FreeJson
 from device_operations.stack.errors import StackError
 from device_operations.stack.processes import Account, Command
 from device_operations.stack.state import Remembered, make_private_folder
 from device_operations.stack.supervisor import ChildService
+from device_operations.wire.json_types import FreeJson
 
 MAJOR_VERSION = "18"
 ROLE = "device_operations"

@@ -20,7 +20,7 @@ from typing import IO
 import psutil
 
 from device_operations.folders import PRIVATE_UMASK, private_opener
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: Start times are read from the kernel's clock ticks; two readings of one process may differ by rounding.
 _SAME_START_SECONDS = 0.1

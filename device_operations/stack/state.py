@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from device_operations.folders import private_folder, private_opener
-from device_operations.json_types import FreeJson
 from device_operations.stack.errors import StackError
+from device_operations.wire.json_types import FreeJson
 
 #: Ports are taken from here: below what Linux (32768) and Windows (49152) hand out for outgoing connections, which
 #: could otherwise hold a remembered port at the next start.

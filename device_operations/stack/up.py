@@ -17,12 +17,12 @@ import httpx
 import psutil
 
 from device_operations.devices import DeviceSpec, device_ids, spell_devices
-from device_operations.json_types import FreeJson
 from device_operations.settings import Settings, local_url, stack_file
 from device_operations.stack import postgres, services, state, valkey
 from device_operations.stack.errors import StackError
 from device_operations.stack.state import Remembered
 from device_operations.stack.supervisor import ChildService, Stopped, Supervisor
+from device_operations.wire.json_types import FreeJson
 
 #: From the start of the gateway until a device is online: a GPU's first contact takes many seconds.
 READY_WITHIN_SECONDS = 180

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from device_operations.json_types import FreeJson, JsonObject
+from device_operations.wire.json_types import FreeJson, JsonObject
 
 #: Pieces in a ring unless its taker wants more, and the bytes of each: together small enough to stay in the
 #: processor's own cache.

@@ -27,7 +27,7 @@ from obstore.store import ObjectStore
 from device_operations.errors import failure
 from device_operations.folders import private_folder, sync_folder
 from device_operations.jobs import new_id
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.blobs.writers import BLOCK_BYTES, CHUNK_BYTES, BlobWriter, FileWriter, Stored, UploadWriter
 
 __all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "BlobStore", "BlobWriter", "Stored"]

@@ -18,7 +18,7 @@ from kombu.utils.json import dumps
 from redis.client import Pipeline
 
 from device_operations.jobs import TASK_PREFIX
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.app import result_options
 from tasks.redis.publish import connect
 from tasks.redis.queues import ANY_QUEUE, is_device_queue, redis_key

@@ -24,7 +24,7 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Engine
 
 from device_operations.jobs import TERMINAL, State
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.celery_bridge import store
 from tasks.celery_bridge.results import CeleryResults
 from tasks.celery_bridge.store import PendingRow

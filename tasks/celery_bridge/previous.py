@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: The key that stands for a part of the previous result.
 PREVIOUS = "$previous"

@@ -19,7 +19,7 @@ from celery.result import ResultBase, result_from_tuple
 
 from device_operations.errors import from_job_error
 from device_operations.jobs import TASK_PREFIX, State
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.celery_bridge.once import Once
 from tasks.jobs.model import JobRow
 

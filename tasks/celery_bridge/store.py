@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from sqlalchemy import Connection
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.database import dumps
 from tasks.jobs.model import JobRow
 from tasks.jobs.store.columns import SELECTED

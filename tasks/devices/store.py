@@ -7,7 +7,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.database import dumps
 from tasks.devices.rows import DeviceRow, LapsedDevice, RegisteredDevice, Renewed, SampleRow
 from tasks.statements import execute, row, rows

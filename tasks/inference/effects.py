@@ -9,8 +9,8 @@ from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure
 from device_operations.jobs import State
-from device_operations.json_types import JsonObject
 from device_operations.settings import load
+from device_operations.wire.json_types import JsonObject
 from tasks.devices import store as devices
 from tasks.inference import graphs, models, session_store
 from tasks.inference.facts import LoadFacts, ModelFacts, RunFacts, UnloadFacts

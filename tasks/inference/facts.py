@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 
 class ModelFacts(TypedDict):

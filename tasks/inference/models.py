@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection
 
-from device_operations.json_types import FreeJson, JsonObject
+from device_operations.wire.json_types import FreeJson, JsonObject
 from tasks.database import dumps
 from tasks.inference.facts import ModelFacts
 from tasks.inference.rows import EndedModel, LostModel, ModelRow

@@ -6,9 +6,9 @@ import base64
 import binascii
 
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
 from device_operations.requests.pipelines import Picture, PipelineRun
 from device_operations.tensors import INLINE_BYTES
+from device_operations.wire.json_types import FreeJson
 from tasks.inference.rows import KnownModel
 from tasks.memory.named import check_tensors
 from tasks.planning.context import Context, check_blobs, keep_bytes, store_tensors

@@ -10,10 +10,10 @@ from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import CloseSession, LoadModel, Run, UnloadModel
 from device_operations.requests.pipelines import RUNS, AnyPipelineRun, PipelineRun
+from device_operations.wire.json_types import FreeJson
 from tasks.devices import store as device_store
 from tasks.devices.directory import Directory
 from tasks.inference import graphs as graph_store

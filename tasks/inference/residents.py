@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from device_operations.errors import OperationError, failure
-from device_operations.json_types import FreeJson
 from device_operations.requests.inference import Run
 from device_operations.requests.pipelines import RUNS, PipelineRun
 from device_operations.tensors import carries
+from device_operations.wire.json_types import FreeJson
 from tasks.devices.directory import DirectorySnapshot
 from tasks.inference import models as model_store
 from tasks.inference import session_store

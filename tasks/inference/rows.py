@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TypedDict
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 
 class ModelRow(TypedDict):

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from sqlalchemy import Connection
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.database import dumps
 from tasks.inference.rows import OpenSessionRow, SessionRow
 from tasks.statements import execute, row, rows

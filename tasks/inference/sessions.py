@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobOptions
 from device_operations.requests.inference import OpenSession
+from device_operations.wire.json_types import FreeJson
 from tasks.inference import session_store as store
 from tasks.inference.residents import find_model, require_graph, unfit
 from tasks.inference.rows import KnownModel, SessionRow

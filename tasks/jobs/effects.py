@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from sqlalchemy import Connection
 
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.inference import effects as inference
 from tasks.jobs.model import Ending, Facts, Fallen, JobRow
 from tasks.memory import effects as memory

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import CLAIMABLE, TERMINAL, State
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.database import dumps
 from tasks.jobs import lost_ends as ends
 from tasks.jobs import store

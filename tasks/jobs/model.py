@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import NotRequired, TypeAlias, TypedDict
 
 from device_operations.jobs import State
-from device_operations.json_types import FreeJson, JsonObject
+from device_operations.wire.json_types import FreeJson, JsonObject
 from tasks.inference.facts import LoadFacts, RunFacts, UnloadFacts
 from tasks.memory.facts import HashFacts
 from tasks.training.facts import CheckpointFacts, InitializeFacts, StepFacts

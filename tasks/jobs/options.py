@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, State
-from device_operations.json_text import loads
-from device_operations.json_types import FreeJson, JsonObject
 from device_operations.requests.base import JobRequest
 from device_operations.requests.kinds import REQUESTS
 from device_operations.tensors import TEXT_DTYPES, Tensor
-from device_operations.texts import unpack_texts
+from device_operations.wire.json_text import loads
+from device_operations.wire.json_types import FreeJson, JsonObject
+from device_operations.wire.texts import unpack_texts
 from tasks.jobs.model import AskedRow
 
 #: Where a tensor's elements are.

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from device_operations.jobs import State
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.devices import store as device_store
 from tasks.jobs import effects, store
 from tasks.jobs.lifecycle import CANCELLED, fail_needing, settle

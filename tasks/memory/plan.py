@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.base import JobRequest
 from device_operations.requests.memory import Allocate, Clear, Copy, Deallocate, Read, Write
+from device_operations.wire.json_types import FreeJson
 from tasks.devices.rows import DeviceRow
 from tasks.jobs.model import NewJob
 from tasks.memory import allocations as store

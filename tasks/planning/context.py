@@ -9,12 +9,12 @@ from sqlalchemy import Engine
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, State
-from device_operations.json_types import FreeJson
 from device_operations.requests.addresses import refuse_private
 from device_operations.requests.base import JobOptions, JobRequest
 from device_operations.settings import Settings
 from device_operations.tensors import INLINE_BYTES, TEXT_DTYPES, Tensor, decode, to_bytes
-from device_operations.texts import pack_texts
+from device_operations.wire.json_types import FreeJson
+from device_operations.wire.texts import pack_texts
 from tasks.blobs import records as blob_store
 from tasks.blobs.rows import BlobRow
 from tasks.blobs.store import BlobStore

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.inference.rows import KnownModel
 from tasks.memory.rows import KnownAllocation
 from tasks.planning.plan import Plan

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import orjson
 from sqlalchemy import Connection
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.jobs.model import NewJob
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import orjson
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.redis.message_fields import Unreadable
 from tasks.redis.queues import MESSAGE_BYTES
 

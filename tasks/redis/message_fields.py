@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TypeGuard
 
-from device_operations.ids import is_job_id
 from device_operations.jobs import Kind
-from device_operations.json_types import FreeJson
+from device_operations.wire.ids import is_job_id
+from device_operations.wire.json_types import FreeJson
 
 #: A part's fields, and whether a value may be theirs.
 Fields = Mapping[str, Callable[[object], bool]]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import orjson
 import structlog
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.redis import message_fields as fields
 from tasks.redis.message_bodies import body_of, parsed, text_of
 from tasks.redis.message_fields import Unreadable, checked, checked_all, is_kind, object_of

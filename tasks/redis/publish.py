@@ -10,7 +10,7 @@ import orjson
 import redis
 import structlog
 
-from device_operations.json_types import FreeJson, JsonObject
+from device_operations.wire.json_types import FreeJson, JsonObject
 from tasks.jobs.model import JobRow, JobView
 from tasks.redis import announcements
 from tasks.redis.queues import DONE_CHANNEL, control_queue, job_channel, message, redis_key

@@ -5,8 +5,8 @@ from __future__ import annotations
 import orjson
 
 from device_operations.jobs import TASK_PREFIX
-from device_operations.json_types import FreeJson
 from device_operations.queues import ANY_QUEUE, celery_priority, device_queue, is_device_queue, short
+from device_operations.wire.json_types import FreeJson
 from tasks.jobs.model import JobRow
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.database import dumps
 from tasks.statements import execute, row, rows
 from tasks.training.facts import NewCheckpoint

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from device_operations.errors import error_of, failure, from_job_error
 from device_operations.jobs import State
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.devices import store as devices
 from tasks.jobs.model import Ending, Fallen, JobRow, resource_of
 from tasks.training import checkpoints, steps

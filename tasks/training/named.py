@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection
 
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.devices.rows import DeviceRow
 from tasks.owners import absent, found
 from tasks.planning.context import Context

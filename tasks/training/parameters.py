@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 
 def count_parameters(layers: list[FreeJson]) -> int:

@@ -13,7 +13,6 @@ from sqlalchemy import Connection
 
 from device_operations.errors import failure
 from device_operations.jobs import Kind, new_id
-from device_operations.json_types import FreeJson
 from device_operations.requests.training import (
     Checkpoint,
     EndSession,
@@ -21,6 +20,7 @@ from device_operations.requests.training import (
     Step,
     Validate,
 )
+from device_operations.wire.json_types import FreeJson
 from tasks.devices.directory import Directory
 from tasks.jobs import store as job_store
 from tasks.memory.admission import reserve

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from device_operations.errors import failure
-from device_operations.json_types import FreeJson
 from device_operations.requests.training import Initialize, LayersModel, OnnxModel, Step, TorchScriptModel
 from device_operations.tensors import ML_DTYPES, NUMPY_DTYPES, Tensor
+from device_operations.wire.json_types import FreeJson
 from tasks.blobs import records as blob_store
 from tasks.inference.content import file_hash, model_file
 from tasks.planning.context import Context

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from sqlalchemy import Connection
 
 from device_operations.jobs import Kind
-from device_operations.json_types import FreeJson, JsonObject
+from device_operations.wire.json_types import FreeJson, JsonObject
 from tasks.database import dumps
 from tasks.records.training import OPEN_SESSION_SQL
 from tasks.statements import Prepared, execute, row, rows

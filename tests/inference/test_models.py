@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from device_operations.texts import unpack_texts
+from device_operations.wire.texts import unpack_texts
 from tests.inference import graphs
 from tests.inference.conftest import Api, as_tensor
 from tests.support import models

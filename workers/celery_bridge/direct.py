@@ -20,9 +20,9 @@ from sqlalchemy.exc import OperationalError
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import TASK_PREFIX, TERMINAL, Kind, State
-from device_operations.json_types import JsonObject
 from device_operations.requests.base import JobOptions
 from device_operations.requests.kinds import parse
+from device_operations.wire.json_types import JsonObject
 from tasks.celery_bridge.previous import filled
 from tasks.database import is_disconnect, until_reachable
 from tasks.jobs import lifecycle, store, submit

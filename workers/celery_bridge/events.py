@@ -18,8 +18,8 @@ from celery.utils.time import utcoffset
 from celery.worker.consumer.events import Events
 from kombu.serialization import registry
 
-from device_operations.json_text import loads
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_text import loads
+from device_operations.wire.json_types import JsonObject
 
 #: An object of Celery's or kombu's, which have no types.
 Untyped: TypeAlias = Any

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from celery.worker.control import Panel, active, query_task, reserved
 
-from device_operations.ids import is_job_id
-from device_operations.json_types import JsonObject
+from device_operations.wire.ids import is_job_id
+from device_operations.wire.json_types import JsonObject
 from workers.celery_bridge.events import Untyped
 from workers.celery_bridge.pool import Note, SchedulerPool
 from workers.celery_bridge.revoked import as_stamps

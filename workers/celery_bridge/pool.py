@@ -23,7 +23,7 @@ from celery.worker.request import Request, create_request_cls
 
 from device_operations.errors import from_job_error
 from device_operations.jobs import TASK_PREFIX
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.celery_bridge.results import owed
 from tasks.jobs.model import JobView
 from tasks.redis.queues import NOTED

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.database import is_disconnect
 from tasks.jobs.lifecycle import Outcome
 from tasks.jobs.model import Facts, StoredRequest

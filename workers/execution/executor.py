@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 
 from device_operations.errors import OperationError, failure
 from device_operations.jobs import State
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.jobs import lifecycle
 from tasks.jobs.lifecycle import Outcome
 from workers.execution.claim_ahead import ClaimAhead

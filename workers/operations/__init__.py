@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_operations.jobs import Kind
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from workers.execution.claimed_job import ClaimedJob, Detached, PlaceReleased, Steps
 from workers.execution.scheduler import Entry

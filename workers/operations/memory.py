@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from device_operations.errors import failure
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.blobs.store import CHUNK_BYTES
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import Buffer

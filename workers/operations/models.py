@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 from device_operations.errors import OperationError, failure
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.inference import models as store
 from tasks.inference.residents import no_model
 from tasks.jobs.lifecycle import Outcome

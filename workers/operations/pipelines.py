@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from device_operations.errors import OperationError, failure
-from device_operations.json_types import JsonObject
 from device_operations.tensors import numpy_dtype
+from device_operations.wire.json_types import JsonObject
 from tasks.blobs import records as blob_store
 from tasks.database import until_reachable
 from tasks.jobs.lifecycle import Outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from workers.devices.arrays import BufferView
 from workers.devices.onnx.tensors import Fetched

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from device_operations.errors import failure
-from device_operations.json_types import JsonObject
 from device_operations.tensors import INLINE_BYTES, encode, from_bytes, from_numbers, to_bytes
-from device_operations.texts import pack_texts, unpack_texts
+from device_operations.wire.json_types import JsonObject
+from device_operations.wire.texts import pack_texts, unpack_texts
 from tasks.blobs import records as blob_store
 from tasks.blobs.transients import TRANSIENT_BYTES
 from workers.devices.arrays import Array, BufferView, flat_bytes
@@ -88,7 +88,7 @@ def view(
 def give(resident: Resident, value: object, form: str, owner: str) -> JsonObject | None:
     """The wire form of an output: `data` up to 64 KiB, else a blob, unless `form` says otherwise.
 
-    Text is given as `data`; above 64 KiB as a blob too, each string behind its length (`device_operations.texts`).
+    Text is given as `data`; above 64 KiB as a blob too, each string behind its length (`device_operations.wire.texts`).
     What is no tensor is a list of JSON values, and in a blob the same as text. None is an optional output without one.
     """
     if value is None:

@@ -24,8 +24,8 @@ import numpy as np
 import onnxruntime as ort
 
 from device_operations.errors import OperationError
-from device_operations.json_types import JsonObject
 from device_operations.tensors import numpy_dtype
+from device_operations.wire.json_types import JsonObject
 from tasks.statements import Row
 from workers.devices.arrays import Array
 from workers.devices.onnx.runtime import Cancel, LoadedGraph, TensorSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from device_operations.jobs import State
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from tasks.kinds import spec_of
 from workers.execution.claimed_job import ClaimedJob

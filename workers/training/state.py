@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from device_operations.errors import failure
-from device_operations.json_types import JsonObject
 from device_operations.requests.training import Initialize
+from device_operations.wire.json_types import JsonObject
 from workers.training.checkpoints import FORMAT, Snapshot
 from workers.training.memory import count_bytes
 from workers.training.model.definition import Definition

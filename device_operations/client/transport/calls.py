@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import httpx
 
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 T = TypeVar("T")
 

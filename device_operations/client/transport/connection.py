@@ -12,7 +12,7 @@ import orjson
 
 from device_operations import settings
 from device_operations.client.transport.calls import Call
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 #: A body on its way to the gateway.
 Pieces: TypeAlias = Iterator[bytes | memoryview] | AsyncIterator[bytes | memoryview]

@@ -13,7 +13,7 @@ import httpx
 
 from device_operations.client.transport.calls import Call, Command, Flow, Sleep, send
 from device_operations.errors import CODES, OperationError, failure
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 
 T = TypeVar("T")
 

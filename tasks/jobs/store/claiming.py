@@ -7,7 +7,7 @@ from collections.abc import Collection
 from sqlalchemy import Connection
 
 from device_operations.jobs import CLAIM, CLAIMED, RECEIVE, REQUEUE, RETRY, State, Transition
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.database import dumps
 from tasks.jobs.model import ClaimedRow, JobRow
 from tasks.jobs.store.columns import SELECTED

@@ -9,7 +9,7 @@ from typing import TypedDict
 from sqlalchemy import Connection
 
 from device_operations.jobs import FINISH, WITHDRAW, State
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.database import dumps
 from tasks.jobs.model import ClaimedRow, Ending, JobRow
 from tasks.jobs.store.columns import SELECTED_OF_JOBS

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from sqlalchemy import Connection
 
 from device_operations.jobs import CLAIMABLE, State
-from device_operations.json_types import FreeJson
+from device_operations.wire.json_types import FreeJson
 from tasks.jobs.model import AskedRow, JobRow, KindCount, Predecessor
 from tasks.jobs.store.columns import SELECTED
 from tasks.statements import Prepared, execute, row, rows

@@ -8,7 +8,7 @@ import pytest
 
 from api_gateway.oip.raw import only_input
 from device_operations.errors import OperationError
-from device_operations.texts import unpack_texts
+from device_operations.wire.texts import unpack_texts
 
 
 def model(*inputs: tuple[str, str, list[Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_operations.errors import OperationError
-from device_operations.texts import pack_texts, unpack_texts
+from device_operations.wire.texts import pack_texts, unpack_texts
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))

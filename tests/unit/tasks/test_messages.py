@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from kombu.compression import compress
 
-from device_operations.ids import is_job_id
+from device_operations.wire.ids import is_job_id
 from tasks.redis import messages
 from tasks.redis.message_fields import REMOTE_CONTROL, Unreadable
 from tasks.redis.messages import (

@@ -6,7 +6,7 @@ import importlib
 import logging
 from dataclasses import asdict, dataclass
 
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 
 _log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from device_operations.json_types import JsonObject
 from device_operations.tensors import TEXT_DTYPES, carries, numpy_dtype
+from device_operations.wire.json_types import JsonObject
 from workers.devices.arrays import Array, BufferView
 from workers.devices.onnx.values import Values, ValueType
 

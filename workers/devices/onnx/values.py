@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from device_operations.errors import failure
-from device_operations.json_text import loads
 from device_operations.tensors import NUMPY_DTYPES, from_numbers, word
+from device_operations.wire.json_text import loads
 from workers.devices.arrays import Array
 
 #: What ONNX Runtime calls a tensor of each dtype that NumPy has, and those that `ml_dtypes` has.

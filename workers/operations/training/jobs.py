@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from device_operations.errors import OperationError, failure
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.jobs.lifecycle import Outcome
 from tasks.statements import Row
 from tasks.training import sessions as store

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
-from device_operations.json_types import JsonObject
+from device_operations.wire.json_types import JsonObject
 from tasks.blobs import records as blob_store
 from tasks.jobs.lifecycle import Outcome
 from tasks.jobs.model import StoredRequest

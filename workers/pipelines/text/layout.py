@@ -20,8 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from device_operations.bounds import load_json
 from device_operations.errors import OperationError, failure
+from device_operations.wire.bounds import load_json
 
 #: Tokens of one text at most, where the folder names no limit.
 DEFAULT_TOKENS = 512

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from device_operations.errors import failure
-from device_operations.json_types import JsonObject
 from device_operations.requests.training import Precision
+from device_operations.wire.json_types import JsonObject
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from device_operations.json_types import JsonObject
 from device_operations.requests.schedules import (
     ConstantSchedule,
     ExponentialSchedule,
@@ -19,6 +18,7 @@ from device_operations.requests.schedules import (
     Schedule,
     StepSchedule,
 )
+from device_operations.wire.json_types import JsonObject
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from device_operations.errors import OperationError, failure
-from device_operations.json_text import loads
+from device_operations.wire.json_text import loads
 
 #: Numbers of headers and query values are below this: a signed 64-bit integer.
 MAX_INTEGER = 2**63 - 1
