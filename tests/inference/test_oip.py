@@ -280,6 +280,7 @@ def test_priority_is_tritons_and_the_job_has_it(api: Api, client: Any) -> None:
 @pytest.mark.serial
 def test_a_timeout_stops_the_run(api: Api, client: Any) -> None:
     api.load(graphs.slow(), "slow")
+    api.load(graphs.affine(), "small")
     x = np.zeros((512, 512), np.float32)
     began = time.monotonic()
     with pytest.raises(InferenceServerException) as raised:
