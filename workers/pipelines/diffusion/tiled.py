@@ -63,7 +63,9 @@ class Tiled:
                 yield
                 return (yield from exact._half(halves.second, halves.at, output, between))
             between = yield from exact._half(halves.first, self.given, halves.at, typed)
-            return self._whole(halves.second, halves.at, output, between.astype(typed.dtype)).astype(np.float32)
+            # The graph may be of another dtype within than its input is.
+            within = onnx.helper.tensor_dtype_to_np_dtype(halves.second.graph.input[0].type.tensor_type.elem_type)
+            return self._whole(halves.second, halves.at, output, between.astype(within)).astype(np.float32)
         except OperationError as error:
             if error.code != "out_of_memory":
                 raise
