@@ -28,8 +28,8 @@ DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 #: Pixels above which images go in tiles unless a run says otherwise.
 AUTO_TILE_PIXELS = 1536 * 1536
-#: A tile's side in pixels, the next where one does not fit. Attention sees its tile alone: large ones are nearer to the
-#: whole.
+#: A tile's side in pixels, the next where one does not fit. Large ones need fewer runs, and are nearer to the whole
+#: where attention sees its tile alone.
 TILE_SIZES = (1536, 1024, 512, 256)
 #: The share of a tile that overlaps with the next, and latents of it at least, up to half of the tile: with fewer,
 #: tiles of 32 latents a side were seen to be three times as far from the whole.

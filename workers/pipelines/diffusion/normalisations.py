@@ -1,8 +1,9 @@
 """A graph whose normalisations can be given their statistics: so that a tile is normalised as the whole image is.
 
-    first run of a tile     own = true     each normalisation measures the tile's core, as the stock operator does
+    first run of a tile     own = 0        each normalisation measures the tile's core, as the stock operator does
     pooled over all tiles                  means and mean squares of the whole image
-    second run of a tile    own = false    normalised by what was pooled
+    later runs              own = n        the first n are normalised by what was pooled, and the rest measured again
+    last run of a tile      own = all      normalised by what was pooled
 
 The cores of the tiles are the whole image, each point once. Statistics are float32 for graphs of any dtype.
 """
@@ -20,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from workers.devices.arrays import Array
 
-#: Inputs of the rewritten graph: whether a tile's own statistics are used; where its core begins and ends, and its
-#: sides, in elements of the graph's input.
+#: Inputs of the rewritten graph: the number of the first normalisation that uses the tile's own statistics; where the
+#: tile's core begins and ends, and its sides, in elements of the graph's input.
 OWN, FIRST, LAST, SIDES = "tile_own", "tile_first", "tile_last", "tile_sides"
 #: The prefixes of what each normalisation is given, and of what it measures: `[1, groups, 2]`, mean and mean square.
 GIVEN, MEASURED = "tile_given_", "tile_measured_"
@@ -44,11 +45,15 @@ class Rewritten:
         return [np.zeros((1, groups, 2), np.float32) for groups in self.groups]
 
 
-def rewritten(file: Path) -> Rewritten | None:
-    """The graph of `file` with statistics in and out; None where it has no normalisation of a form that is known."""
+def read(file: Path) -> onnx.ModelProto | None:
+    """The graph of `file` with its weights; None where that is too much to be changed."""
     if sum(one.stat().st_size for one in file.parent.iterdir() if one.is_file()) >= MAX_BYTES:
         return None
-    model = onnx.load(file)
+    return onnx.load(file)
+
+
+def rewritten(model: onnx.ModelProto) -> Rewritten | None:
+    """`model` with statistics in and out, changed in place; None where no normalisation has a form that is known."""
     graph = model.graph
     shapes = {
         value.name: value.type.tensor_type.shape
@@ -78,7 +83,7 @@ def rewritten(file: Path) -> Rewritten | None:
         return None
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.input.append(helper.make_tensor_value_info(OWN, TensorProto.BOOL, []))
+    graph.input.append(helper.make_tensor_value_info(OWN, TensorProto.INT64, []))
     graph.input.extend(helper.make_tensor_value_info(name, TensorProto.INT64, [2]) for name in (FIRST, LAST, SIDES))
     for number, count in enumerate(groups):
         sides = [1, count, 2]
@@ -129,8 +134,13 @@ def _with_statistics(
         else add("ReduceMean", [one], name, axes=[2], keepdims=1)
         for one, name in ((wide, "mean"), (add("Mul", [wide, wide], "squares"), "square"))
     )
+    own_number = f"tile_{number}_number"
+    made.append(
+        helper.make_node("Constant", [], [own_number], value=numpy_helper.from_array(np.array(number), own_number))
+    )
     made.append(helper.make_node("Concat", [mean, square], [f"{MEASURED}{number}"], axis=2))
-    used = add("Where", [OWN, f"{MEASURED}{number}", f"{GIVEN}{number}"], "used")
+    own = add("LessOrEqual", [OWN, own_number], "own")
+    used = add("Where", [own, f"{MEASURED}{number}", f"{GIVEN}{number}"], "used")
     split = [f"tile_{number}_used_mean", f"tile_{number}_used_square"]
     made.append(helper.make_node("Split", [used, "tile_halves"], split, axis=2))
     variance = add("Sub", [split[1], add("Mul", [split[0], split[0]], "mean_squared")], "variance")

@@ -14,7 +14,7 @@ import numpy as np
 
 from workers.devices.arrays import Array
 
-#: The share of an overlap at a tile's edge that is not used.
+#: The share of an overlap at a tile's edge that is not used, unless said.
 MARGIN = 0.25
 
 
@@ -26,6 +26,8 @@ class Tiling:
     overlap: int
     #: Tiles and their cores begin at multiples of this.
     step: int = 1
+    #: The share of an overlap at a tile's edge that is not used.
+    margin: float = MARGIN
 
     def cuts(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """The tiles, row by row."""
@@ -65,7 +67,7 @@ def mapped(
         if not whole.size:
             whole = np.zeros((1, made.shape[1], height * a // b, width * a // b), np.float32)
             weight = np.zeros((height * a // b, width * a // b), np.float32)
-        fade = np.outer(_fade(down, height, tiling.overlap, scale), _fade(across, width, tiling.overlap, scale))
+        fade = np.outer(_fade(down, height, tiling, scale), _fade(across, width, tiling, scale))
         at = (_scaled(down, scale), _scaled(across, scale))
         whole[:, :, at[0], at[1]] += made * fade
         weight[at] += fade
@@ -78,12 +80,12 @@ def _scaled(span: slice, scale: tuple[int, int]) -> slice:
     return slice(span.start * scale[0] // scale[1], span.stop * scale[0] // scale[1])
 
 
-def _fade(span: slice, side: int, overlap: int, scale: tuple[int, int]) -> Array:
+def _fade(span: slice, side: int, tiling: Tiling, scale: tuple[int, int]) -> Array:
     """The weights along one side of a tile: 1, and down to 0 over the overlaps with its neighbours."""
     made = _scaled(span, scale)
     weights = np.ones(made.stop - made.start, np.float32)
-    length = overlap * scale[0] // scale[1]
-    margin = length * MARGIN
+    length = tiling.overlap * scale[0] // scale[1]
+    margin = length * tiling.margin
     ramp = ((np.arange(length, dtype=np.float32) + 0.5 - margin) / max(length - 2 * margin, 1e-6)).clip(0, 1)
     if span.start > 0:
         weights[:length] *= ramp
