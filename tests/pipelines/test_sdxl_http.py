@@ -131,6 +131,7 @@ def test_progress_has_each_step_with_the_time_left_and_previews_as_events(api: A
     assert previews, told
     assert pixels(api, previews[-1]).shape == (96, 96, 3)
     assert told[-1]["state"] == "succeeded"
+    assert told[-1]["progress"]["done"] == 12, "the last step is kept"
 
 
 def test_a_run_that_is_cancelled_ends_within_its_step(api: Api, model: str) -> None:

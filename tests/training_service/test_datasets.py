@@ -26,7 +26,9 @@ def running(training: Training, session_id: str, at_least: int = 1) -> dict[str,
 def test_a_job_of_epochs_records_every_step(training: Training) -> None:
     session_id = training.initialize()
     job = training.step(session_id, 1, dataset=dataset(training, epochs=3))
-    result = training.done(job)["result"]
+    ended = training.done(job)
+    result = ended["result"]
+    assert (ended["progress"]["done"], ended["progress"]["total"]) == (24, 24)
     assert (result["steps"], result["step"], result["samples"], result["steps_applied"]) == (24, 24, 192, 24)
     losses = training.losses(session_id)
     assert [one[0] for one in losses] == list(range(1, 25))

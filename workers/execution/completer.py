@@ -142,9 +142,13 @@ class Completer:
             self._queue.put(_READ_STARTED)
 
     def progressed(self, job: ClaimedJob, facts: ProgressFacts, *, always: bool = False) -> None:
-        """A running job made progress; written at most once in PROGRESS_INTERVAL_SECONDS, unless `always`."""
+        """A running job made progress; written at most once in PROGRESS_INTERVAL_SECONDS.
+
+        `always`, and the last of counted steps, are written at once: the job's record keeps them when it has ended.
+        """
         now = time.monotonic()
-        if always or now - self._reported_at.get(job.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
+        is_last = "done" in facts and facts["done"] == facts.get("total")
+        if always or is_last or now - self._reported_at.get(job.job_id, 0.0) >= PROGRESS_INTERVAL_SECONDS:
             self._reported_at[job.job_id] = now
             self._queue.put(ReportProgress(job, facts))
 
